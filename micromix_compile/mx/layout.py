@@ -1,0 +1,146 @@
+"""The layout of a mixed row: the first k4 channels MXFP4, the next k6 MXFP6, the last k8 MXFP8."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .bits import packed_bytes
+from .elements import E2M1, E2M3, E3M2, E4M3, ElementFormat
+from .scales import BLOCK, ScaleRule
+
+SCALE_BITS = 8
+WEIGHT_IS_MXFP4 = 0b10
+"""The bit of a format code that says that the weight is MXFP4 in every segment."""
+
+_FORMATS6 = {"e2m3": E2M3, "e3m2": E3M2}
+
+
+class Segment(NamedTuple):
+    """Channels [start, stop) of a row, and bytes [byte_start, byte_stop) of its packed data."""
+
+    fmt: ElementFormat
+    rule: ScaleRule
+    start: int
+    stop: int
+    byte_start: int
+    byte_stop: int
+
+
+@dataclass(frozen=True)
+class MixedLayout:
+    """Channel counts, element formats and scale rules of the three segments of a row.
+
+    ``k4``, ``k6`` and ``k8`` count channels, each a multiple of 32, padding channels included.
+    ``format6`` is "e2m3" or "e3m2". ``rules`` names the scale rules ("floor", "ceil", "even") of the
+    4-, 6- and 8-bit segments. Raises ValueError for anything else.
+    """
+
+    k4: int
+    k6: int
+    k8: int
+    format6: str = "e2m3"
+    rules: tuple[str, str, str] = ("even", "ceil", "ceil")
+
+    def __post_init__(self) -> None:
+        for name in ("k4", "k6", "k8"):
+            count = getattr(self, name)
+            if count < 0 or count % BLOCK:
+                raise ValueError(f"{name} must be a multiple of {BLOCK}, not negative; got {count}")
+        if self.format6 not in _FORMATS6:
+            known = ", ".join(_FORMATS6)
+            raise ValueError(f"unknown format6 {self.format6!r}; known formats: {known}")
+        object.__setattr__(self, "rules", tuple(self.rules))  # a list, from JSON, is welcome
+        if len(self.rules) != 3:
+            raise ValueError(f"rules must name three scale rules, got {self.rules}")
+        for rule in self.rules:
+            ScaleRule.from_name(rule)
+
+    @classmethod
+    def uniform(cls, channels: int, fmt: ElementFormat | str) -> MixedLayout:
+        """``channels`` channels, all in one format, given as such or by its name ("mxfp6_e2m3").
+
+        Raises ValueError for an unknown name, or channels that are not whole blocks.
+        """
+        name = fmt if isinstance(fmt, str) else fmt.name
+        uniform = {
+            E2M1.name: lambda: cls(channels, 0, 0),
+            E2M3.name: lambda: cls(0, channels, 0, format6="e2m3"),
+            E3M2.name: lambda: cls(0, channels, 0, format6="e3m2"),
+            E4M3.name: lambda: cls(0, 0, channels),
+        }
+        if name not in uniform:
+            raise ValueError(f"unknown format {name!r}; known formats: {', '.join(uniform)}")
+        return uniform[name]()
+
+    @classmethod
+    def from_code(cls, k4: int, k6: int, k8: int, code: int) -> MixedLayout:
+        """The layout of the activations under a format code (see :attr:`code`).
+
+        The weight bit is ignored: it does not concern activations. Raises ValueError for
+        a code that means nothing.
+        """
+        rules = [(code >> shift) & 0b11 for shift in (2, 4, 6)]
+        if not 0 <= code < 256 or max(rules) > max(ScaleRule):
+            raise ValueError(f"{code} is not a format code")
+        labels = tuple(ScaleRule(rule).label for rule in rules)
+        return cls(k4, k6, k8, format6="e3m2" if code & 1 else "e2m3", rules=labels)
+
+    @classmethod
+    def weight_from_code(cls, k4: int, k6: int, k8: int, code: int) -> MixedLayout:
+        """The layout of the weight under a format code: MXFP4 everywhere if WEIGHT_IS_MXFP4 is set,
+        that of the activations if not."""
+        layout = cls.from_code(k4, k6, k8, code)
+        return layout.as_mxfp4() if code & WEIGHT_IS_MXFP4 else layout
+
+    def as_mxfp4(self) -> MixedLayout:
+        """The layout with the same channels and rules, and every channel in the MXFP4 segment."""
+        return MixedLayout(self.channels, 0, 0, self.format6, self.rules)
+
+    @property
+    def code(self) -> int:
+        """The operators' ``format`` argument, without the bit for the weight.
+
+        Bit 0: MXFP6 is E3M2. Bits 2-3, 4-5, 6-7: the scale rule of the 4-, 6-, 8-bit segment.
+        Or it with WEIGHT_IS_MXFP4 if the weight's own layout is :meth:`as_mxfp4`.
+        """
+        rules = (ScaleRule.from_name(rule) for rule in self.rules)
+        code = int(self.format6 == "e3m2")
+        return code | sum(rule << shift for rule, shift in zip(rules, (2, 4, 6), strict=True))
+
+    @property
+    def channels(self) -> int:
+        """The channels of a row, padding included (Kp)."""
+        return self.k4 + self.k6 + self.k8
+
+    @property
+    def blocks(self) -> int:
+        """The scale bytes of a row."""
+        return self.channels // BLOCK
+
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of packed elements of a row, scales not counted."""
+        return sum(s.byte_stop - s.byte_start for s in self.segments())
+
+    @property
+    def element_bits(self) -> float:
+        """Bits per channel on average, scales not counted; 0 for an empty row."""
+        return 8 * self.row_bytes / self.channels if self.channels else 0.0
+
+    @property
+    def total_bits(self) -> float:
+        """Bits per channel on average with the scales, 8 bits per block; 0 for an empty row."""
+        return self.element_bits + SCALE_BITS / BLOCK if self.channels else 0.0
+
+    def segments(self) -> Iterator[Segment]:
+        """The segments of a row that have channels, in order."""
+        formats = (E2M1, _FORMATS6[self.format6], E4M3)
+        start = byte_start = 0
+        for count, fmt, rule in zip((self.k4, self.k6, self.k8), formats, self.rules, strict=True):
+            if not count:
+                continue
+            stop, byte_stop = start + count, byte_start + packed_bytes(count, fmt.bits)
+            yield Segment(fmt, ScaleRule.from_name(rule), start, stop, byte_start, byte_stop)
+            start, byte_start = stop, byte_stop
