@@ -1,0 +1,242 @@
+"""One exception class per kind of failure, one warning class per kind of notice.
+
+A class holds the template of its message; a caller gives the facts that fill it, by keyword::
+
+    raise NonFiniteCalibrationError(layer="model.layers.0.mlp.down_proj")
+
+A fact that is a list becomes indented lines, the first few of them. All facts stay in ``error.facts``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+__all__ = [
+    "EmptyCalibrationError",
+    "ExtensionError",
+    "GradientError",
+    "InvalidPlanError",
+    "MicroMixError",
+    "MicroMixWarning",
+    "NoPlanWarning",
+    "NonFiniteCalibrationError",
+    "OptionError",
+    "PlanFileError",
+    "PlanMismatchError",
+    "PlanVersionError",
+    "RecipeError",
+    "ReferenceKernelWarning",
+    "ReleasedWeightError",
+    "StalePackedWeightError",
+    "StatisticsFileError",
+    "StatisticsMismatchError",
+    "StatisticsVersionError",
+    "StrictError",
+    "UnsupportedModelFileError",
+]
+
+_LISTED = 8
+
+
+def _listed(lines: Sequence[object]) -> str:
+    shown = [f"\n  {line}" for line in lines[:_LISTED]]
+    if len(lines) > _LISTED:
+        shown.append(f"\n  ... and {len(lines) - _LISTED} more")
+    return "".join(shown)
+
+
+class _Message(Exception):
+    """Fills the template of its class with facts; survives pickling and copying."""
+
+    template: ClassVar[str]
+
+    def __init__(self, **facts: Any) -> None:
+        self.facts = facts
+        texts = {k: _listed(v) if isinstance(v, (list, tuple)) else v for k, v in facts.items()}
+        super().__init__(self.template.format(**texts))
+
+    def __reduce__(self):
+        return partial(type(self), **self.facts), ()
+
+
+class MicroMixError(_Message):
+    """The base of all errors of this package; never raised itself."""
+
+
+class RecipeError(MicroMixError, ValueError):
+    """A Recipe was given a bad value or an option it does not have. Facts: option, value, expected."""
+
+    template = "Recipe: {option} = {value!r} does not work; it must be {expected}."
+
+
+class OptionError(MicroMixError, ValueError):
+    """torch.compile was given a backend option that does not exist, or a bad value of one.
+    Facts: option, reason, valid (a string that lists the options)."""
+
+    template = 'Backend "micromix": option {option!r} {reason}. The options are: {valid}.'
+
+
+class InvalidPlanError(MicroMixError, ValueError):
+    """A LayerPlan or ModelPlan contradicts itself. Facts: reason."""
+
+    template = (
+        "This is not a valid plan: {reason}. Plans are made by calibration.plan(recipe); "
+        "make it again instead of editing it."
+    )
+
+
+class PlanMismatchError(MicroMixError):
+    """A plan names layers that the model lacks, or has other shapes. Facts: differences (a list)."""
+
+    template = (
+        "The plan was made for another model:{differences}\n"
+        "Calibrate this model and make a plan from it, or load the model that the plan belongs to."
+    )
+
+
+class PlanFileError(MicroMixError):
+    """A plan file is missing, truncated, damaged, or not a plan. Facts: path, reason."""
+
+    template = (
+        "{path} cannot be read as a plan: {reason}. Give a file written by plan.save(), "
+        "or make it again with `micromix plan`."
+    )
+
+
+class PlanVersionError(MicroMixError):
+    """A plan file has a newer format than this package reads. Facts: path, version, supported."""
+
+    template = (
+        "{path} is a plan of version {version}; this micromix-compile reads up to {supported}. "
+        "Upgrade micromix-compile, or make the plan again with this version."
+    )
+
+
+class StatisticsFileError(MicroMixError):
+    """A statistics file is missing, truncated, damaged, or foreign. Facts: path, reason."""
+
+    template = (
+        "{path} cannot be read as calibration statistics: {reason}. Give a file written by "
+        "calibration.save(), or make it again with `micromix calibrate`."
+    )
+
+
+class StatisticsVersionError(MicroMixError):
+    """A statistics file has a newer format than this package reads. Facts: path, version, supported."""
+
+    template = (
+        "{path} holds statistics of version {version}; this micromix-compile reads up to "
+        "{supported}. Upgrade micromix-compile, or calibrate again with this version."
+    )
+
+
+class StatisticsMismatchError(MicroMixError):
+    """Statistics of different models, or activations of another width, were put together.
+    Facts: differences (a list)."""
+
+    template = (
+        "These statistics do not belong to the same model:{differences}\n"
+        "Merge only runs of one model with the same layers."
+    )
+
+
+class EmptyCalibrationError(MicroMixError):
+    """Some or all layers saw no token during calibration. Facts: layers (a list; may be empty)."""
+
+    template = (
+        "The calibration saw no token in:{layers}\nRun the model on some text inside "
+        "`with micromix.calibrate(model)`, or name layers that never run in Recipe(skip=...)."
+    )
+
+    def __init__(self, layers: Sequence[str] = ()) -> None:
+        super().__init__(layers=list(layers) or ["any linear layer"])
+
+
+class NonFiniteCalibrationError(MicroMixError):
+    """An input of a layer held NaN or Inf during calibration. Facts: layer."""
+
+    template = (
+        "The input of {layer} holds NaN or Inf, so no channel order can be made from it. "
+        "Look for an overflow before this layer (float16 models: try bfloat16), "
+        "or for bad values in the calibration batch."
+    )
+
+
+class StalePackedWeightError(MicroMixError):
+    """A weight was changed in place after it was packed. Facts: layer."""
+
+    template = (
+        "The weight of {layer} was changed in place after it was packed, and the packed copy is "
+        "now out of date. Call micromix.repack(model), or compile the model again."
+    )
+
+
+class ReleasedWeightError(MicroMixError):
+    """A float weight is needed that was released after packing. Facts: layer."""
+
+    template = (
+        "The float weight of {layer} was released after packing (release_weights=True) and is "
+        "needed again. Load the model again, and compile it with release_weights=False."
+    )
+
+
+class GradientError(MicroMixError):
+    """A compiled model would have to give gradients, which quantised layers do not have. Facts: reason."""
+
+    template = (
+        "micromix runs inference only: {reason}. Call model.eval(), and run the model under "
+        "torch.no_grad() or torch.inference_mode()."
+    )
+
+
+class StrictError(MicroMixError):
+    """Under strict, a layer was left alone or a pass matched nothing. Facts: layers (a list of
+    "name: reason")."""
+
+    template = (
+        "strict=True, and these layers were not lowered:{layers}\n"
+        "Mend the reasons, name the layers in Recipe(skip=...), or compile without strict."
+    )
+
+
+class ExtensionError(MicroMixError):
+    """The compiled extension is incompatible, stale, or cannot be loaded. Facts: path, reason."""
+
+    template = (
+        "The micromix extension {path} cannot be used: {reason}. Rebuild it: `make install` in the "
+        "checkout, or `pip install --force-reinstall micromix-compile`. "
+        "`python -m micromix_compile.env` shows what was built."
+    )
+
+
+class UnsupportedModelFileError(MicroMixError):
+    """A model or text file is of a kind that cannot be loaded. Facts: path, reason."""
+
+    template = (
+        "{path} cannot be loaded: {reason}. Give a Hugging Face model directory or name "
+        "(safetensors), or a GGUF file."
+    )
+
+
+class MicroMixWarning(_Message, UserWarning):
+    """The base of all warnings of this package; never issued itself."""
+
+
+class ReferenceKernelWarning(MicroMixWarning):
+    """Layers run on the slow pure-torch reference because a kernel is missing. Facts: device, reason."""
+
+    template = (
+        "micromix runs its pure-torch reference on {device}, which is slow: {reason}. "
+        "`make install` builds the kernels; `python -m micromix_compile.env` shows what is there."
+    )
+
+
+class NoPlanWarning(MicroMixWarning):
+    """A model was compiled without a plan, so every layer is MXFP8. Facts: layers (a number)."""
+
+    template = (
+        "No plan is attached to this model: all of its {layers} linear layers run in MXFP8. "
+        "For 4- and 6-bit channels: calibrate, then calibration.plan(micromix.Recipe()).attach(model)."
+    )
