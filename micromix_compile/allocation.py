@@ -1,0 +1,130 @@
+"""Statistics and a recipe -> which channel of which layer gets which format (arXiv 2508.02343)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import RecipeError
+from .mx.layout import MixedLayout
+from .plan import LayerPlan, LayerShape, ModelPlan
+from .recipe import Recipe
+from .statistics import ChannelStatistics, ModelStatistics
+
+__all__ = ["allocate", "channel_order", "split_counts", "uniform_plan"]
+
+
+def allocate(statistics: ModelStatistics, recipe: Recipe) -> ModelPlan:
+    """The plan of all layers that were calibrated and that the recipe does not skip.
+
+    Channels are sorted by the recipe's metric, the smallest first, so that the largest get the widest
+    format. Layers that share an input share one LayerPlan. Raises EmptyCalibrationError if a layer saw no
+    token, and RecipeError if the recipe's counts do not fit a layer.
+    """
+    kept = {name: shape for name, shape in statistics.layers.items() if not recipe.skips(name)}
+    if recipe.method == "format":
+        return uniform_plan(kept, recipe)
+    statistics.require_tokens(kept)
+    layers = {}
+    for members, inputs in statistics.groups():
+        names = [name for name in members if name in kept]
+        if names:
+            layers.update(dict.fromkeys(names, _plan_group(names, inputs, recipe)))
+    return ModelPlan({name: layers[name] for name in kept}, kept, recipe.to_dict())
+
+
+def uniform_plan(layers: Mapping[str, LayerShape], recipe: Recipe) -> ModelPlan:
+    """A plan with one format for all channels, in their own order; it needs no calibration.
+
+    ``layers``: name -> LayerShape, or a tuple (N, K) or (N, K, transposed). Layers that the recipe skips are
+    left out. Raises RecipeError unless the recipe has a ``format``.
+    """
+    if recipe.method != "format":
+        expected = "'mxfp8', 'mxfp6' or 'mxfp4' where there is no calibration"
+        raise RecipeError(option="format", value=recipe.format, expected=expected)
+    shapes = {n: LayerShape(*shape) for n, shape in layers.items() if not recipe.skips(n)}
+    by_width = {k: _uniform_layer(k, recipe) for k in {s.in_features for s in shapes.values()}}
+    plans = {name: by_width[shape.in_features] for name, shape in shapes.items()}
+    return ModelPlan(plans, shapes, recipe.to_dict())
+
+
+def split_counts(channels: int, fractions: Sequence[float], multiple: int) -> tuple[int, int, int]:
+    """Fractions (p4, p6, p8) of K channels -> (k4, k6, k8), multiples that sum to K rounded up to one.
+
+    The wide segments are rounded up, 8-bit before 6-bit, and 4-bit takes what is left (padding included), so
+    that no channel gets a narrower format than its fraction says.
+    """
+    padded = _round_up(channels, multiple)
+    _, p6, p8 = fractions
+    k8 = min(padded, _round_up(p8 * channels, multiple))
+    k6 = min(padded - k8, _round_up(p6 * channels, multiple))
+    return padded - k6 - k8, k6, k8
+
+
+def channel_order(metric: Tensor, counts: tuple[int, int, int]) -> Tensor:
+    """The order int32 ``[Kp]`` that sorts channels by ``metric`` ``[K]``, smallest first; ties by number.
+
+    Padding (-1) stands at the end of the narrowest segment that has channels: there it changes neither
+    which blocks the other channels form, nor their scales.
+    """
+    order = metric.argsort(stable=True).to(torch.int32).cpu()
+    padding = sum(counts) - len(order)
+    first = next(count for count in counts if count) - padding
+    pads = torch.full((padding,), -1, dtype=torch.int32)
+    return torch.cat([order[:first], pads, order[first:]])
+
+
+def _plan_group(names: list[str], inputs: ChannelStatistics, recipe: Recipe) -> LayerPlan:
+    if recipe.method == "counts":
+        counts = _given_counts(names, inputs.channels, recipe)
+    else:
+        if recipe.method == "split":
+            fractions = recipe.split
+        else:
+            fractions = inputs.fractions(recipe.thresholds, recipe.lam)
+        counts = split_counts(inputs.channels, fractions, recipe.multiple)
+    return LayerPlan(
+        in_features=inputs.channels,
+        layout=MixedLayout(*counts, recipe.format6, recipe.rules),
+        order=channel_order(inputs.metric(recipe.sort), counts),
+        weights=recipe.weights,
+        weight_rules=recipe.weight_rules,
+        group=names[0],
+    )
+
+
+def _given_counts(names: list[str], channels: int, recipe: Recipe) -> tuple[int, int, int]:
+    together = ", ".join(names)
+    found = {counts for name in names if (counts := recipe.counts_for(name)) is not None}
+    if not found:
+        expected = f"a mapping with a glob that matches {together} (or name it in skip)"
+        raise RecipeError(option="counts", value=dict(recipe.counts), expected=expected)
+    if len(found) > 1:
+        expected = f"the same for {together}, which share an input"
+        raise RecipeError(option="counts", value=sorted(found), expected=expected)
+    counts = found.pop()
+    padded = _round_up(channels, recipe.multiple)
+    if sum(counts) != padded:
+        expected = f"three numbers that sum to {padded} for {together} (K = {channels})"
+        raise RecipeError(option="counts", value=counts, expected=expected)
+    return counts
+
+
+def _uniform_layer(channels: int, recipe: Recipe) -> LayerPlan:
+    padded = _round_up(channels, recipe.multiple)
+    counts = [padded if recipe.format == name else 0 for name in ("mxfp4", "mxfp6", "mxfp8")]
+    return LayerPlan(
+        in_features=channels,
+        layout=MixedLayout(*counts, recipe.format6, recipe.rules),
+        weights=recipe.weights,
+        weight_rules=recipe.weight_rules,
+        group=f"{recipe.format} K={channels}",
+    )
+
+
+def _round_up(count: float, multiple: int) -> int:
+    # A fraction of K carries rounding errors: 0.7 of 10 blocks is not 8 blocks.
+    return math.ceil(count / multiple - 1e-9) * multiple

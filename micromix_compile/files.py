@@ -1,0 +1,76 @@
+"""Reading and writing of the package's own files: safetensors with a JSON document, versioned.
+
+The safetensors metadata holds ``{kind: version, "content": JSON text}``, where ``kind`` says what the
+file is ("micromix_plan"). Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+__all__ = ["read_file", "write_file"]
+
+
+def write_file(
+    path: str | os.PathLike, kind: str, version: int, content: Any, tensors: dict[str, Tensor]
+) -> None:
+    """Writes a file so that ``path`` holds either what it held before or the whole new file.
+
+    Raises OSError if the file cannot be written.
+    """
+    metadata = {kind: str(version), "content": json.dumps(content)}
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    blob = safetensors.torch.save(on_cpu, metadata)
+    path = Path(path)
+    # A name of its own, in the same folder: renaming is atomic only within one file system.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(blob)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_file(
+    path: str | os.PathLike,
+    kind: str,
+    version: int,
+    file_error: Callable[..., Exception],
+    version_error: Callable[..., Exception],
+) -> tuple[Any, dict[str, Tensor]]:
+    """The content and the tensors of a file of this kind, on the CPU.
+
+    Raises ``file_error(path=, reason=)`` if the file is missing, truncated or of another kind, and
+    ``version_error(path=, version=, supported=)`` if its version is above ``version``.
+    """
+    path = os.fspath(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if kind not in metadata:
+                raise file_error(path=path, reason=f"it is a safetensors file without {kind!r}")
+            if int(metadata[kind]) > version:
+                raise version_error(path=path, version=metadata[kind], supported=version)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return json.loads(metadata["content"]), tensors
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        raise file_error(path=path, reason=reason) from error
+    except safetensors.SafetensorError as error:
+        reason = f"it is truncated, or not a safetensors file ({error})"
+        raise file_error(path=path, reason=reason) from error
+    except (KeyError, ValueError) as error:
+        raise file_error(path=path, reason=f"its metadata is damaged ({error})") from error

@@ -1,0 +1,332 @@
+"""LayerPlan and ModelPlan: which channel of which layer gets which format.
+
+A plan is pure data. It is made by :mod:`micromix_compile.allocation`, saved as safetensors, and found by the
+backend through the model's own parameters (:meth:`ModelPlan.attach`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InvalidPlanError, PlanFileError, PlanMismatchError, PlanVersionError
+from .files import read_file, write_file
+from .mx.layout import WEIGHT_IS_MXFP4, MixedLayout
+from .mx.scales import BLOCK
+
+__all__ = ["LayerPlan", "LayerShape", "ModelPlan", "attached", "detach", "find_weight", "load_plan"]
+
+_KIND = "micromix_plan"
+_VERSION = 1
+_ATTRIBUTE = "_micromix_plan"
+
+
+class LayerShape(NamedTuple):
+    """The shape of a linear layer: K inputs, N outputs.
+
+    The weight is [N, K], or [K, N] if ``transposed`` (Conv1D of GPT-2).
+    """
+
+    out_features: int
+    in_features: int
+    transposed: bool = False
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """The shape of the float weight."""
+        n, k = self.out_features, self.in_features
+        return (k, n) if self.transposed else (n, k)
+
+    def __str__(self) -> str:
+        transposed = ", transposed" if self.transposed else ""
+        return f"K={self.in_features}, N={self.out_features}{transposed}"
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPlan:
+    """The channel formats of one input, shared by all layers that read it. Immutable; equal by digest.
+
+    ``order`` int32 ``[Kp]`` maps positions to channels of the input, -1 for a padding channel; None means the
+    channels as they are, then padding. ``Kp = layout.channels``. ``layout`` is that of the activations,
+    with their scale rules; ``weight_rules`` are those of the weight, None for the same. ``weights`` is
+    "match" (a weight has the format of its channel) or "mxfp4". ``group`` names the input; it has no effect
+    on numbers and is not part of the digest. Raises InvalidPlanError.
+    """
+
+    in_features: int
+    layout: MixedLayout
+    order: Tensor | None = None
+    weights: str = "match"
+    weight_rules: tuple[str, str, str] | None = None
+    group: str = ""
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("match", "mxfp4"):
+            raise InvalidPlanError(reason=f"weights are {self.weights!r}, not 'match' or 'mxfp4'")
+        if self.in_features < 1 or self.layout.channels < self.in_features:
+            raise InvalidPlanError(
+                reason=f"{self.layout.channels} planned channels for K = {self.in_features}"
+            )
+        rules = self.layout.rules if self.weight_rules is None else tuple(self.weight_rules)
+        object.__setattr__(self, "weight_rules", rules)
+        try:
+            self.weight_layout  # noqa: B018  the rules are checked by the layout
+        except ValueError as error:
+            raise InvalidPlanError(reason=f"weight_rules: {error}") from error
+        if self.order is not None:
+            self._check_order()
+
+    def _check_order(self) -> None:
+        order, channels = self.order, self.layout.channels
+        if order.dtype != torch.int32 or order.shape != (channels,):
+            raise InvalidPlanError(
+                reason=f"order is {order.dtype} {list(order.shape)}, not int32 [{channels}]"
+            )
+        real = order[order != -1].sort().values.cpu()
+        if not torch.equal(real, torch.arange(self.in_features, dtype=torch.int32)):
+            raise InvalidPlanError(
+                reason=f"order does not hold each of 0 to {self.in_features - 1} once, and -1"
+            )
+
+    @cached_property
+    def weight_layout(self) -> MixedLayout:
+        """The layout of a packed weight row."""
+        layout = replace(self.layout, rules=self.weight_rules)
+        return layout.as_mxfp4() if self.weights == "mxfp4" else layout
+
+    @property
+    def format_code(self) -> int:
+        """The ``format`` argument of the operators."""
+        return self.layout.code | (WEIGHT_IS_MXFP4 if self.weights == "mxfp4" else 0)
+
+    @property
+    def bits(self) -> float:
+        """Bits stored per channel of an activation, scales (8 bits per block) and padding counted."""
+        return _bits(self.layout, self.in_features)
+
+    @property
+    def weight_bits(self) -> float:
+        """Bits stored per element of the float weight, scales and padding counted."""
+        return _bits(self.weight_layout, self.in_features)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field but the order, as values that JSON can hold."""
+        layout = self.layout
+        return {
+            "in_features": self.in_features,
+            "counts": [layout.k4, layout.k6, layout.k8],
+            "format6": layout.format6,
+            "rules": list(layout.rules),
+            "weights": self.weights,
+            "weight_rules": list(self.weight_rules),
+            "group": self.group,
+        }
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of all that changes a number, the same in every process: 64 hexadecimal digits."""
+        facts = self.to_dict()
+        del facts["group"]
+        facts["order"] = None if self.order is None else self.order.tolist()
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LayerPlan) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+
+def _bits(layout: MixedLayout, in_features: int) -> float:
+    return 8 * (layout.row_bytes + layout.channels // BLOCK) / in_features
+
+
+class ModelPlan(Mapping[str, LayerPlan]):
+    """The plans of a model's layers: a mapping from layer name to LayerPlan. Immutable; equal by digest.
+
+    ``layers``: name -> LayerPlan, layers with the same input sharing one object. ``shapes``: name -> LayerShape of
+    the same layers. ``recipe``: the recipe as a dict, for the reader only. A layer's name is that of its
+    module, as in ``model.named_modules()``. Raises InvalidPlanError if layers and shapes contradict each other.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, LayerPlan],
+        shapes: Mapping[str, LayerShape],
+        recipe: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._layers = dict(layers)
+        self.shapes = {name: LayerShape(*shape) for name, shape in shapes.items()}
+        self.recipe = dict(recipe or {})
+        if self._layers.keys() != self.shapes.keys():
+            raise InvalidPlanError(reason="plans and shapes name different layers")
+        for name, layer in self._layers.items():
+            if layer.in_features != self.shapes[name].in_features:
+                raise InvalidPlanError(
+                    reason=f"{name} has {self.shapes[name]}, its plan K={layer.in_features}"
+                )
+
+    def __getitem__(self, name: str) -> LayerPlan:
+        return self._layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __repr__(self) -> str:
+        return f"ModelPlan({len(self)} layers, {self.weight_bits:.2f} bits per weight)"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ModelPlan) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of all that changes a number, the same in every process: 64 hexadecimal digits."""
+        facts = [(name, self.shapes[name], self[name].digest) for name in sorted(self)]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    @property
+    def weight_bits(self) -> float:
+        """Bits per weight element over all planned layers, scales and padding counted; 0 if none."""
+        rows = self.summary()
+        elements = sum(row["N"] * row["K"] for row in rows)
+        return 8 * sum(row["weight_bytes"] for row in rows) / elements if elements else 0.0
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One row a layer: layer, K, N, k4, k6, k8, bits (of activations, scales counted), weight_bytes."""
+        rows = []
+        for name, layer in self.items():
+            layout, shape = layer.layout, self.shapes[name]
+            weight_bytes = shape.out_features * (
+                layer.weight_layout.row_bytes + layer.weight_layout.channels // BLOCK
+            )
+            row = {"layer": name, "K": shape.in_features, "N": shape.out_features}
+            row |= {"k4": layout.k4, "k6": layout.k6, "k8": layout.k8}
+            rows.append(row | {"bits": layer.bits, "weight_bytes": weight_bytes})
+        return rows
+
+    def check(self, model_layers: Mapping[str, LayerShape]) -> None:
+        """Raises PlanMismatchError if a planned layer is not among these, or has another shape there."""
+        differences = []
+        for name, shape in self.shapes.items():
+            if name not in model_layers:
+                differences.append(f"{name}: the model has no such layer")
+            elif LayerShape(*model_layers[name]) != shape:
+                found = LayerShape(*model_layers[name])
+                differences.append(f"{name}: the plan has {shape}, the model {found}")
+        if differences:
+            raise PlanMismatchError(differences=differences)
+
+    def attach(self, model: nn.Module) -> ModelPlan:
+        """Marks the weights of the planned layers, so that the backend finds this plan; returns self.
+
+        A plan attached before is taken off. Layers that are not in the plan stay unmarked. A weight shared by
+        several layers is marked with the first. Raises PlanMismatchError, before anything is changed, if a
+        planned layer is missing or its weight has another shape.
+        """
+        parameters = _named_parameters(model)
+        found, differences = {}, []
+        for name, shape in self.shapes.items():
+            weight = _weight(parameters, name)
+            if weight is None:
+                differences.append(f"{name}: the model has no such layer")
+            elif tuple(weight.shape) != shape.weight_shape:
+                differences.append(
+                    f"{name}: the plan has a weight {list(shape.weight_shape)}, "
+                    f"the model {list(weight.shape)}"
+                )
+            else:
+                found[name] = weight
+        if differences:
+            raise PlanMismatchError(differences=differences)
+        detach(model)
+        for name, weight in found.items():
+            if attached(weight) is None:
+                setattr(weight, _ATTRIBUTE, (self, name))
+        return self
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the plan as safetensors, atomically. Raises OSError if that fails."""
+        groups = list({id(layer): layer for layer in self.values()}.values())
+        number = {id(layer): i for i, layer in enumerate(groups)}
+        layers = {name: [number[id(self[name])], *self.shapes[name]] for name in self}
+        content = {
+            "digest": self.digest,
+            "groups": [group.to_dict() for group in groups],
+            "layers": layers,
+            "recipe": self.recipe,
+        }
+        orders = {f"order.{i}": g.order for i, g in enumerate(groups) if g.order is not None}
+        write_file(path, _KIND, _VERSION, content, orders)
+
+
+def load_plan(path: str | os.PathLike) -> ModelPlan:
+    """Reads a plan that :meth:`ModelPlan.save` wrote.
+
+    Raises PlanFileError if the file is missing, truncated, damaged or not a plan, and PlanVersionError if a
+    newer version wrote it.
+    """
+    content, tensors = read_file(path, _KIND, _VERSION, PlanFileError, PlanVersionError)
+    try:
+        groups = []
+        for i, facts in enumerate(content["groups"]):
+            layout = MixedLayout(*facts["counts"], facts["format6"], tuple(facts["rules"]))
+            groups.append(
+                LayerPlan(
+                    in_features=facts["in_features"],
+                    layout=layout,
+                    order=tensors.get(f"order.{i}"),
+                    weights=facts["weights"],
+                    weight_rules=tuple(facts["weight_rules"]),
+                    group=facts["group"],
+                )
+            )
+        layers = {name: groups[i] for name, (i, *_) in content["layers"].items()}
+        shapes = {name: LayerShape(*shape) for name, (_, *shape) in content["layers"].items()}
+        plan = ModelPlan(layers, shapes, content["recipe"])
+        whole = plan.digest == content["digest"]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        reason = f"its content is damaged ({error})"
+        raise PlanFileError(path=os.fspath(path), reason=reason) from error
+    if not whole:
+        raise PlanFileError(path=os.fspath(path), reason="its content does not match its digest")
+    return plan
+
+
+def attached(parameter: Tensor) -> tuple[ModelPlan, str] | None:
+    """The plan attached to a weight, and the layer's name in it; None if there is none."""
+    return getattr(parameter, _ATTRIBUTE, None)
+
+
+def detach(model: nn.Module) -> None:
+    """Takes off whatever plan is attached to the weights of a model."""
+    for parameter in model.parameters():
+        if attached(parameter) is not None:
+            delattr(parameter, _ATTRIBUTE)
+
+
+def find_weight(model: nn.Module, layer: str) -> nn.Parameter | None:
+    """The weight of the layer of this name: the parameter ``layer.weight``, or ``layer`` itself."""
+    return _weight(_named_parameters(model), layer)
+
+
+def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    model = getattr(model, "_orig_mod", model)  # torch.compile(model) wraps the model
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def _weight(parameters: Mapping[str, nn.Parameter], layer: str) -> nn.Parameter | None:
+    return parameters.get(f"{layer}.weight", parameters.get(layer))

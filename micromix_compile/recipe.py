@@ -1,0 +1,211 @@
+"""Recipe: what the user chooses about a plan."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any
+
+from .errors import RecipeError
+
+__all__ = ["Recipe"]
+
+FORMATS = ("mxfp8", "mxfp6", "mxfp4")
+_THRESHOLDS = ("published", "paper")
+_SORTS = ("mean", "max", "hessian")
+_RULES = ("floor", "ceil", "even")
+_METHODS = ("thresholds", "split", "counts", "format")
+
+# The output head under the names that Hugging Face models give it.
+_OUTPUT_HEADS = (
+    "lm_head",
+    "*.lm_head",
+    "embed_out",
+    "*.embed_out",
+    "*predictions.decoder",
+    "proj_out",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How channels get their formats. Immutable and hashable; bad values raise RecipeError.
+
+    Exactly one of four methods decides the counts of channels per format (none given means
+    ``thresholds="published"``):
+
+    * ``thresholds``: "published" or "paper", the two forms of the MicroMix thresholds
+      (arXiv 2508.02343; see ChannelStatistics.fractions), both scaled by ``lam`` (λ).
+    * ``split``: fractions (p4, p6, p8) of the channels of every layer; they sum to 1.
+    * ``counts``: ``{glob of layer names: (k4, k6, k8)}``, numbers of channels, each a multiple of
+      ``multiple``, summing to the layer's K rounded up to a multiple. The first glob that matches
+      a layer wins; layers that share an input share the counts.
+    * ``format``: "mxfp8", "mxfp6" or "mxfp4" for all channels; needs no calibration.
+
+    The other choices:
+
+    * ``format6``: "e2m3" or "e3m2", the element of MXFP6.
+    * ``rules``: scale rules ("floor", "ceil", "even") of the activations in the 4-, 6- and 8-bit
+      segment; ``weight_rules`` those of the weights, None for the same ones.
+    * ``weights``: "match", the weight of a channel in the format of the channel, or "mxfp4".
+    * ``sort``: what channels are sorted by: "mean" of |x|, "max" of |x|, or "hessian", E[x²].
+    * ``multiple``: 32, 64 or 128; counts are multiples of it, K is padded to one.
+    * ``skip``: globs (case-sensitive, on the full name) of layers to leave alone.
+    * ``include_lm_head``: whether the output head is quantised too; it is left alone by default.
+    """
+
+    thresholds: str | None = None
+    lam: float = 1.0
+    split: tuple[float, float, float] | None = None
+    counts: Any = None  # given as a mapping, kept as a tuple of its items: hashable
+    format: str | None = None
+    format6: str = "e2m3"
+    rules: tuple[str, str, str] = ("even", "ceil", "ceil")
+    weight_rules: tuple[str, str, str] | None = None
+    weights: str = "match"
+    sort: str = "mean"
+    multiple: int = 32
+    skip: tuple[str, ...] = ()
+    include_lm_head: bool = False
+
+    def __post_init__(self) -> None:
+        given = [name for name in _METHODS if getattr(self, name) is not None]
+        if len(given) > 1:
+            _reject(" and ".join(given), "together", f"one of {', '.join(_METHODS)}")
+        if not given:
+            object.__setattr__(self, "thresholds", "published")
+
+        self._one_of("thresholds", (None, *_THRESHOLDS))
+        self._one_of("format", (None, *FORMATS))
+        self._one_of("format6", ("e2m3", "e3m2"))
+        self._one_of("weights", ("match", "mxfp4"))
+        self._one_of("sort", _SORTS)
+        self._one_of("multiple", (32, 64, 128))
+        self._one_of("include_lm_head", (False, True))
+        for name, check in (
+            ("lam", self._checked_lam),
+            ("split", _checked_split),
+            ("counts", self._checked_counts),
+            ("rules", _checked_rules),
+            ("weight_rules", _checked_rules),
+            ("skip", _checked_skip),
+        ):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, check(name, getattr(self, name)))
+
+    @classmethod
+    def default(cls) -> Recipe:
+        """MicroMix thresholds, λ = 1, with MXFP6 E2M3 and the even rule for MXFP4 (lower error)."""
+        return cls(thresholds="published")
+
+    @classmethod
+    def micromix(cls) -> Recipe:
+        """The published MicroMix setting: thresholds, λ = 1, E3M2, the ceil rule everywhere."""
+        return cls(thresholds="published", format6="e3m2", rules=("ceil", "ceil", "ceil"))
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> Recipe:
+        """The recipe with these fields; the inverse of :meth:`to_dict`.
+
+        Raises RecipeError for a field that does not exist, or a bad value.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                _reject(name, options[name], f"left out; the options are {', '.join(known)}")
+        return cls(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as values that JSON can hold."""
+        options = asdict(self)
+        if self.counts is not None:
+            options["counts"] = dict(self.counts)
+        return json.loads(json.dumps(options))
+
+    @property
+    def method(self) -> str:
+        """The method that decides the counts: "thresholds", "split", "counts" or "format"."""
+        return next(name for name in _METHODS if getattr(self, name) is not None)
+
+    @property
+    def digest(self) -> str:
+        """A hash of all fields, the same in every process: 64 hexadecimal digits."""
+        text = json.dumps(self.to_dict())  # in order: the order of counts has a meaning
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def skips(self, layer: str) -> bool:
+        """Whether the layer of this full name is to be left alone."""
+        heads = () if self.include_lm_head else _OUTPUT_HEADS
+        return any(fnmatchcase(layer, pattern) for pattern in (*self.skip, *heads))
+
+    def counts_for(self, layer: str) -> tuple[int, int, int] | None:
+        """The counts that ``counts`` gives a layer; None if no glob matches."""
+        matches = (counts for pattern, counts in self.counts if fnmatchcase(layer, pattern))
+        return next(matches, None)
+
+    def _one_of(self, name: str, valid: tuple) -> None:
+        value = getattr(self, name)
+        # The type is compared too: True == 1 and 32.0 == 32.
+        if not any(value is v or (type(value) is type(v) and value == v) for v in valid):
+            _reject(name, value, "one of " + ", ".join(map(repr, valid)))
+
+    def _checked_lam(self, name: str, value: Any) -> float:
+        if not _is_number(value) or not value > 0:
+            _reject(name, value, "a positive number")
+        if self.method != "thresholds" and value != 1:
+            _reject(name, value, "left out: it scales thresholds, and this recipe has none")
+        return float(value)
+
+    def _checked_counts(self, name: str, value: Any) -> tuple:
+        expected = (
+            "a mapping from layer globs to (k4, k6, k8), "
+            f"each a multiple of {self.multiple} and not negative, not all zero"
+        )
+        try:
+            items = tuple((k, tuple(v)) for k, v in dict(value).items())
+        except (TypeError, ValueError):
+            _reject(name, value, expected)
+        for pattern, counts in items:
+            good = isinstance(pattern, str) and len(counts) == 3 and any(counts)
+            for k in counts:
+                good = good and type(k) is int and k >= 0 and k % self.multiple == 0
+            if not good:
+                _reject(name, value, expected)
+        if not items:
+            _reject(name, value, expected)
+        return items
+
+
+def _reject(option: str, value: Any, expected: str) -> None:
+    raise RecipeError(option=option, value=value, expected=expected)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _checked_split(name: str, value: Any) -> tuple[float, float, float]:
+    good = _is_list(value) and len(value) == 3 and all(_is_number(p) and p >= 0 for p in value)
+    if not good or abs(sum(value) - 1) > 1e-6:
+        _reject(name, value, "three fractions (p4, p6, p8), not negative, that sum to 1")
+    return tuple(float(p) for p in value)
+
+
+def _checked_rules(name: str, value: Any) -> tuple[str, str, str]:
+    if not _is_list(value) or len(value) != 3 or any(rule not in _RULES for rule in value):
+        _reject(name, value, f"three of {', '.join(_RULES)}: for 4, 6 and 8 bits")
+    return tuple(value)
+
+
+def _checked_skip(name: str, value: Any) -> tuple[str, ...]:
+    if not _is_list(value) or not all(isinstance(pattern, str) for pattern in value):
+        _reject(name, value, "a sequence of layer name patterns, as in skip=('*.down_proj',)")
+    return tuple(value)

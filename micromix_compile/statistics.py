@@ -1,0 +1,305 @@
+"""Statistics of the inputs of linear layers: streaming, in bounded memory, and mergeable.
+
+The thresholds that they serve are those of MicroMix (arXiv 2508.02343).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import (
+    EmptyCalibrationError,
+    NonFiniteCalibrationError,
+    StatisticsFileError,
+    StatisticsMismatchError,
+    StatisticsVersionError,
+)
+from .files import read_file, write_file
+from .plan import LayerShape
+
+__all__ = ["ChannelStatistics", "ModelStatistics", "load_statistics", "thresholds"]
+
+_KIND = "micromix_statistics"
+_VERSION = 1
+
+# A bin of the histogram is the exponent and the upper mantissa bits of a float32 ratio in [0, 1]:
+# 64 bins an octave, from 2^-20 (with all below it) up to 1, which has a bin to itself.
+_MANTISSA_BITS = 6
+_OCTAVES = 20
+_SHIFT = 23 - _MANTISSA_BITS
+_TOP = 127 << _MANTISSA_BITS  # the bin number of 1.0
+_BINS = (_OCTAVES << _MANTISSA_BITS) + 1
+
+_CPU_CHUNK = 1 << 17  # elements; the temporaries stay in the second-level cache
+_DEVICE_CHUNK = 1 << 22
+_SQUARE_SAFE = 1e15  # the squares of a chunk of larger values could overflow float32
+
+
+def thresholds(form: str, lam: float = 1.0) -> tuple[float, float]:
+    """(T4, T6) as fractions of the largest magnitude of a token row.
+
+    An element of at most T4 is safe in MXFP4, one of at most T6 in MXFP6. ``form`` is "published" (the
+    reference code: 448/6/2^10 and 448/28/2^6, the ratio of the formats' largest elements over the steps that
+    MXFP8 has and they have not) or "paper" (arXiv 2508.02343: 2^b·2^(n-1)/q_max/254, with n bits, exponent bias
+    b, and largest element q_max of E2M1 and E3M2; 6.945 times tighter). Both are multiplied by ``lam``.
+    Raises ValueError for another form.
+    """
+    if form == "published":
+        return lam * 448 / 6 / 2**10, lam * 448 / 28 / 2**6
+    if form == "paper":
+        return lam * 2**1 * 2**3 / 6 / 254, lam * 2**3 * 2**5 / 28 / 254
+    raise ValueError(f"unknown form of thresholds {form!r}; known: 'published', 'paper'")
+
+
+class Fractions(NamedTuple):
+    """The fractions of the elements of an input that want each format; they sum to 1."""
+
+    p4: float
+    p6: float
+    p8: float
+
+
+class ChannelStatistics:
+    """What calibration keeps of one input ``[..., K]``; all on the CPU, about 20 K + 10 000 bytes.
+
+    ``tokens``: rows seen. ``total`` float64 ``[K]``: Σ|x|. ``peak`` float32 ``[K]``: max |x|. ``square`` float64
+    ``[K]``: Σx². ``histogram`` int64: elements by |x| / max|row|, in bins 1/64 octave wide; rows of zeros
+    are left out of it, because they ask for no format.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.tokens = 0
+        self.total = torch.zeros(channels, dtype=torch.float64)
+        self.peak = torch.zeros(channels, dtype=torch.float32)
+        self.square = torch.zeros(channels, dtype=torch.float64)
+        self.histogram = torch.zeros(_BINS, dtype=torch.int64)
+
+    @property
+    def channels(self) -> int:
+        """K."""
+        return len(self.total)
+
+    @torch.no_grad()
+    def update(self, x: Tensor, layer: str = "a layer") -> None:
+        """Adds the rows of ``x`` ``[..., K]``, of any float dtype and device; no rows are welcome.
+
+        ``layer`` is the name that errors give. Raises NonFiniteCalibrationError for NaN or Inf, and
+        StatisticsMismatchError for another K; nothing of ``x`` has been added then.
+        """
+        if x.dim() == 0 or x.shape[-1] != self.channels:
+            difference = f"{layer}: an input {list(x.shape)}, where K is {self.channels}"
+            raise StatisticsMismatchError(differences=[difference])
+        rows = x.detach().reshape(-1, self.channels)
+        size = _CPU_CHUNK if x.device.type == "cpu" else _DEVICE_CHUNK
+        parts = [_measure(rows, layer) for rows in rows.split(max(1, size // self.channels))]
+        for part in parts:
+            self.merge(part)
+
+    def merge(self, other: ChannelStatistics) -> None:
+        """Adds the rows that ``other`` has seen. Raises StatisticsMismatchError for another K."""
+        if other.channels != self.channels:
+            difference = f"{self.channels} channels here, {other.channels} there"
+            raise StatisticsMismatchError(differences=[difference])
+        # Not in place: tensors made under inference_mode could not be changed outside of it.
+        self.tokens += other.tokens
+        self.total = self.total + other.total
+        self.peak = torch.maximum(self.peak, other.peak)
+        self.square = self.square + other.square
+        self.histogram = self.histogram + other.histogram
+
+    def metric(self, sort: str) -> Tensor:
+        """What channels are sorted by, float64 ``[K]``: "mean" of |x|, "max" of |x|, or "hessian", E[x²]."""
+        if sort == "max":
+            return self.peak.double()
+        sums = {"mean": self.total, "hessian": self.square}[sort]
+        return sums / max(1, self.tokens)
+
+    def fraction_below(self, ratio: float) -> float:
+        """The fraction of elements with |x| <= ratio · max|row|, as the mean over rows.
+
+        Exact at the edges of bins (1/64 octave), linear between them. 1.0 if all rows were zero.
+        """
+        count = int(self.histogram.sum())
+        if ratio >= 1 or count == 0:
+            return 1.0
+        position = _bin_position(ratio)
+        whole = math.floor(position)
+        below = int(self.histogram[:whole].sum())
+        inside = int(self.histogram[whole]) * (position - whole)
+        return (below + inside) / count
+
+    def fractions(self, form: str, lam: float = 1.0) -> Fractions:
+        """The fractions of elements in (0, T4], (T4, T6] and above; see :func:`thresholds`."""
+        p4, p46 = (self.fraction_below(t) for t in thresholds(form, lam))
+        return Fractions(p4, p46 - p4, 1 - p46)
+
+
+def _measure(rows: Tensor, layer: str) -> ChannelStatistics:
+    """The statistics of one chunk of rows ``[M, K]``."""
+    result = ChannelStatistics(rows.shape[-1])
+    if not len(rows):
+        return result
+    magnitudes = rows.float().abs()
+    row_peaks = magnitudes.amax(dim=1, keepdim=True)
+    largest = float(row_peaks.max())  # NaN wins over all else
+    if not math.isfinite(largest):
+        raise NonFiniteCalibrationError(layer=layer)
+    wide = magnitudes.double() if largest > _SQUARE_SAFE else magnitudes
+    result.tokens = len(rows)
+    result.total = wide.sum(dim=0).double().cpu()
+    result.peak = magnitudes.amax(dim=0).cpu()
+    result.square = wide.square().sum(dim=0).double().cpu()
+    result.histogram = _histogram(magnitudes, row_peaks)
+    return result
+
+
+def _histogram(magnitudes: Tensor, row_peaks: Tensor) -> Tensor:
+    # The bits of a positive float sort as it does, and their upper part is a bin number.
+    ratios = (magnitudes / row_peaks).nan_to_num_(0.0)  # NaN: a row of zeros
+    ratios.clamp_(min=2.0**-_OCTAVES)
+    numbers = ratios.view(torch.int32) >> _SHIFT
+    counts = torch.bincount(numbers.flatten(), minlength=_TOP + 1)[-_BINS:].cpu()
+    counts[0] -= magnitudes.shape[1] * int((row_peaks == 0).sum())
+    return counts
+
+
+def _bin_position(ratio: float) -> float:
+    """Where a ratio below 1 falls among the bins: the number of its bin, plus the part of it below."""
+    if ratio < 2.0**-_OCTAVES * (1 + 2.0**-_MANTISSA_BITS):
+        return max(0.0, ratio / (2.0**-_OCTAVES * (1 + 2.0**-_MANTISSA_BITS)))
+    mantissa, exponent = math.frexp(ratio)  # in [0.5, 1): one octave, linear within
+    return ((exponent - 1 + _OCTAVES) + (2 * mantissa - 1)) * 2**_MANTISSA_BITS
+
+
+class ModelStatistics:
+    """The statistics of all linear layers of a model; layers that read the same input share them.
+
+    ``layers``: name -> LayerShape, in the order they were seen.
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[str, LayerShape] = {}
+        self._statistics: dict[str, ChannelStatistics] = {}
+
+    def add_group(self, layers: Mapping[str, LayerShape]) -> None:
+        """Says that these layers read one input. Calling it again changes nothing.
+
+        Two graphs may group the layers differently (one call has a graph break that the other lacks, or a
+        layer is used twice). Groups that overlap become one: each layer must end with one plan.
+        Raises StatisticsMismatchError if the layers differ in K, or a shape differs from what is known.
+        """
+        shapes = {name: LayerShape(*shape) for name, shape in layers.items()}
+        widths = sorted({shape.in_features for shape in shapes.values()})
+        differences = _shape_differences(self.layers, shapes)
+        if len(widths) > 1:
+            differences.append(f"{', '.join(shapes)}: one input with K of {widths}")
+        if differences:
+            raise StatisticsMismatchError(differences=differences)
+        if not shapes:
+            return
+        known = {id(s): s for n, s in self._statistics.items() if n in shapes}
+        shared, *others = known.values() or [ChannelStatistics(widths[0])]
+        for other in others:
+            shared.merge(other)
+        for name, statistics in self._statistics.items():
+            if id(statistics) in known:
+                self._statistics[name] = shared
+        self.layers.update(shapes)
+        self._statistics.update(dict.fromkeys(shapes, shared))
+
+    def update(self, layer: str, x: Tensor) -> None:
+        """Adds an input ``[..., K]`` of the group that this layer is in.
+
+        Raises KeyError for an unknown layer, else as ChannelStatistics.update.
+        """
+        self._statistics[layer].update(x, layer)
+
+    def __getitem__(self, layer: str) -> ChannelStatistics:
+        return self._statistics[layer]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def groups(self) -> Iterator[tuple[tuple[str, ...], ChannelStatistics]]:
+        """The layers of each group, in the order they were seen, and their statistics."""
+        names: dict[int, list[str]] = {}
+        for name, statistics in self._statistics.items():
+            names.setdefault(id(statistics), []).append(name)
+        for members in names.values():
+            yield tuple(members), self._statistics[members[0]]
+
+    @property
+    def tokens(self) -> int:
+        """The most tokens that any input has seen."""
+        return max((s.tokens for s in self._statistics.values()), default=0)
+
+    def require_tokens(self, layers: Iterable[str] | None = None) -> None:
+        """Raises EmptyCalibrationError if one of these layers (None: any layer) saw no token."""
+        names = self.layers if layers is None else layers
+        empty = [name for name in names if not self._statistics[name].tokens]
+        if empty or not self.layers:
+            raise EmptyCalibrationError(empty)
+
+    def merge(self, other: ModelStatistics) -> None:
+        """Adds what another run of the same model has seen.
+
+        Raises StatisticsMismatchError, and changes nothing, if layers or shapes differ.
+        """
+        differences = _shape_differences(self.layers, other.layers)
+        differences += [f"{n}: only in the first" for n in self.layers if n not in other.layers]
+        differences += [f"{n}: only in the second" for n in other.layers if n not in self.layers]
+        if differences:
+            raise StatisticsMismatchError(differences=differences)
+        for names, statistics in other.groups():
+            self.add_group({name: other.layers[name] for name in names})
+            self._statistics[names[0]].merge(statistics)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the statistics as safetensors, atomically. Raises OSError if that fails."""
+        groups, tensors = [], {}
+        for i, (names, statistics) in enumerate(self.groups()):
+            shapes = {name: list(self.layers[name]) for name in names}
+            groups.append({"tokens": statistics.tokens, "layers": shapes})
+            for key in ("total", "peak", "square", "histogram"):
+                tensors[f"{key}.{i}"] = getattr(statistics, key)
+        write_file(path, _KIND, _VERSION, {"order": list(self.layers), "groups": groups}, tensors)
+
+
+def load_statistics(path: str | os.PathLike) -> ModelStatistics:
+    """Reads statistics that :meth:`ModelStatistics.save` wrote.
+
+    Raises StatisticsFileError if the file is missing, truncated, damaged or not statistics, and
+    StatisticsVersionError if a newer version wrote it.
+    """
+    content, tensors = read_file(path, _KIND, _VERSION, StatisticsFileError, StatisticsVersionError)
+    result = ModelStatistics()
+    try:
+        for i, group in enumerate(content["groups"]):
+            result.add_group(group["layers"])
+            statistics = result[next(iter(group["layers"]))]
+            statistics.tokens = int(group["tokens"])
+            for key in ("total", "peak", "square", "histogram"):
+                empty, tensor = getattr(statistics, key), tensors[f"{key}.{i}"]
+                if tensor.shape != empty.shape or tensor.dtype != empty.dtype:
+                    raise ValueError(f"{key} is {tensor.dtype} {list(tensor.shape)}")
+                setattr(statistics, key, tensor)
+        result.layers = {name: result.layers[name] for name in content["order"]}
+        result._statistics = {name: result[name] for name in content["order"]}
+    except (KeyError, IndexError, TypeError, ValueError, StatisticsMismatchError) as error:
+        reason = f"its content is damaged ({error})"
+        raise StatisticsFileError(path=os.fspath(path), reason=reason) from error
+    return result
+
+
+def _shape_differences(known: Mapping[str, LayerShape], new: Mapping[str, LayerShape]) -> list[str]:
+    return [
+        f"{name}: {known[name]} before, {shape} now"
+        for name, shape in new.items()
+        if name in known and known[name] != shape
+    ]
