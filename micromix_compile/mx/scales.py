@@ -83,9 +83,9 @@ def inverse_scale_values(scales: Tensor) -> Tensor:
 
     A block is divided by its scale as one float32 multiplication with this power of two, whose bits
     are ``(254 - byte) << 23``: a normal number for every byte from 0 (2^127) to 253 (2^-126), all
-    that :func:`scale_bytes` gives to finite blocks. The product is exact, or so small that it rounds
-    to a zero element in any case, so multiplying and dividing agree. A kernel must not treat float32
-    subnormals of the input as zero (no DAZ): 2^-130 is 0.125 in a block of scale 2^-127. Bytes 254
-    and 255 give no meaningful factor (0 and -0x1p-127 bits); the block of a byte 255 is not cast.
+    that :func:`scale_bytes` gives to finite blocks. The product is exact, or so small that it becomes
+    a zero element in any case, so a kernel that divides gets the same codes. A kernel must not take
+    float32 subnormals of the input for zero: 2^-130 is 0.125 in a block of scale 2^-127. Bytes 254
+    and 255 have no factor here: no block that is cast has them.
     """
     return ((254 - scales.int()) << FLOAT32_MANTISSA_BITS).view(torch.float32)
