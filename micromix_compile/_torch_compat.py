@@ -1,0 +1,160 @@
+"""Every private torch name this project uses, in one place.
+
+Each entry says what it is for and the torch versions it was tried on. Nothing else in the project may
+import from `torch._dynamo`, `torch._inductor`, `torch._guards` or `torch._functorch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def source_name(node: fx.Node) -> str:
+    """Where Dynamo read a placeholder from, as the Python expression it guards on.
+
+    For example ``L['self']._modules['lm_head']._parameters['weight']``; empty for a node that Dynamo did not
+    make. Tried on torch 2.13 (`Source.name` is a property there, a method in earlier releases).
+    """
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return ""
+    return source.name() if callable(source.name) else source.name
+
+
+def is_static_input(node: fx.Node) -> bool:
+    """Whether Dynamo holds a placeholder to be a parameter or buffer of a module. Tried on torch 2.13."""
+    return bool(node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"))
+
+
+def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph that may be edited, with all that AOTAutograd reads from Dynamo's graph.
+
+    Dynamo reads its own graph again after the backend has returned, so that one must stay as it is. A plain
+    `deepcopy` would copy the fake tensors in `meta`; this copies nodes and shares what they refer to. Tried on
+    torch 2.13.
+    """
+    graph = fx.Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        copy = graph.node_copy(node, lambda n: copies[n])
+        if hasattr(node, "_dynamo_source"):
+            copy._dynamo_source = node._dynamo_source
+        copies[node] = copy
+    graph._codegen = gm.graph._codegen
+    result = fx.GraphModule(gm, graph)
+    result.meta.update(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        result._param_name_to_source = gm._param_name_to_source
+    return result
+
+
+def mark_static_input(node: fx.Node) -> None:
+    """Make a placeholder that this project added look like a parameter: a static address, and no guard on it.
+
+    AOTAutograd wants `_dynamo_source` on every placeholder (None: not from the user's code), and takes the
+    indices of static inputs, which CUDA graphs need, from `tensor_dict`. Tried on torch 2.13.
+    """
+    node._dynamo_source = None
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+
+
+def fake_mode():
+    """The fake-tensor mode of the compilation under way, or None outside of one. Tried on torch 2.13."""
+    context = torch._guards.TracingContext.try_get()
+    return None if context is None else context.fake_mode
+
+
+def static_fake(tensor: torch.Tensor) -> torch.Tensor:
+    """A fake of `tensor` with constant sizes, even under `dynamic=True`; the tensor itself outside a compilation.
+
+    A real tensor given to `compile_fx` under `dynamic=True` would get symbolic sizes and guards that no source
+    backs. Tried on torch 2.13.
+    """
+    mode = fake_mode()
+    return tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
+
+
+def same_storage(a: object, b: object) -> bool:
+    """Whether two fake tensors of one trace are views of the same memory. Tried on torch 2.13."""
+    tensors = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
+    return tensors and torch._C._is_alias_of(a, b)
+
+
+def raised_through_dynamo(error: Exception) -> Exception:
+    """The same error, of a class derived from its own, that Dynamo hands to the caller of the compiled model.
+
+    Any other exception of a backend reaches the user as `BackendCompilerFailed`, which no `except` clause of
+    theirs names. Tried on torch 2.13.
+    """
+    from torch._dynamo.exc import ShortenTraceback
+
+    kind = type(error)
+    derived = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__})
+    result = derived.__new__(derived)
+    result.args = error.args
+    result.__dict__.update(error.__dict__)
+    result.first_useful_frame = None
+    return result
+
+
+def guard_identity(node: fx.Node) -> None:
+    """Make Dynamo compile anew when the tensor behind a placeholder is another object.
+
+    Dynamo guards a parameter's shape and dtype only, so that one graph can serve several equal modules; a
+    graph with packed weights belongs to the very parameters it was packed from. Tried on torch 2.13.
+    """
+    context = torch._guards.TracingContext.try_get()
+    source = getattr(node, "_dynamo_source", None)
+    if context is None or source is None:
+        return
+    from torch._dynamo.guards import GuardBuilder
+
+    context.guards_context.dynamo_guards.add(source.make_guard(GuardBuilder.ID_MATCH))
+
+
+def inductor(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config_patches: dict[str, Any]
+) -> Callable[..., Any]:
+    """Compile a Dynamo-style graph with Inductor. Tried on torch 2.13."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, list(example_inputs), config_patches=config_patches or None)
+
+
+def inductor_mode_options(mode: str) -> dict[str, Any]:
+    """The Inductor settings behind a `torch.compile(mode=...)`; ValueError for an unknown mode. Tried on torch 2.13."""
+    from torch._inductor import list_mode_options
+
+    modes = list_mode_options()
+    if mode == "default":
+        return {}
+    if mode not in modes:
+        raise ValueError(f"unknown mode {mode!r}; there are {['default', *modes]}")
+    return modes[mode]
+
+
+def is_inductor_option(name: str) -> bool:
+    """Whether `torch.compile(options={name: ...})` is a setting of Inductor. Tried on torch 2.13."""
+    from torch._inductor import config
+
+    return name in config.shallow_copy_dict() if hasattr(config, "shallow_copy_dict") else hasattr(config, name)
+
+
+def compile_call(module: torch.nn.Module, backend: Callable[..., Any]) -> None:
+    """`module.compile(backend=...)` that leaves the compiled call of an earlier `module.compile` to its owner.
+
+    `_compiled_call_impl` is what `Module.__call__` runs. Tried on torch 2.13.
+    """
+    module._compiled_call_impl = torch.compile(module._call_impl, backend=backend, dynamic=None)
+
+
+def fresh_compile_cache() -> AbstractContextManager[None]:
+    """Compiles under it find no earlier kernel, on disk or in memory: for honest compile times. Tried on torch 2.13."""
+    from torch._inductor.utils import fresh_cache
+
+    return fresh_cache()

@@ -1,0 +1,293 @@
+"""The `torch.compile` backend: lower the linear layers of Dynamo's graph, then Inductor."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from tqdm import tqdm
+
+from micromix_compile import _torch_compat as compat
+from micromix_compile.allocation import uniform_plan
+from micromix_compile.errors import (
+    GradientError,
+    MicroMixError,
+    NoPlanWarning,
+    OptionError,
+    PlanMismatchError,
+    StrictError,
+)
+from micromix_compile.explain import GraphReport, LayerReport, record
+from micromix_compile.ops import kernel_name
+from micromix_compile.packing import PlacedWeight, placed_weight, state
+from micromix_compile.passes.find_linears import Linear, find_linears
+from micromix_compile.passes.lower_linears import Lowering, lower_linears, unsupported
+from micromix_compile.plan import LayerPlan, LayerShape, ModelPlan, attached, load_plan
+from micromix_compile.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `torch.compile(model, backend="micromix", options={...})` takes.
+
+    Attributes:
+        plan: a ModelPlan, or the path of a saved one; without it, the plan attached to the model.
+        recipe: for a model without a plan: a Recipe that needs no calibration (one format for all).
+        strict: raise StrictError where a layer is not lowered for another reason than the recipe's.
+        release_weights: free the float storage of each weight once it is packed.
+        mode: as in `torch.compile(mode=...)`, which refuses to be given beside options.
+        inductor: False runs the lowered graph as it is, without Inductor: quick to compile, for evaluation.
+        settings: every other option: settings of Inductor, as for its own backend.
+    """
+
+    plan: ModelPlan | None = None
+    recipe: Recipe | None = None
+    strict: bool = False
+    release_weights: bool = False
+    mode: str = "default"
+    inductor: bool = True
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None, mode: str | None) -> Options:
+        """Check the options of one `torch.compile` call. Raises OptionError."""
+        given = dict(options or {})
+        own = {name: given.pop(name) for name in list(given) if name in cls.__annotations__ and name != "settings"}
+        valid = "plan, recipe, strict, release_weights, mode, inductor, and every setting of Inductor"
+        for name in given:
+            if not compat.is_inductor_option(name):
+                raise OptionError(option=name, reason="is not known", valid=valid)
+        if isinstance(own.get("plan"), str) or hasattr(own.get("plan"), "__fspath__"):
+            own["plan"] = load_plan(own["plan"])
+        if mode is not None:
+            own["mode"] = mode
+        kinds = {
+            "plan": (ModelPlan, type(None)),
+            "recipe": (Recipe, type(None)),
+            "strict": bool,
+            "release_weights": bool,
+            "mode": str,
+            "inductor": bool,
+        }
+        for name, value in own.items():
+            if not isinstance(value, kinds[name]):
+                raise OptionError(option=name, reason=f"cannot be {value!r}", valid=valid)
+        if own.get("plan") is not None and own.get("recipe") is not None:
+            raise OptionError(option="recipe", reason="cannot be given beside a plan", valid=valid)
+        try:
+            compat.inductor_mode_options(own.get("mode", "default"))
+        except ValueError as error:
+            raise OptionError(option="mode", reason=f"cannot be used: {error}", valid=valid) from None
+        return cls(**own, settings=given)
+
+
+def micromix(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The backend behind `torch.compile(model, backend="micromix")`; see Options for what it takes."""
+    try:
+        return _compile(gm, example_inputs, Options.parse(options, mode))
+    except MicroMixError as error:
+        raise compat.raised_through_dynamo(error) from error.__cause__
+
+
+def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    gm = compat.copy_graph_module(gm)
+    report = GraphReport()
+    linears = find_linears(gm, example_inputs)
+    lowerings = _pack(_choose(linears, options, report), gm, example_inputs, options)
+    record(report, [linear.parameter for linear in linears if linear.parameter is not None])
+    if lowerings:
+        run = _lower(gm, example_inputs, lowerings, report)
+    else:
+        run = _Runner(gm, list(example_inputs))
+    run.compile(options)
+    return run.call
+
+
+def _choose(
+    linears: list[Linear], options: Options, report: GraphReport
+) -> list[tuple[Linear, str, LayerPlan, LayerReport]]:
+    """Decide for each layer whether and how it is lowered, and write that down."""
+    chosen: list[tuple[Linear, str, LayerPlan, LayerReport]] = []
+    refused: list[str] = []
+    planless = False
+    for linear in linears:
+        plan, name, reason, by_choice = None, linear.name, unsupported(linear), False
+        if reason is None:
+            model_plan, name = _plan_of(linear, options)
+            recipe = options.recipe or Recipe(format="mxfp8")
+            if model_plan is None:
+                planless = True
+            else:
+                recipe = Recipe.from_dict(model_plan.recipe)  # an empty one skips the output head
+            shape = LayerShape(linear.out_features, linear.in_features, linear.transposed)
+            by_choice = recipe.skips(name)
+            if model_plan is not None and name in model_plan:
+                plan = _checked(model_plan, name, shape)
+            elif by_choice:
+                reason = "the recipe skips it"
+            elif model_plan is None:
+                plan = uniform_plan({name: shape}, recipe)[name]
+            else:
+                reason = f"the plan has no layer {name}"
+        row = LayerReport(name, linear.in_features, linear.out_features, reason=reason or "")
+        row.bytes_before = 0 if linear.parameter is None else linear.parameter.nbytes
+        report.layers.append(row)
+        if plan is not None:
+            chosen.append((linear, name, plan, row))
+        elif not by_choice:
+            refused.append(f"{name}: {reason}")
+    if options.plan is not None and refused and not chosen:
+        raise PlanMismatchError(differences=refused)
+    if options.strict and refused:
+        raise StrictError(layers=refused)
+    if planless and options.recipe is None and chosen:
+        warnings.warn(NoPlanWarning(layers=len(chosen)), stacklevel=2)
+    return chosen
+
+
+def _plan_of(linear: Linear, options: Options) -> tuple[ModelPlan | None, str]:
+    """The plan a layer belongs to, and its name there.
+
+    A plan attached to the model knows the layer by its parameter. A plan given as an option knows names only:
+    those of the graph, or, where a part of the model is compiled, the one name that ends in the graph's.
+    """
+    name, plan = linear.name, options.plan
+    if plan is None and options.recipe is None:
+        plan, marked = attached(linear.parameter) or (None, None)
+        return plan, marked or name
+    if plan is not None and name not in plan:
+        ends = [known for known in plan if known.endswith("." + name)]
+        name = ends[0] if len(ends) == 1 else name
+    return plan, name
+
+
+def _checked(plan: ModelPlan, name: str, shape: LayerShape) -> LayerPlan:
+    if plan.shapes[name] != shape:
+        difference = f"{name}: the plan has {plan.shapes[name]}, the model {shape}"
+        raise PlanMismatchError(differences=[difference])
+    return plan[name]
+
+
+def _pack(chosen, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> list[Lowering]:
+    """Pack the weights, each once; with `release_weights`, free each float weight as soon as it is packed."""
+    if chosen:
+        _check_inference(gm, example_inputs)
+    lowerings = []
+    uses = Counter(linear.weight for linear, *_ in chosen)
+    for linear, name, plan, row in tqdm(chosen, "packing weights", delay=2, leave=False, disable=None):
+        weight = placed_weight(name, linear.parameter, plan, linear.transposed)
+        lowerings.append(Lowering(linear, plan, weight))
+        uses[linear.weight] -= 1
+        if options.release_weights and not uses[linear.weight]:
+            row.released = _release(linear, chosen, weight)
+        layout = plan.weight_layout
+        row.k4, row.k6, row.k8, row.format6 = plan.layout.k4, plan.layout.k6, plan.layout.k8, plan.layout.format6
+        row.bits, row.bytes_after = layout.total_bits, weight.buffer.nbytes
+        row.kernel = kernel_name(linear.parameter.device)
+    return lowerings
+
+
+def _release(linear: Linear, chosen, weight: PlacedWeight) -> bool:
+    """Free a float weight, unless something else in the graph or in memory needs its storage."""
+    lowered = sum(other.weight is linear.weight for other, *_ in chosen)
+    storage = linear.parameter.untyped_storage()
+    alone = len(linear.weight.users) == lowered and storage.nbytes() == linear.parameter.nbytes
+    if not weight.released and alone and storage.resizable():
+        weight.release(linear.parameter)
+    return weight.released
+
+
+def _check_inference(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    if torch.is_grad_enabled():
+        for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs):
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                raise GradientError(reason=f"gradients are enabled and {node.name} requires them")
+    for node in gm.graph.nodes:
+        if node.target in (torch.nn.functional.dropout, torch.dropout):
+            training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
+            if training is True:
+                raise GradientError(reason="the model is in training mode (its dropout is on)")
+
+
+class _Runner:
+    """A graph to run, and how the arguments of Dynamo's graph become its own.
+
+    `kept` are the positions of the arguments that are passed on; `packed` follow them. `watched` are the
+    positions of the float weights whose packed form is used instead, in the order of `weights`.
+    """
+
+    def __init__(self, gm: fx.GraphModule, inputs: list[Any]) -> None:
+        self.gm = gm
+        self.inputs = inputs
+        self.kept = list(range(len(inputs)))
+        self.packed: list[torch.Tensor] = []
+        self.watched: list[int] = []
+        self.weights: list[PlacedWeight] = []
+
+    def compile(self, options: Options) -> None:
+        self.run = self.gm.forward
+        if options.inductor:
+            settings = {**compat.inductor_mode_options(options.mode), **options.settings}
+            self.run = compat.inductor(self.gm, self.inputs, settings)
+        self.states = [weight.state for weight in self.weights]
+        # Nothing of the compilation stays alive with the compiled function: not the fake tensors, not the graph.
+        del self.gm, self.inputs
+
+    def call(self, *arguments: Any) -> Any:
+        parameters = [arguments[i] for i in self.watched]
+        if [state(parameter) for parameter in parameters] != self.states:
+            for weight, parameter in zip(self.weights, parameters):
+                weight.refresh(parameter)
+            self.states = [weight.state for weight in self.weights]
+        return self.run(*[arguments[i] for i in self.kept], *self.packed)
+
+
+def _lower(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], lowerings: list[Lowering], report: GraphReport
+) -> _Runner:
+    runner = _Runner(gm, list(example_inputs))
+    graph = gm.graph
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    floats = {}
+    for lowering in lowerings:
+        if lowering.linear.weight.op == "placeholder":
+            compat.guard_identity(lowering.linear.weight)
+            floats[lowering.linear.weight] = None
+            runner.watched.append(placeholders.index(lowering.linear.weight))
+            runner.weights.append(lowering.weight)
+
+    last = placeholders[-1] if placeholders else next(iter(graph.nodes)).prev
+
+    def add_constant(name: str, tensor: torch.Tensor) -> fx.Node:
+        nonlocal last
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"micromix_{name}")
+        last.meta["example_value"] = compat.static_fake(tensor)
+        compat.mark_static_input(last)
+        runner.packed.append(tensor)
+        runner.inputs.append(last.meta["example_value"])
+        return last
+
+    report.passes["micromix::quantize"] = lower_linears(graph, lowerings, add_constant)
+    report.passes["micromix::linear"] = len(lowerings)
+
+    # A float weight that nothing reads any more is no input of the lowered graph.
+    unread = {i for i, node in enumerate(placeholders) if node in floats and not node.users}
+    runner.kept = [i for i in runner.kept if i not in unread]
+    runner.inputs = [value for i, value in enumerate(runner.inputs) if i not in unread]
+    for i in unread:
+        graph.erase_node(placeholders[i])
+    graph.lint()
+    gm.recompile()
+    return runner

@@ -1,0 +1,132 @@
+"""What the compiler did with each linear layer, and why it left one alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+_reports: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+@dataclass
+class LayerReport:
+    """One linear layer, as the last graph that holds it treats it.
+
+    `bits` counts elements and scales of a weight; `bytes_before` and `bytes_after` are those of the weight.
+    `reason` is empty for a layer that was lowered.
+    """
+
+    name: str
+    K: int
+    N: int
+    k4: int = 0
+    k6: int = 0
+    k8: int = 0
+    format6: str = ""
+    bits: float = 0.0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    kernel: str = ""
+    fused_with: str = ""
+    reason: str = ""
+    released: bool = False
+
+
+@dataclass(eq=False)
+class GraphReport:
+    """One compiled graph: its layers, and how often each pass matched."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+    passes: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found: `layers` by name, the number of `graphs`, matches of each pass in all of them."""
+
+    layers: dict[str, LayerReport]
+    graphs: int
+    passes: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain values, for JSON."""
+        return {
+            "graphs": self.graphs,
+            "passes": dict(self.passes),
+            "layers": {name: asdict(layer) for name, layer in self.layers.items()},
+        }
+
+    def __str__(self) -> str:
+        if not self.graphs:
+            return (
+                "Nothing was compiled. torch.compile(model).generate(...) runs the uncompiled model: use "
+                'model.compile(backend="micromix"), and call the model at least once before explain.'
+            )
+        return f"{_table(self.layers.values())}\n{self._summary()}"
+
+    def _summary(self) -> str:
+        lowered = [layer for layer in self.layers.values() if not layer.reason]
+        before = sum(layer.bytes_before for layer in lowered)
+        after = sum(layer.bytes_after for layer in lowered)
+        lines = [f"{len(lowered)} of {len(self.layers)} linear layers lowered, in {self.graphs} graph(s)."]
+        if before:
+            lines.append(f"Their weights: {before:,} -> {after:,} bytes ({after / before:.1%}).")
+        if self.passes:
+            lines.append("Passes: " + ", ".join(f"{name} {n}" for name, n in sorted(self.passes.items())))
+        return "\n".join(lines)
+
+
+def record(report: GraphReport, parameters: Iterable[torch.Tensor]) -> None:
+    """Keep the report of a graph with the parameters of its layers, for as long as they live."""
+    for parameter in parameters:
+        _reports.setdefault(parameter, []).append(report)
+
+
+def explain(compiled: Any) -> Explanation:
+    """What was done with the linear layers of a model that was compiled with `backend="micromix"`.
+
+    Args:
+        compiled: the result of `torch.compile`, a module after `module.compile()`, or the module itself.
+
+    Layers are known once their graph was compiled, that is after the first call.
+    """
+    module = getattr(compiled, "_orig_mod", compiled)
+    if not isinstance(module, torch.nn.Module):
+        module = getattr(compiled, "__self__", None) or getattr(
+            getattr(compiled, "_torchdynamo_orig_callable", None), "__self__", None
+        )
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(
+            f"explain wants a torch.nn.Module, compiled or not, or one of its methods; this is a {type(compiled).__name__}"
+        )
+    graphs: dict[int, GraphReport] = {}
+    for tensor in [*module.parameters(), *module.buffers()]:
+        for report in _reports.get(tensor, []):
+            graphs[id(report)] = report
+    layers = {layer.name: layer for report in graphs.values() for layer in report.layers}
+    passes: Counter[str] = Counter()
+    for report in graphs.values():
+        passes.update(report.passes)
+    return Explanation(layers, len(graphs), dict(passes))
+
+
+def _table(layers: Iterable[LayerReport]) -> str:
+    header = ("layer", "K", "N", "k4", "k6", "k8", "bits", "bytes before", "after", "kernel", "fused with / reason")
+    rows = [header]
+    for r in layers:
+        split = ("", "", "", "") if r.reason else (str(r.k4), str(r.k6), str(r.k8), f"{r.bits:.2f}")
+        after = "" if r.reason else f"{r.bytes_after:,}"
+        note = f"left alone: {r.reason}" if r.reason else r.fused_with
+        rows.append((r.name, str(r.K), str(r.N), *split, f"{r.bytes_before:,}", after, r.kernel, note))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    left = {0, 9, 10}
+    lines = [
+        "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

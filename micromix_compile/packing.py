@@ -1,0 +1,116 @@
+"""Float weights into packed ones: quantised by a layer's plan, placed for its device, and kept.
+
+A weight is packed once for each plan, however many graphs use it. The cache belongs to the parameter: it goes
+when the parameter goes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+import micromix_compile.ops  # noqa: F401  (registers torch.ops.micromix)
+from micromix_compile.errors import ReleasedWeightError
+from micromix_compile.plan import LayerPlan
+
+_cache: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_packings = 0
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A quantised weight in the device-neutral layout, as it is saved and sharded.
+
+    `data` uint8 `[N, row_bytes]` and `scales` uint8 `[N, Kp/32]` of `plan.weight_layout`.
+    """
+
+    data: torch.Tensor
+    scales: torch.Tensor
+    plan: LayerPlan
+
+    def place(self) -> torch.Tensor:
+        """The flat uint8 buffer that `micromix::linear` of the data's device reads."""
+        layout = self.plan.layout
+        return torch.ops.micromix.place_weight(
+            self.data, self.scales, layout.k4, layout.k6, layout.k8, self.plan.format_code
+        )
+
+
+class PlacedWeight:
+    """A packed weight on its device, and what is needed to notice that its parameter has changed.
+
+    Attributes:
+        buffer: flat uint8, in the layout of the device's kernel. Its address never changes.
+        out_features: N.
+        name: the layer's name, for messages.
+        released: whether the float storage of the parameter was given back.
+    """
+
+    def __init__(self, name: str, parameter: torch.Tensor, plan: LayerPlan, transposed: bool) -> None:
+        self.name = name
+        self.plan = plan
+        self.transposed = transposed
+        self.released = False
+        self.out_features = parameter.shape[1 if transposed else 0]
+        self.buffer = self._pack(parameter)
+        self.state = state(parameter)
+
+    def _pack(self, parameter: torch.Tensor) -> torch.Tensor:
+        global _packings
+        if parameter.untyped_storage().nbytes() == 0 and parameter.numel() > 0:
+            raise ReleasedWeightError(layer=self.name)
+        _packings += 1
+        return pack_weight(parameter, self.plan, transposed=self.transposed).place()
+
+    def refresh(self, parameter: torch.Tensor) -> None:
+        """Pack again if the parameter was changed in place since; the buffer keeps its address."""
+        if state(parameter) != self.state:
+            self.buffer.copy_(self._pack(parameter))
+            self.state = state(parameter)
+            self.released = False
+
+    def release(self, parameter: torch.Tensor) -> None:
+        """Give back the parameter's float storage; a use of the parameter then raises in torch."""
+        parameter.untyped_storage().resize_(0)
+        self.released = True
+        self.state = state(parameter)
+
+
+def state(parameter: torch.Tensor) -> tuple[int, int]:
+    """What changes when a parameter's values change: its version counter and its address.
+
+    A write through `parameter.data` moves neither; torch itself does not see such a write. Inference tensors
+    have no version counter.
+    """
+    return (0 if parameter.is_inference() else parameter._version, parameter.data_ptr())
+
+
+def pack_weight(weight: torch.Tensor, plan: LayerPlan, transposed: bool = False) -> PackedWeight:
+    """Quantise a weight `[N, K]` (`[K, N]` where `transposed`), bf16, f16 or f32, by `plan`."""
+    layout = plan.weight_layout
+    with torch.inference_mode(False), torch.no_grad():
+        rows = weight.detach().t() if transposed else weight.detach()
+        order = None if plan.order is None else plan.order.to(rows.device)
+        data, scales = torch.ops.micromix.quantize(
+            rows, order, layout.k4, layout.k6, layout.k8, layout.code
+        )
+    return PackedWeight(data, scales, plan)
+
+
+def placed_weight(
+    name: str, parameter: torch.Tensor, plan: LayerPlan, transposed: bool = False
+) -> PlacedWeight:
+    """The placed form of a parameter under `plan`, packed at the first call and kept with the parameter."""
+    placed = _cache.setdefault(parameter, {})
+    key = (plan.digest, transposed, parameter.device)
+    if key not in placed:
+        placed[key] = PlacedWeight(name, parameter, plan, transposed)
+    placed[key].refresh(parameter)
+    return placed[key]
+
+
+def packings() -> int:
+    """How many weights this process has packed; a weight packed twice counts twice."""
+    return _packings

@@ -1,0 +1,1 @@
+"""Graph rewrites, one a file; installed as `micromix_compile.passes`."""

@@ -1,0 +1,218 @@
+"""Find the linear layers of an FX graph: y = x Wᵀ + b with a constant W.
+
+The one definition of "a layer". Calibration observes what this finds, lowering replaces what this finds, so
+the two cannot disagree. It reads graphs from Dynamo (parameters are placeholders) and from an unlifted
+`torch.export.ExportedProgram.module()` (parameters are attributes), with torch functions or ATen operators.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from micromix_compile._torch_compat import is_static_input, source_name
+
+aten = torch.ops.aten
+
+_LINEAR = {torch.nn.functional.linear, torch._C._nn.linear, aten.linear.default}
+_ADDMM = {torch.addmm, aten.addmm.default, "addmm"}
+_MATMUL = {
+    torch.mm,
+    torch.matmul,
+    operator.matmul,
+    aten.mm.default,
+    aten.matmul.default,
+    "mm",
+    "matmul",
+    "__matmul__",
+}
+_TRANSPOSE = {torch.t, aten.t.default, "t"}
+_SWAP = {torch.transpose, torch.swapaxes, aten.transpose.int, "transpose"}
+_PERMUTE = {torch.permute, aten.permute.default, "permute"}
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """One linear layer of a graph.
+
+    `parameter` is the real tensor behind `weight`: `[N, K]`, or `[K, N]` where `transposed`. `reason` says why
+    the layer can never be lowered; then `parameter` may be None and the sizes 0.
+    """
+
+    name: str
+    node: fx.Node
+    input: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    transposed: bool
+    parameter: torch.Tensor | None
+    reason: str | None = None
+
+    @property
+    def in_features(self) -> int:
+        return 0 if self.parameter is None else self.parameter.shape[0 if self.transposed else 1]
+
+    @property
+    def out_features(self) -> int:
+        return 0 if self.parameter is None else self.parameter.shape[1 if self.transposed else 0]
+
+
+def find_linears(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> list[Linear]:
+    """The linear layers of `gm`, in graph order.
+
+    `example_inputs` are what the placeholders stand for; those of a Dynamo graph include the parameters
+    themselves. Products of two activations are no layers and are not returned; a layer whose weight is not a
+    constant of the graph is returned with a `reason`.
+    """
+    constants = _constants(gm, example_inputs)
+    found = (_match(node, constants) for node in gm.graph.nodes)
+    return [linear for linear in found if linear is not None]
+
+
+def layer_names(model: torch.nn.Module) -> dict[int, list[str]]:
+    """id(parameter) -> the names of the layers it may be the weight of.
+
+    A weight called `x.weight` belongs to layer `x`; any other keeps its own name (`attn.in_proj_weight`). A
+    tied or shared parameter has several names.
+    """
+    names: dict[int, list[str]] = {}
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in tensors:
+        names.setdefault(id(tensor), []).append(name.removesuffix(".weight"))
+    return names
+
+
+def value_of(node: fx.Node) -> torch.Tensor | None:
+    """The fake tensor that Dynamo or export kept of a node's value."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def choose_name(name: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that a graph's own `name` for a layer means; None where there is no candidate.
+
+    A graph that starts inside the model (after a graph break, or where only a part is compiled) knows a layer by
+    the end of its name, hence the longest common ending, in whole parts.
+    """
+    parts = name.split(".")[::-1]
+
+    def common(candidate: str) -> int:
+        count = 0
+        for mine, theirs in zip(parts, candidate.split(".")[::-1]):
+            if mine != theirs:
+                break
+            count += 1
+        return count
+
+    return max(candidates, key=common, default=None)
+
+
+def _constants(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[fx.Node, torch.Tensor]:
+    """Nodes whose value is the same tensor at every call: parameters and buffers."""
+    constants = {}
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs):
+        if isinstance(value, torch.nn.Parameter) or (
+            isinstance(value, torch.Tensor) and is_static_input(node)
+        ):
+            constants[node] = value
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value = operator.attrgetter(node.target)(gm)
+        if isinstance(value, torch.Tensor):
+            constants[node] = value
+    return constants
+
+
+def _match(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> Linear | None:
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if node.target in _LINEAR:
+        x, weight = _arguments(node, "input", "weight")
+        bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+        return _linear(node, x, weight, bias, False, constants)
+    if node.target in _ADDMM:
+        bias, x, weight = _arguments(node, "input", "mat1", "mat2")
+        weight, transposed = _untransposed(weight, constants)
+        if weight not in constants:
+            return None
+        reason = None
+        if {"beta", "alpha"} & node.kwargs.keys() or len(node.args) > 3:
+            reason = "addmm scales its operands"
+        elif _rank(bias) != 1:
+            reason = "addmm adds no bias vector"
+        return _linear(node, x, weight, bias, transposed, constants, reason)
+    if node.target in _MATMUL:
+        x, weight = _arguments(node, "input", "mat2" if "mat2" in node.kwargs else "other")
+        if not isinstance(weight, fx.Node):
+            return None
+        weight, transposed = _untransposed(weight, constants)
+        if weight not in constants or constants[weight].dim() != 2 or not isinstance(x, fx.Node):
+            return None
+        return _linear(node, x, weight, None, transposed, constants)
+    return None
+
+
+def _linear(node, x, weight, bias, transposed, constants, reason=None) -> Linear:
+    parameter = constants.get(weight)
+    if parameter is None:
+        kind = "is computed in the graph" if weight.op != "placeholder" else "is an argument of the call"
+        reason = f"its weight {kind}, so it cannot be packed ahead"
+    elif parameter.dim() != 2:
+        reason = f"its weight has {parameter.dim()} dimensions"
+        parameter = None
+    return Linear(_name(node, weight), node, x, weight, bias, transposed, parameter, reason)
+
+
+def _arguments(node: fx.Node, *names: str) -> list[Any]:
+    return [node.args[i] if i < len(node.args) else node.kwargs.get(name) for i, name in enumerate(names)]
+
+
+def _rank(node: Any) -> int:
+    value = value_of(node) if isinstance(node, fx.Node) else None
+    return value.dim() if isinstance(value, torch.Tensor) else 0
+
+
+def _untransposed(weight: Any, constants) -> tuple[Any, bool]:
+    """The right operand [K, N] of a product as (parameter, stored as [K, N])."""
+    if not isinstance(weight, fx.Node) or weight in constants or not weight.args:
+        return weight, True
+    source, *rest = weight.args
+    if source not in constants or constants[source].dim() != 2:
+        return weight, True
+    swapped = (
+        weight.target in _TRANSPOSE
+        or (weight.target in _SWAP and {d % 2 for d in rest} == {0, 1})
+        or (weight.target in _PERMUTE and tuple(d % 2 for d in _flat(rest)) == (1, 0))
+        or (weight.target is getattr and rest == ["T"])
+    )
+    return (source, False) if swapped else (weight, True)
+
+
+def _flat(arguments: Sequence[Any]) -> Sequence[Any]:
+    return arguments[0] if len(arguments) == 1 and isinstance(arguments[0], (tuple, list)) else arguments
+
+
+def _name(node: fx.Node, weight: fx.Node) -> str:
+    """The layer's name in the module that the graph was traced from.
+
+    It is its weight's name where that lies inside the module that runs the product, and that module's
+    otherwise: a tied `lm_head` is `lm_head`, not the embedding whose weight it borrows.
+    """
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    module = _relative(stack[-1][0]) if stack else ""
+    path = _relative(source_name(weight)) if weight.op == "placeholder" else str(weight.target)
+    path = path.removesuffix(".weight")
+    inside = not module or path == module or path.startswith(module + ".")
+    return (path if inside else module) or str(weight.name)
+
+
+def _relative(path: str) -> str:
+    """`L['self']._modules['a']._parameters['weight']` or `L['self'].a.weight` as `a.weight`."""
+    path = re.sub(r"^L\['[^']*'\]", "", path)
+    path = re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", path)
+    path = re.sub(r"\['?([^'\]]*)'?\]", r".\1", path)
+    return path.lstrip(".")
