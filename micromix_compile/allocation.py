@@ -20,9 +20,9 @@ __all__ = ["allocate", "channel_order", "split_counts", "uniform_plan"]
 def allocate(statistics: ModelStatistics, recipe: Recipe) -> ModelPlan:
     """The plan of all layers that were calibrated and that the recipe does not skip.
 
-    Channels are sorted by the recipe's metric, the smallest first, so that the largest get the widest
-    format. Layers that share an input share one LayerPlan. Raises EmptyCalibrationError if a layer saw no
-    token, and RecipeError if the recipe's counts do not fit a layer.
+    Channels are sorted by the recipe's metric, the smallest first, so that the largest get the
+    widest format. Layers that share an input share one LayerPlan. Raises EmptyCalibrationError if
+    a layer saw no token, and RecipeError if the recipe's counts do not fit a layer.
     """
     kept = {name: shape for name, shape in statistics.layers.items() if not recipe.skips(name)}
     if recipe.method == "format":
@@ -39,8 +39,8 @@ def allocate(statistics: ModelStatistics, recipe: Recipe) -> ModelPlan:
 def uniform_plan(layers: Mapping[str, LayerShape], recipe: Recipe) -> ModelPlan:
     """A plan with one format for all channels, in their own order; it needs no calibration.
 
-    ``layers``: name -> LayerShape, or a tuple (N, K) or (N, K, transposed). Layers that the recipe skips are
-    left out. Raises RecipeError unless the recipe has a ``format``.
+    ``layers``: name -> LayerShape, or a tuple (N, K) or (N, K, transposed). Layers that the
+    recipe skips are left out. Raises RecipeError unless the recipe has a ``format``.
     """
     if recipe.method != "format":
         expected = "'mxfp8', 'mxfp6' or 'mxfp4' where there is no calibration"
@@ -52,10 +52,10 @@ def uniform_plan(layers: Mapping[str, LayerShape], recipe: Recipe) -> ModelPlan:
 
 
 def split_counts(channels: int, fractions: Sequence[float], multiple: int) -> tuple[int, int, int]:
-    """Fractions (p4, p6, p8) of K channels -> (k4, k6, k8), multiples that sum to K rounded up to one.
+    """Fractions (p4, p6, p8) of K channels -> (k4, k6, k8), summing to K rounded up to one.
 
-    The wide segments are rounded up, 8-bit before 6-bit, and 4-bit takes what is left (padding included), so
-    that no channel gets a narrower format than its fraction says.
+    The wide segments are rounded up, 8-bit before 6-bit, and 4-bit takes what is left (padding
+    included), so that no channel gets a narrower format than its fraction says.
     """
     padded = _round_up(channels, multiple)
     _, p6, p8 = fractions
@@ -65,10 +65,10 @@ def split_counts(channels: int, fractions: Sequence[float], multiple: int) -> tu
 
 
 def channel_order(metric: Tensor, counts: tuple[int, int, int]) -> Tensor:
-    """The order int32 ``[Kp]`` that sorts channels by ``metric`` ``[K]``, smallest first; ties by number.
+    """The order int32 ``[Kp]`` that sorts channels by ``metric`` ``[K]``, the smallest first.
 
-    Padding (-1) stands at the end of the narrowest segment that has channels: there it changes neither
-    which blocks the other channels form, nor their scales.
+    Padding (-1) stands at the end of the narrowest segment that has channels: there it changes
+    neither which blocks the other channels form, nor their scales.
     """
     order = metric.argsort(stable=True).to(torch.int32).cpu()
     padding = sum(counts) - len(order)

@@ -4,7 +4,8 @@ A class holds the template of its message; a caller gives the facts that fill it
 
     raise NonFiniteCalibrationError(layer="model.layers.0.mlp.down_proj")
 
-A fact that is a list becomes indented lines, the first few of them. All facts stay in ``error.facts``.
+A fact that is a list becomes indented lines, the first few of them. All facts stay in
+``error.facts``.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ class MicroMixError(_Message):
 
 
 class RecipeError(MicroMixError, ValueError):
-    """A Recipe was given a bad value or an option it does not have. Facts: option, value, expected."""
+    """A Recipe was given a bad value, or an option it does not have.
+    Facts: option, value, expected."""
 
     template = "Recipe: {option} = {value!r} does not work; it must be {expected}."
 
@@ -91,7 +93,8 @@ class InvalidPlanError(MicroMixError, ValueError):
 
 
 class PlanMismatchError(MicroMixError):
-    """A plan names layers that the model lacks, or has other shapes. Facts: differences (a list)."""
+    """A plan names layers that the model lacks, or has other shapes.
+    Facts: differences (a list)."""
 
     template = (
         "The plan was made for another model:{differences}\n"
@@ -127,7 +130,8 @@ class StatisticsFileError(MicroMixError):
 
 
 class StatisticsVersionError(MicroMixError):
-    """A statistics file has a newer format than this package reads. Facts: path, version, supported."""
+    """A statistics file has a newer format than this package reads.
+    Facts: path, version, supported."""
 
     template = (
         "{path} holds statistics of version {version}; this micromix-compile reads up to "
@@ -186,7 +190,8 @@ class ReleasedWeightError(MicroMixError):
 
 
 class GradientError(MicroMixError):
-    """A compiled model would have to give gradients, which quantised layers do not have. Facts: reason."""
+    """A compiled model would have to give gradients, which quantised layers do not have.
+    Facts: reason."""
 
     template = (
         "micromix runs inference only: {reason}. Call model.eval(), and run the model under "
@@ -228,7 +233,8 @@ class MicroMixWarning(_Message, UserWarning):
 
 
 class ReferenceKernelWarning(MicroMixWarning):
-    """Layers run on the slow pure-torch reference because a kernel is missing. Facts: device, reason."""
+    """Layers run on the slow pure-torch reference, because a kernel is missing.
+    Facts: device, reason."""
 
     template = (
         "micromix runs its pure-torch reference on {device}, which is slow: {reason}. "
@@ -240,8 +246,8 @@ class NoPlanWarning(MicroMixWarning):
     """A model was compiled without a plan, so every layer is MXFP8. Facts: layers (a number)."""
 
     template = (
-        "No plan is attached to this model: all of its {layers} linear layers run in MXFP8. "
-        "For 4- and 6-bit channels: calibrate, then calibration.plan(micromix.Recipe()).attach(model)."
+        "No plan is attached to this model: all of its {layers} linear layers run in MXFP8. For "
+        "4- and 6-bit channels: calibrate, then calibration.plan(micromix.Recipe()).attach(model)."
     )
 
 

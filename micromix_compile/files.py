@@ -1,7 +1,7 @@
 """Reading and writing of the package's own files: safetensors with a JSON document, versioned.
 
-The safetensors metadata holds ``{kind: version, "content": JSON text}``, where ``kind`` says what the
-file is ("micromix_plan"). Nothing is ever unpickled.
+The safetensors metadata holds ``{kind: version, "content": JSON text}``, where ``kind`` says what
+the file is ("micromix_plan"). Nothing is ever unpickled.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """LayerPlan and ModelPlan: which channel of which layer gets which format.
 
-A plan is pure data. It is made by :mod:`micromix_compile.allocation`, saved as safetensors, and found by the
-backend through the model's own parameters (:meth:`ModelPlan.attach`).
+A plan is pure data. It is made by :mod:`micromix_compile.allocation`, saved as safetensors, and
+found by the backend through the model's own parameters (:meth:`ModelPlan.attach`).
 """
 
 from __future__ import annotations
@@ -52,13 +52,14 @@ class LayerShape(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LayerPlan:
-    """The channel formats of one input, shared by all layers that read it. Immutable; equal by digest.
+    """The channel formats of one input, shared by all layers that read it; equal by digest.
 
-    ``order`` int32 ``[Kp]`` maps positions to channels of the input, -1 for a padding channel; None means the
-    channels as they are, then padding. ``Kp = layout.channels``. ``layout`` is that of the activations,
-    with their scale rules; ``weight_rules`` are those of the weight, None for the same. ``weights`` is
-    "match" (a weight has the format of its channel) or "mxfp4". ``group`` names the input; it has no effect
-    on numbers and is not part of the digest. Raises InvalidPlanError.
+    ``order`` int32 ``[Kp]`` maps positions to channels of the input, -1 for a padding channel;
+    None means the channels as they are, then padding. ``Kp = layout.channels``. ``layout`` is
+    that of the activations, with their scale rules; ``weight_rules`` are those of the weight,
+    None for the same. ``weights`` is "match" (a weight has the format of its channel) or "mxfp4".
+    ``group`` names the input; it has no effect on numbers and is not part of the digest. Raises
+    InvalidPlanError.
     """
 
     in_features: int
@@ -109,7 +110,7 @@ class LayerPlan:
 
     @property
     def bits(self) -> float:
-        """Bits stored per channel of an activation, scales (8 bits per block) and padding counted."""
+        """Bits stored per channel of an activation, scales (8 per block) and padding counted."""
         return _bits(self.layout, self.in_features)
 
     @property
@@ -150,11 +151,12 @@ def _bits(layout: MixedLayout, in_features: int) -> float:
 
 
 class ModelPlan(Mapping[str, LayerPlan]):
-    """The plans of a model's layers: a mapping from layer name to LayerPlan. Immutable; equal by digest.
+    """The plans of a model's layers: a mapping from layer name to LayerPlan; equal by digest.
 
-    ``layers``: name -> LayerPlan, layers with the same input sharing one object. ``shapes``: name -> LayerShape of
-    the same layers. ``recipe``: the recipe as a dict, for the reader only. A layer's name is that of its
-    module, as in ``model.named_modules()``. Raises InvalidPlanError if layers and shapes contradict each other.
+    ``layers``: name -> LayerPlan, layers with the same input sharing one object. ``shapes``: name
+    -> LayerShape of the same layers. ``recipe``: the recipe as a dict, for the reader only. A
+    layer's name is that of its module, as in ``model.named_modules()``. Raises InvalidPlanError
+    if layers and shapes contradict each other.
     """
 
     def __init__(
@@ -200,13 +202,13 @@ class ModelPlan(Mapping[str, LayerPlan]):
 
     @property
     def weight_bits(self) -> float:
-        """Bits per weight element over all planned layers, scales and padding counted; 0 if none."""
+        """Bits per weight element over all layers, scales and padding counted; 0 if none."""
         rows = self.summary()
         elements = sum(row["N"] * row["K"] for row in rows)
         return 8 * sum(row["weight_bytes"] for row in rows) / elements if elements else 0.0
 
     def summary(self) -> list[dict[str, Any]]:
-        """One row a layer: layer, K, N, k4, k6, k8, bits (of activations, scales counted), weight_bytes."""
+        """One row a layer: layer, K, N, k4, k6, k8, bits (see LayerPlan.bits), weight_bytes."""
         rows = []
         for name, layer in self.items():
             layout, shape = layer.layout, self.shapes[name]
@@ -219,7 +221,7 @@ class ModelPlan(Mapping[str, LayerPlan]):
         return rows
 
     def check(self, model_layers: Mapping[str, LayerShape]) -> None:
-        """Raises PlanMismatchError if a planned layer is not among these, or has another shape there."""
+        """Raises PlanMismatchError if a planned layer is not among these, or its shape differs."""
         differences = []
         for name, shape in self.shapes.items():
             if name not in model_layers:
@@ -231,11 +233,11 @@ class ModelPlan(Mapping[str, LayerPlan]):
             raise PlanMismatchError(differences=differences)
 
     def attach(self, model: nn.Module) -> ModelPlan:
-        """Marks the weights of the planned layers, so that the backend finds this plan; returns self.
+        """Marks the weights of the planned layers, for the backend to find the plan; returns self.
 
-        A plan attached before is taken off. Layers that are not in the plan stay unmarked. A weight shared by
-        several layers is marked with the first. Raises PlanMismatchError, before anything is changed, if a
-        planned layer is missing or its weight has another shape.
+        A plan attached before is taken off. Layers that are not in the plan stay unmarked. A
+        weight shared by several layers is marked with the first. Raises PlanMismatchError, before
+        anything is changed, if a planned layer is missing or its weight has another shape.
         """
         parameters = _named_parameters(model)
         found, differences = {}, []
@@ -276,8 +278,8 @@ class ModelPlan(Mapping[str, LayerPlan]):
 def load_plan(path: str | os.PathLike) -> ModelPlan:
     """Reads a plan that :meth:`ModelPlan.save` wrote.
 
-    Raises PlanFileError if the file is missing, truncated, damaged or not a plan, and PlanVersionError if a
-    newer version wrote it.
+    Raises PlanFileError if the file is missing, truncated, damaged or not a plan, and
+    PlanVersionError if a newer version wrote it.
     """
     content, tensors = read_file(path, _KIND, _VERSION, PlanFileError, PlanVersionError)
     try:
@@ -324,8 +326,9 @@ def find_weight(model: nn.Module, layer: str) -> nn.Parameter | None:
 
 
 def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    model = getattr(model, "_orig_mod", model)  # torch.compile(model) wraps the model
-    return dict(model.named_parameters(remove_duplicate=False))
+    # torch.compile wraps a module, the whole model or a part of it, in one that holds _orig_mod.
+    named = model.named_parameters(remove_duplicate=False)
+    return {name.replace("_orig_mod.", ""): parameter for name, parameter in named}
 
 
 def _weight(parameters: Mapping[str, nn.Parameter], layer: str) -> nn.Parameter | None:

@@ -36,7 +36,7 @@ _SHIFT = 23 - _MANTISSA_BITS
 _TOP = 127 << _MANTISSA_BITS  # the bin number of 1.0
 _BINS = (_OCTAVES << _MANTISSA_BITS) + 1
 
-_CPU_CHUNK = 1 << 17  # elements; the temporaries stay in the second-level cache
+_CPU_CHUNK = 1 << 18  # elements; the temporaries stay in the second-level cache
 _DEVICE_CHUNK = 1 << 22
 _SQUARE_SAFE = 1e15  # the squares of a chunk of larger values could overflow float32
 
@@ -44,11 +44,12 @@ _SQUARE_SAFE = 1e15  # the squares of a chunk of larger values could overflow fl
 def thresholds(form: str, lam: float = 1.0) -> tuple[float, float]:
     """(T4, T6) as fractions of the largest magnitude of a token row.
 
-    An element of at most T4 is safe in MXFP4, one of at most T6 in MXFP6. ``form`` is "published" (the
-    reference code: 448/6/2^10 and 448/28/2^6, the ratio of the formats' largest elements over the steps that
-    MXFP8 has and they have not) or "paper" (arXiv 2508.02343: 2^b·2^(n-1)/q_max/254, with n bits, exponent bias
-    b, and largest element q_max of E2M1 and E3M2; 6.945 times tighter). Both are multiplied by ``lam``.
-    Raises ValueError for another form.
+    An element of at most T4 goes to MXFP4, one of at most T6 to MXFP6, any other to MXFP8.
+    ``form`` is "published", of MicroMix's released code: 448/6/2^10 and 448/28/2^6, where 448, 6
+    and 28 are the largest elements of E4M3, E2M1 and E3M2; or "paper", of arXiv 2508.02343:
+    2^b·2^(n-1)/q_max/254, with n bits, exponent bias b and largest element q_max of E2M1 and
+    E3M2, which is 6.945 times tighter. Both are multiplied by ``lam``. Raises ValueError for
+    another form.
     """
     if form == "published":
         return lam * 448 / 6 / 2**10, lam * 448 / 28 / 2**6
@@ -68,9 +69,9 @@ class Fractions(NamedTuple):
 class ChannelStatistics:
     """What calibration keeps of one input ``[..., K]``; all on the CPU, about 20 K + 10 000 bytes.
 
-    ``tokens``: rows seen. ``total`` float64 ``[K]``: Σ|x|. ``peak`` float32 ``[K]``: max |x|. ``square`` float64
-    ``[K]``: Σx². ``histogram`` int64: elements by |x| / max|row|, in bins 1/64 octave wide; rows of zeros
-    are left out of it, because they ask for no format.
+    ``tokens``: rows seen. ``total`` float64 ``[K]``: Σ|x|. ``peak`` float32 ``[K]``: max |x|.
+    ``square`` float64 ``[K]``: Σx². ``histogram`` int64: elements by |x| / max|row|, in bins 1/64
+    octave wide; rows of zeros are left out of it, because they ask for no format.
     """
 
     def __init__(self, channels: int) -> None:
@@ -114,7 +115,7 @@ class ChannelStatistics:
         self.histogram = self.histogram + other.histogram
 
     def metric(self, sort: str) -> Tensor:
-        """What channels are sorted by, float64 ``[K]``: "mean" of |x|, "max" of |x|, or "hessian", E[x²]."""
+        """What channels are sorted by, float64 ``[K]``: "mean" or "max" of |x|, "hessian" E[x²]."""
         if sort == "max":
             return self.peak.double()
         sums = {"mean": self.total, "hessian": self.square}[sort]
@@ -145,7 +146,7 @@ def _measure(rows: Tensor, layer: str) -> ChannelStatistics:
     result = ChannelStatistics(rows.shape[-1])
     if not len(rows):
         return result
-    magnitudes = rows.float().abs()
+    magnitudes = rows.abs().float()  # a copy, whatever the dtype
     row_peaks = magnitudes.amax(dim=1, keepdim=True)
     largest = float(row_peaks.max())  # NaN wins over all else
     if not math.isfinite(largest):
@@ -160,17 +161,19 @@ def _measure(rows: Tensor, layer: str) -> ChannelStatistics:
 
 
 def _histogram(magnitudes: Tensor, row_peaks: Tensor) -> Tensor:
+    # In a row of zeros the ratios are 0, in bin 0; they are taken out of it again below.
+    ratios = magnitudes / row_peaks.clamp(min=torch.finfo(torch.float32).tiny)
     # The bits of a positive float sort as it does, and their upper part is a bin number.
-    ratios = (magnitudes / row_peaks).nan_to_num_(0.0)  # NaN: a row of zeros
-    ratios.clamp_(min=2.0**-_OCTAVES)
-    numbers = ratios.view(torch.int32) >> _SHIFT
-    counts = torch.bincount(numbers.flatten(), minlength=_TOP + 1)[-_BINS:].cpu()
-    counts[0] -= magnitudes.shape[1] * int((row_peaks == 0).sum())
-    return counts
+    numbers = ratios.view(torch.int32).bitwise_right_shift_(_SHIFT)
+    counts = torch.bincount(numbers.flatten(), minlength=_TOP + 1).cpu()
+    result = counts[-_BINS:].clone()
+    result[0] += counts[:-_BINS].sum()
+    result[0] -= magnitudes.shape[1] * (row_peaks == 0).sum().cpu()
+    return result
 
 
 def _bin_position(ratio: float) -> float:
-    """Where a ratio below 1 falls among the bins: the number of its bin, plus the part of it below."""
+    """Where a ratio below 1 falls among the bins: the number of its bin, plus a part of it."""
     if ratio < 2.0**-_OCTAVES * (1 + 2.0**-_MANTISSA_BITS):
         return max(0.0, ratio / (2.0**-_OCTAVES * (1 + 2.0**-_MANTISSA_BITS)))
     mantissa, exponent = math.frexp(ratio)  # in [0.5, 1): one octave, linear within
@@ -190,9 +193,10 @@ class ModelStatistics:
     def add_group(self, layers: Mapping[str, LayerShape]) -> None:
         """Says that these layers read one input. Calling it again changes nothing.
 
-        Two graphs may group the layers differently (one call has a graph break that the other lacks, or a
-        layer is used twice). Groups that overlap become one: each layer must end with one plan.
-        Raises StatisticsMismatchError if the layers differ in K, or a shape differs from what is known.
+        Two graphs may group the layers differently (one call has a graph break that the other
+        lacks, or a layer is used twice). Groups that overlap become one: each layer must end with
+        one plan. Raises StatisticsMismatchError if the layers differ in K, or a shape differs
+        from what is known.
         """
         shapes = {name: LayerShape(*shape) for name, shape in layers.items()}
         widths = sorted({shape.in_features for shape in shapes.values()})
