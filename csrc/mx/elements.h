@@ -5,10 +5,12 @@
 #include <bit>
 #include <cstdint>
 
+// Always inlined on the host: a copy that a file compiled for AVX-512 leaves behind could be the
+// one that the linker keeps for a machine without it.
 #if defined(__CUDACC__)
 #define MX_HOST_DEVICE __host__ __device__
 #else
-#define MX_HOST_DEVICE
+#define MX_HOST_DEVICE [[gnu::always_inline]]
 #endif
 
 namespace mx {
@@ -40,8 +42,8 @@ inline constexpr ElementFormat E4M3{8, 3, 7, 8, std::bit_cast<uint32_t>(448.0f),
 // The code of `x`, which is not NaN: nearest even, subnormals kept, saturating, sign of zero kept.
 MX_HOST_DEVICE constexpr uint8_t encode(float x, ElementFormat format) {
   const int dropped_bits = kFloat32MantissaBits - format.mantissa_bits;
-  const uint32_t smallest_normal =
-      static_cast<uint32_t>(1 - format.bias + kFloat32Bias) << kFloat32MantissaBits;
+  const uint32_t smallest_normal = static_cast<uint32_t>(1 - format.bias + kFloat32Bias)
+                                   << kFloat32MantissaBits;
   const uint32_t bits = std::bit_cast<uint32_t>(x);
 
   uint32_t magnitude = bits & kFloat32Magnitude;

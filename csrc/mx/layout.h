@@ -30,19 +30,23 @@ struct MixedLayout {
   static constexpr int kFormat6Bit = 0b01;
   static constexpr int kWeightIsMxfp4Bit = 0b10;
 
-  constexpr bool valid() const {
+  MX_HOST_DEVICE constexpr bool valid() const {
     if (k4 < 0 || k6 < 0 || k8 < 0 || code < 0 || code > 255) return false;
     if (k4 % kBlock || k6 % kBlock || k8 % kBlock) return false;
     return rule_code(0) <= 2 && rule_code(1) <= 2 && rule_code(2) <= 2;
   }
-  constexpr int rule_code(int segment) const { return (code >> (2 + 2 * segment)) & 0b11; }
-  constexpr ElementFormat format6() const { return code & kFormat6Bit ? E3M2 : E2M3; }
-  constexpr int64_t channels() const { return k4 + k6 + k8; }
-  constexpr int64_t blocks() const { return channels() / kBlock; }
-  constexpr int64_t row_bytes() const { return k4 / 2 + k6 / 4 * 3 + k8; }
+  MX_HOST_DEVICE constexpr int rule_code(int segment) const {
+    return (code >> (2 + 2 * segment)) & 0b11;
+  }
+  MX_HOST_DEVICE constexpr ElementFormat format6() const {
+    return code & kFormat6Bit ? E3M2 : E2M3;
+  }
+  MX_HOST_DEVICE constexpr int64_t channels() const { return k4 + k6 + k8; }
+  MX_HOST_DEVICE constexpr int64_t blocks() const { return channels() / kBlock; }
+  MX_HOST_DEVICE constexpr int64_t row_bytes() const { return k4 / 2 + k6 / 4 * 3 + k8; }
 
   // The three segments of a row, empty ones included.
-  constexpr std::array<Segment, 3> segments() const {
+  MX_HOST_DEVICE constexpr std::array<Segment, 3> segments() const {
     const auto rule = [this](int i) { return static_cast<ScaleRule>(rule_code(i)); };
     return {{{E2M1, rule(0), 0, k4 / kBlock, 0},
              {format6(), rule(1), k4 / kBlock, k6 / kBlock, k4 / 2},
@@ -50,10 +54,10 @@ struct MixedLayout {
   }
 
   // The weight's own layout: MXFP4 in every segment where the format code says so.
-  constexpr MixedLayout weight() const {
+  MX_HOST_DEVICE constexpr MixedLayout weight() const {
     return code & kWeightIsMxfp4Bit ? MixedLayout{channels(), 0, 0, code} : *this;
   }
-  constexpr ElementFormat weight_format(const Segment& segment) const {
+  MX_HOST_DEVICE constexpr ElementFormat weight_format(const Segment& segment) const {
     return code & kWeightIsMxfp4Bit ? E2M1 : segment.format;
   }
 };
@@ -81,8 +85,8 @@ MX_HOST_DEVICE inline void pack_block(const uint8_t* codes, int bits, uint8_t* p
     for (int i = 0; i < kBlock / 2; ++i) packed[i] = codes[2 * i] | codes[2 * i + 1] << 4;
   } else if (bits == 6) {
     for (int i = 0; i < kBlock / 4; ++i) {
-      const uint32_t four = codes[4 * i] | codes[4 * i + 1] << 6 | codes[4 * i + 2] << 12 |
-                            codes[4 * i + 3] << 18;
+      const uint32_t four =
+          codes[4 * i] | codes[4 * i + 1] << 6 | codes[4 * i + 2] << 12 | codes[4 * i + 3] << 18;
       for (int j = 0; j < 3; ++j) packed[3 * i + j] = static_cast<uint8_t>(four >> (8 * j));
     }
   } else {

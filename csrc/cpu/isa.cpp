@@ -1,0 +1,108 @@
+#include "isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#if defined(MICROMIX_X86)
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace micromix::cpu {
+namespace {
+
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx"};
+
+#if defined(MICROMIX_X86)
+
+struct Registers {
+  unsigned a, b, c, d;
+};
+
+Registers cpuid(unsigned leaf, unsigned subleaf) {
+  Registers r{};
+  __get_cpuid_count(leaf, subleaf, &r.a, &r.b, &r.c, &r.d);
+  return r;
+}
+
+constexpr bool has(unsigned value, unsigned bits) { return (value & bits) == bits; }
+
+[[gnu::target("xsave")]] unsigned enabled_states() { return static_cast<unsigned>(_xgetbv(0)); }
+
+// Linux grants the AMX tile registers to a process that asks for them.
+bool request_amx_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+Isa detect() {
+  const Registers leaf1 = cpuid(1, 0), leaf7 = cpuid(7, 0);
+  constexpr unsigned kFma = bit_FMA | bit_F16C | bit_AVX | bit_OSXSAVE;
+  if (!has(leaf1.c, kFma) || !has(leaf7.b, bit_AVX2)) return Isa::kPortable;
+  const unsigned states = enabled_states();
+  if (!has(states, 0x6)) return Isa::kPortable;  // XMM and YMM
+
+  constexpr unsigned kAvx512 = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+  constexpr unsigned kVectorBits = bit_AVX512VBMI | bit_AVX512VNNI;
+  if (!has(leaf7.b, kAvx512) || !has(leaf7.c, kVectorBits) || !has(states, 0xE6)) return Isa::kAvx2;
+
+  constexpr unsigned kAmxTile = 1u << 24, kAmxBf16 = 1u << 22;
+  if (!has(leaf7.d, kAmxTile | kAmxBf16) || !has(states, 0x60000)) return Isa::kAvx512;
+  return request_amx_tiles() ? Isa::kAmx : Isa::kAvx512;
+}
+
+#else
+
+Isa detect() { return Isa::kPortable; }
+
+#endif
+
+Isa parse(const std::string& name, const char* origin) {
+  for (int i = 0; i < 4; ++i) {
+    if (name != kNames[i]) continue;
+    if (static_cast<Isa>(i) <= best_isa()) return static_cast<Isa>(i);
+    throw std::runtime_error(std::string(origin) + " asks for the instruction set \"" + name +
+                             "\", which this machine or this build lacks; the best here is \"" +
+                             name_of(best_isa()) + "\".");
+  }
+  throw std::runtime_error(std::string(origin) + " names no instruction set: \"" + name +
+                           "\"; use portable, avx2, avx512 or amx.");
+}
+
+Isa from_environment() {
+  const char* const name = std::getenv("MICROMIX_CPU_ISA");
+  return name && *name ? parse(name, "MICROMIX_CPU_ISA") : best_isa();
+}
+
+std::atomic<int> chosen{-1};
+
+}  // namespace
+
+const char* name_of(Isa isa) { return kNames[static_cast<int>(isa)]; }
+
+Isa best_isa() {
+  static const Isa best = detect();
+  return best;
+}
+
+Isa current_isa() {
+  int isa = chosen.load(std::memory_order_relaxed);
+  if (isa < 0) {
+    isa = static_cast<int>(from_environment());
+    chosen.store(isa, std::memory_order_relaxed);
+  }
+  return static_cast<Isa>(isa);
+}
+
+void set_isa(const std::string& name) {
+  chosen.store(static_cast<int>(parse(name, "set_cpu_isa")), std::memory_order_relaxed);
+}
+
+const QuantizeKernel& quantize_kernel() { return kQuantizePortable; }
+
+const LinearKernel& linear_kernel(const LinearTask&) { return kLinearPortable; }
+
+}  // namespace micromix::cpu

@@ -1,0 +1,30 @@
+// Which instruction set the kernels run on: the best that this machine has, or a lower one that the
+// user asked for.
+#pragma once
+
+#include <string>
+
+#include "kernels.h"
+
+namespace micromix::cpu {
+
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
+
+// "portable", "avx2", "avx512" or "amx".
+const char* name_of(Isa isa);
+
+// The best instruction set of this machine for which kernels were built. Asks CPUID and the
+// operating system once; never looks at the CPU's family or model.
+Isa best_isa();
+
+// The instruction set in use. At first MICROMIX_CPU_ISA, where set, or else best_isa().
+// Throws std::runtime_error where MICROMIX_CPU_ISA names one that is unknown or missing here.
+Isa current_isa();
+
+// Changes the instruction set in use. Throws as current_isa() does.
+void set_isa(const std::string& name);
+
+const QuantizeKernel& quantize_kernel();
+const LinearKernel& linear_kernel(const LinearTask& task);
+
+}  // namespace micromix::cpu

@@ -1,0 +1,64 @@
+// What a CPU kernel is given and what it offers. The operators (ops.cpp) check arguments, allocate,
+// and run kernels over ranges on torch's threads; kernels know nothing of torch.
+#pragma once
+
+#include "placed.h"
+
+namespace micromix::cpu {
+
+enum class Dtype : int { kBFloat16, kFloat16, kFloat32 };
+
+// Reorders, pads and casts rows of `x`. `order` may be null: the identity, then zeros.
+struct QuantizeTask {
+  mx::MixedLayout layout;
+  const void* x;
+  Dtype x_dtype;
+  int64_t k;             // channels of x
+  const int32_t* order;  // [layout.channels()], -1 for padding
+  uint8_t* data;
+  uint8_t* scales;
+};
+
+struct QuantizeKernel {
+  const char* name;
+  int64_t grain_channels;  // work that pays for a second thread
+  // Bytes of scratch, 64-byte aligned, that a call of `run` needs.
+  int64_t (*scratch_bytes)(const QuantizeTask&);
+  void (*run)(const QuantizeTask&, int64_t first_row, int64_t last_row, void* scratch);
+};
+
+// out[m, n] = sum over blocks of 2^(sa + sw - 254) * dot(qa, qw), + bias[n].
+struct LinearTask {
+  mx::MixedLayout layout;
+  int64_t m, n;
+  const uint8_t* data = nullptr;
+  const uint8_t* scales = nullptr;
+  const uint8_t* weight = nullptr;  // placed
+  const void* bias = nullptr;       // [n], or null
+  Dtype bias_dtype = Dtype::kFloat32;
+  void* out = nullptr;  // [m, n]
+  Dtype out_dtype = Dtype::kFloat32;
+};
+
+// First `prepare` runs over all rows and decodes the activations into the form that the kernel
+// wants, then `run` over all panels. Each range can be split in any way: no result depends on it.
+struct LinearKernel {
+  const char* name;
+  int64_t grain_channels;  // work of `prepare` that pays for a second thread
+  int64_t grain_products;  // the same of `run`
+  int64_t (*prepared_bytes)(const LinearTask&);
+  int64_t (*scratch_bytes)(const LinearTask&);
+  void (*prepare)(const LinearTask&, int64_t first_row, int64_t last_row, uint8_t* prepared);
+  void (*run)(const LinearTask&, const uint8_t* prepared, int64_t first_panel, int64_t last_panel,
+              void* scratch);
+};
+
+extern const QuantizeKernel kQuantizePortable;
+extern const LinearKernel kLinearPortable;
+
+// Regroups rows [N, row bytes] and [N, blocks] into panels of a placed weight. Returns whether some
+// scale lies outside the plain range.
+bool place_panels(const mx::MixedLayout& layout, int64_t n, const uint8_t* data,
+                  const uint8_t* scales, uint8_t* placed, int64_t first_panel, int64_t last_panel);
+
+}  // namespace micromix::cpu
