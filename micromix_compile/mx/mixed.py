@@ -47,7 +47,7 @@ def quantize(x: Tensor, layout: MixedLayout, order: Tensor | None = None) -> tup
         _check_order(order, layout.channels, channels)
         order = torch.where(order < 0, channels, order)  # padding reads the zero after the channels
 
-    rows = x.detach().reshape(math.prod(shape), channels)
+    rows = x.reshape(math.prod(shape), channels)
     data = torch.empty(len(rows), layout.row_bytes, dtype=torch.uint8, device=x.device)
     scales = torch.empty(len(rows), layout.blocks, dtype=torch.uint8, device=x.device)
     for chunk in _chunks(len(rows), layout.channels):
