@@ -167,7 +167,8 @@ Tensor place_weight(Tensor data, Tensor scales, int64_t k4, int64_t k6, int64_t 
       wide = true;
   });
   *reinterpret_cast<micromix::cpu::PlacedHeader*>(placed) = {
-      micromix::cpu::kPlacedMagic, n, k4, k6, k8, micromix::cpu::weight_code(layout), wide.load()};
+      micromix::cpu::kPlacedMagic,        n,           k4, k6, k8,
+      micromix::cpu::weight_code(layout), wide.load(), {}};
   return result;
 }
 

@@ -33,6 +33,7 @@ struct alignas(kLine) PlacedHeader {
   int64_t n, k4, k6, k8;
   int32_t weight_code;       // the bits of the format code that the placed form depends on
   uint32_t has_wide_scales;  // some scale lies outside the plain range
+  uint64_t unused[2];        // zero, so that equal weights are equal bytes
 };
 static_assert(sizeof(PlacedHeader) == kLine);
 

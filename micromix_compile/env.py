@@ -1,0 +1,96 @@
+"""``python -m micromix_compile.env [--json]``: versions, devices, and which kernels are present."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from micromix_compile import ops
+from micromix_compile.errors import ExtensionError
+
+PACKAGES = ("micromix-compile", "torch", "transformers", "accelerate", "optree", "safetensors")
+CPU_FLAGS = (
+    *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vbmi", "avx512_vnni"),
+    *("avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8"),
+)
+
+
+def collect() -> dict[str, Any]:
+    """The facts as nested dicts of plain values."""
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+        },
+        "cpu": {
+            "machine": platform.machine(),
+            "features": sorted(_cpu_features()),
+            "threads": torch.get_num_threads(),
+            "transparent_hugepages": _transparent_hugepages(),
+        },
+        "devices": {
+            "cpu": ops.kernel_name("cpu"),
+            **{
+                f"cuda:{i} {torch.cuda.get_device_name(i)}": ops.kernel_name(f"cuda:{i}")
+                for i in range(torch.cuda.device_count())
+            },
+        },
+        "extension": {"loaded": ops.loaded(), "build_id": ops.build_id(), **ops.build_info()},
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("MICROMIX_")},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_features() -> set[str]:
+    """Those flags of the CPU, as Linux names them, that the kernels know how to use."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    lines = (line for line in text.splitlines() if line.startswith("flags"))
+    return set(next(lines, "").split()) & set(CPU_FLAGS)
+
+
+def _transparent_hugepages() -> str:
+    try:
+        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return "unknown"
+    return text[text.index("[") + 1 : text.index("]")]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m micromix_compile.env", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    arguments = parser.parse_args(argv)
+    try:
+        facts = collect()
+    except (ExtensionError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if arguments.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    for section, values in facts.items():
+        print(section)
+        for key, value in values.items():
+            print(f"  {key:<22} {' '.join(value) if isinstance(value, list) else value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""The micromix:: operators. Importing this module registers them; call them as torch.ops.micromix.*.
+
+==================  ==========================================================================
+``quantize``        activations (or a weight) to packed rows of a mixed layout
+``place_weight``    packed rows of a weight to the buffer that ``linear`` of its device reads
+``linear``          packed activations times a placed weight
+==================  ==========================================================================
+
+docs/architecture.md has the schemas. On the CPU they are C++ kernels from the extension; where
+there is no kernel they are the pure-torch reference, with one warning per device.
+"""
+
+from . import _extension, _fakes, _reference
+from ._extension import build_id, build_info, cpu_isa, kernel_name, loaded, set_cpu_isa
+from ._fakes import placed_bytes
+
+_extension.load()
+_reference.register()
+_fakes.register()
+
+__all__ = [
+    "build_id",
+    "build_info",
+    "cpu_isa",
+    "kernel_name",
+    "loaded",
+    "placed_bytes",
+    "set_cpu_isa",
+]

@@ -1,0 +1,123 @@
+"""Loads the compiled extension and says what it is."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+
+from micromix_compile.errors import ExtensionError
+
+from ._schemas import NAMESPACE, SCHEMAS
+
+ABI = 1
+"""What this Python code expects of the library: MICROMIX_ABI of csrc/abi.h."""
+
+LIBRARY = Path(__file__).parent.parent / "_C" / "libmicromix.so"
+
+_library: torch.library.Library | None = None  # holds the Python definitions, without the extension
+_info: dict[str, str] = {}
+
+
+def load() -> None:
+    """Loads the extension, or defines the operators in Python where it was not built.
+
+    Raises ExtensionError if the library is there and cannot be used.
+    """
+    global _library
+    if not LIBRARY.exists():
+        _library = torch.library.Library(NAMESPACE, "DEF")
+        for name, schema in SCHEMAS.items():
+            _library.define(name + schema)
+        return
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        reason = (
+            f"it does not load into torch {torch.__version__} ({error.__cause__ or error}); "
+            "it needs torch 2.11 or newer and the CPU architecture that it was built for"
+        )
+        raise ExtensionError(path=LIBRARY, reason=reason) from error
+    _check_abi()
+
+
+def _check_abi() -> None:
+    """A library from other sources is refused before it is called with arguments it misreads."""
+    ops = getattr(torch.ops, NAMESPACE)
+    text = ops.build_info() if hasattr(ops, "build_info") else ""
+    _info.update(line.split("=", 1) for line in text.splitlines())
+    if _info.get("abi") != str(ABI):
+        reason = (
+            f"it has ABI version {_info.get('abi', 'unknown')} and this package needs {ABI}: "
+            "they come from different sources"
+        )
+        raise ExtensionError(path=LIBRARY, reason=reason)
+    for name, schema in SCHEMAS.items():
+        built = getattr(ops, name).default._schema
+        expected = torch._C.parse_schema(f"{NAMESPACE}::{name}{schema}")
+        if built != expected:
+            reason = f"its operator is {built} and this package needs {expected}"
+            raise ExtensionError(path=LIBRARY, reason=reason)
+
+
+def loaded() -> bool:
+    """Whether the compiled extension is in use."""
+    return bool(_info)
+
+
+def build_info() -> dict[str, str]:
+    """What the extension was built from and with; empty without it."""
+    return dict(_info)
+
+
+def build_id() -> str:
+    """Identifies the kernels, for cache keys: a hash of the sources that were built in.
+
+    Without the extension, a hash of the reference.
+    """
+    if loaded():
+        return _info["build_id"]
+    digest = hashlib.sha256(torch.__version__.encode())
+    for path in sorted((LIBRARY.parent.parent / "mx").glob("*.py")):
+        digest.update(path.read_bytes())
+    return "reference-" + digest.hexdigest()[:16]
+
+
+def cpu_isa() -> str:
+    """The instruction set of the CPU kernels: portable, avx2, avx512 or amx; "none" without them.
+
+    The best one of the machine, or what the environment variable MICROMIX_CPU_ISA says.
+    Raises RuntimeError if that names one that is unknown or that the machine lacks.
+    """
+    return torch.ops.micromix.cpu_isa() if loaded() else "none"
+
+
+def set_cpu_isa(name: str) -> str:
+    """Changes the instruction set of the CPU kernels of this process; returns the one before.
+
+    For tests and benchmarks. Raises RuntimeError as :func:`cpu_isa` does, and ExtensionError without
+    the extension.
+    """
+    if not loaded():
+        reason = "it was not built, so there is no instruction set to choose"
+        raise ExtensionError(path=LIBRARY, reason=reason)
+    return torch.ops.micromix.set_cpu_isa(name)
+
+
+def kernel_name(device: torch.device | str) -> str:
+    """What runs the operators on a device: "cpu_amx", "cpu_avx512", ..., or "reference"."""
+    device = torch.device(device)
+    if device.type == "cpu" and loaded():
+        return f"cpu_{cpu_isa()}"
+    return "reference"
+
+
+def why_reference(device: torch.device) -> str:
+    """Why a device has no kernel, for the warning."""
+    if device.type != "cpu":
+        return f"this build has no kernels for {device.type}"
+    if os.environ.get("MICROMIX_CPU_ISA"):
+        return "the extension was not built, so MICROMIX_CPU_ISA has no effect either"
+    return "the extension was not built"

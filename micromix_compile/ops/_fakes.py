@@ -1,0 +1,64 @@
+"""Shapes and dtypes of the operators' results, for tracing; dynamic sizes welcome."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from micromix_compile.mx import MixedLayout
+
+from ._extension import loaded
+from ._schemas import NAMESPACE
+
+# The placed layout of the CPU kernels: csrc/cpu/placed.h.
+_LINE = 64
+_TILE_ROWS = 16
+
+
+def register() -> None:
+    for name, function in (
+        ("quantize", _quantize),
+        ("linear", _linear),
+        ("place_weight", _place_weight),
+    ):
+        torch.library.register_fake(f"{NAMESPACE}::{name}", function)
+
+
+def placed_bytes(
+    n: int, k4: int, k6: int, k8: int, format: int, device: torch.device | str = "cpu"
+) -> int:
+    """The bytes of the buffer that ``place_weight`` of a device makes for a weight with ``n`` rows."""
+    layout = MixedLayout.weight_from_code(k4, k6, k8, format)
+    if torch.device(device).type != "cpu" or not loaded():
+        return n * (layout.row_bytes + layout.blocks)
+    panels = (n + _TILE_ROWS - 1) // _TILE_ROWS
+    scale_bytes = (layout.blocks * _TILE_ROWS + _LINE - 1) // _LINE * _LINE
+    return _LINE + panels * (scale_bytes + _TILE_ROWS * layout.row_bytes)
+
+
+def _quantize(
+    x: Tensor, order: Tensor | None, k4: int, k6: int, k8: int, format: int
+) -> tuple[Tensor, Tensor]:
+    layout = MixedLayout.from_code(k4, k6, k8, format)
+    sizes = (layout.row_bytes, layout.blocks)
+    data, scales = (x.new_empty((*x.shape[:-1], size), dtype=torch.uint8) for size in sizes)
+    return data, scales
+
+
+def _linear(
+    data: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    n: int,
+    k4: int,
+    k6: int,
+    k8: int,
+    format: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return data.new_empty((*data.shape[:-1], n), dtype=dtype)
+
+
+def _place_weight(data: Tensor, scales: Tensor, k4: int, k6: int, k8: int, format: int) -> Tensor:
+    return data.new_empty(placed_bytes(data.shape[0], k4, k6, k8, format, data.device))

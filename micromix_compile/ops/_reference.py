@@ -1,0 +1,87 @@
+"""The operators in pure torch, for devices that have no kernel."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from micromix_compile import mx
+from micromix_compile.errors import ReferenceKernelWarning
+
+from ._extension import why_reference
+from ._schemas import NAMESPACE
+
+_library = torch.library.Library(NAMESPACE, "IMPL")
+_warned: set[str] = set()
+
+
+def register() -> None:
+    """The fallback of every device: a kernel of a device's own comes before it."""
+    for name, function in (
+        ("quantize", quantize),
+        ("linear", linear),
+        ("place_weight", place_weight),
+    ):
+        _library.impl(name, function, "CompositeExplicitAutograd")
+
+
+def quantize(
+    x: Tensor, order: Tensor | None, k4: int, k6: int, k8: int, format: int
+) -> tuple[Tensor, Tensor]:
+    _warn(x.device)
+    return mx.quantize(x, mx.MixedLayout.from_code(k4, k6, k8, format), order)
+
+
+def place_weight(data: Tensor, scales: Tensor, k4: int, k6: int, k8: int, format: int) -> Tensor:
+    layout = mx.MixedLayout.weight_from_code(k4, k6, k8, format)
+    if data.dim() != 2 or data.shape[1] != layout.row_bytes:
+        raise ValueError(f"data must be [N, {layout.row_bytes}], got {tuple(data.shape)}")
+    if scales.shape != (len(data), layout.blocks):
+        expected = (len(data), layout.blocks)
+        raise ValueError(f"scales must be {expected}, got {tuple(scales.shape)}")
+    return torch.cat((data.flatten(), scales.flatten()))
+
+
+def linear(
+    data: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    n: int,
+    k4: int,
+    k6: int,
+    k8: int,
+    format: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    _warn(data.device)
+    layout = mx.MixedLayout.from_code(k4, k6, k8, format)
+    weight_layout = mx.MixedLayout.weight_from_code(k4, k6, k8, format)
+    sizes = (n * weight_layout.row_bytes, n * weight_layout.blocks)
+    if weight.shape != (sum(sizes),):
+        raise ValueError(
+            f"weight must be the flat buffer of {sum(sizes)} bytes that micromix::place_weight makes "
+            f"on {data.device} for these arguments, got {tuple(weight.shape)}"
+        )
+    weight_data, weight_scales = weight.split(sizes)
+    return mx.linear(
+        data,
+        scales,
+        weight_data.view(n, weight_layout.row_bytes),
+        weight_scales.view(n, weight_layout.blocks),
+        layout,
+        weight_layout,
+        bias,
+        dtype,
+    )
+
+
+def _warn(device: torch.device) -> None:
+    """Says once per kind of device that the slow reference runs, and what to do."""
+    if device.type in _warned:
+        return
+    _warned.add(device.type)
+    warning = ReferenceKernelWarning(device=device.type, reason=why_reference(device))
+    warnings.warn(warning, stacklevel=2)
