@@ -27,6 +27,7 @@ __all__ = ["ChannelStatistics", "ModelStatistics", "load_statistics", "threshold
 
 _KIND = "micromix_statistics"
 _VERSION = 1
+_TENSORS = ("total", "peak", "square", "histogram")
 
 # A bin of the histogram is the exponent and the upper mantissa bits of a float32 ratio in [0, 1]:
 # 64 bins an octave, from 2^-20 (with all below it) up to 1, which has a bin to itself.
@@ -146,7 +147,7 @@ def _measure(rows: Tensor, layer: str) -> ChannelStatistics:
     result = ChannelStatistics(rows.shape[-1])
     if not len(rows):
         return result
-    magnitudes = rows.abs().float()  # a copy, whatever the dtype
+    magnitudes = rows.contiguous().abs().float()  # a copy, whatever the dtype
     row_peaks = magnitudes.amax(dim=1, keepdim=True)
     largest = float(row_peaks.max())  # NaN wins over all else
     if not math.isfinite(largest):
@@ -266,13 +267,18 @@ class ModelStatistics:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the statistics as safetensors, atomically. Raises OSError if that fails."""
-        groups, tensors = [], {}
-        for i, (names, statistics) in enumerate(self.groups()):
-            shapes = {name: list(self.layers[name]) for name in names}
-            groups.append({"tokens": statistics.tokens, "layers": shapes})
-            for key in ("total", "peak", "square", "histogram"):
-                tensors[f"{key}.{i}"] = getattr(statistics, key)
-        write_file(path, _KIND, _VERSION, {"order": list(self.layers), "groups": groups}, tensors)
+        groups = dict(self.groups())
+        number = {name: i for i, names in enumerate(groups) for name in names}
+        content = {
+            "layers": {name: [number[name], *shape] for name, shape in self.layers.items()},
+            "tokens": [statistics.tokens for statistics in groups.values()],
+        }
+        tensors = {
+            f"{key}.{i}": getattr(statistics, key)
+            for i, statistics in enumerate(groups.values())
+            for key in _TENSORS
+        }
+        write_file(path, _KIND, _VERSION, content, tensors)
 
 
 def load_statistics(path: str | os.PathLike) -> ModelStatistics:
@@ -284,20 +290,30 @@ def load_statistics(path: str | os.PathLike) -> ModelStatistics:
     content, tensors = read_file(path, _KIND, _VERSION, StatisticsFileError, StatisticsVersionError)
     result = ModelStatistics()
     try:
-        for i, group in enumerate(content["groups"]):
-            result.add_group(group["layers"])
-            statistics = result[next(iter(group["layers"]))]
-            statistics.tokens = int(group["tokens"])
-            for key in ("total", "peak", "square", "histogram"):
-                empty, tensor = getattr(statistics, key), tensors[f"{key}.{i}"]
-                if tensor.shape != empty.shape or tensor.dtype != empty.dtype:
-                    raise ValueError(f"{key} is {tensor.dtype} {list(tensor.shape)}")
-                setattr(statistics, key, tensor)
-        result.layers = {name: result.layers[name] for name in content["order"]}
-        result._statistics = {name: result[name] for name in content["order"]}
-    except (KeyError, IndexError, TypeError, ValueError, StatisticsMismatchError) as error:
+        groups: dict[int, ChannelStatistics] = {}
+        for name, (i, *facts) in content["layers"].items():
+            shape = LayerShape(*facts)
+            if i not in groups:
+                groups[i] = _loaded_group(i, shape.in_features, content["tokens"][i], tensors)
+            if groups[i].channels != shape.in_features:
+                raise ValueError(f"{name} has another K than its group")
+            result.layers[name], result._statistics[name] = shape, groups[i]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         reason = f"its content is damaged ({error})"
         raise StatisticsFileError(path=os.fspath(path), reason=reason) from error
+    return result
+
+
+def _loaded_group(
+    i: int, channels: int, tokens: int, tensors: dict[str, Tensor]
+) -> ChannelStatistics:
+    result = ChannelStatistics(channels)
+    result.tokens = int(tokens)
+    for key in _TENSORS:
+        tensor, empty = tensors[f"{key}.{i}"], getattr(result, key)
+        if tensor.shape != empty.shape or tensor.dtype != empty.dtype:
+            raise ValueError(f"{key} is {tensor.dtype} {list(tensor.shape)}")
+        setattr(result, key, tensor)
     return result
 
 
