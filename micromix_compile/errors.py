@@ -22,6 +22,7 @@ __all__ = [
     "InvalidPlanError",
     "MicroMixError",
     "MicroMixWarning",
+    "MissingPackageError",
     "ModelLoadError",
     "NoPlanWarning",
     "NonFiniteCalibrationError",
@@ -38,7 +39,6 @@ __all__ = [
     "StatisticsVersionError",
     "StrictError",
     "TextError",
-    "UnsupportedModelFileError",
 ]
 
 _LISTED = 8
@@ -219,15 +219,6 @@ class ExtensionError(MicroMixError):
     )
 
 
-class UnsupportedModelFileError(MicroMixError):
-    """A model or text file is of a kind that cannot be loaded. Facts: path, reason."""
-
-    template = (
-        "{path} cannot be loaded: {reason}. Give a Hugging Face model directory or name "
-        "(safetensors), or a GGUF file."
-    )
-
-
 class MicroMixWarning(_Message, UserWarning):
     """The base of all warnings of this package; never issued itself."""
 
@@ -267,3 +258,9 @@ class EvaluationError(MicroMixError, ValueError):
     """A measurement cannot be made, or its result means nothing. Facts: reason, mend."""
 
     template = "Nothing to measure: {reason}. {mend}."
+
+
+class MissingPackageError(MicroMixError, ImportError):
+    """An optional package is needed. Facts: package, purpose, install (what to give to pip)."""
+
+    template = "{package} is not installed, and {purpose} needs it. Run: pip install {install}"

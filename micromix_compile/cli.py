@@ -1,0 +1,263 @@
+"""The command line: `micromix calibrate | plan | eval | demo | env`.
+
+Exit codes: 0 done, 1 the task failed (one line on stderr says why and what to do), 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from micromix_compile.errors import MicroMixError, MicroMixWarning
+
+_EXIT_CODES = "exit codes: 0 done, 1 failed (one line on stderr says what to do), 2 wrong usage"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. Wrong usage raises SystemExit(2), as argparse does."""
+    arguments = _parser().parse_args(argv)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            arguments.run(arguments)
+        except MicroMixError as error:
+            print(f"micromix: error: {_one_line(error)}", file=sys.stderr)
+            return 1
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"micromix: error: {where}{error.strerror or error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("micromix: interrupted", file=sys.stderr)
+            return 130
+    return 0
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    if issubclass(category, MicroMixWarning):
+        text = f"micromix: warning: {_one_line(message)}\n"
+    else:
+        text = warnings.formatwarning(message, category, filename, lineno, line)
+    sys.stderr.write(text)
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="micromix",
+        description="Linear layers in mixed MXFP4 / MXFP6 / MXFP8, through torch.compile.",
+        epilog=_EXIT_CODES,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run, summary: str, *parents) -> argparse.ArgumentParser:
+        result = commands.add_parser(
+            name, help=summary, description=summary, epilog=_EXIT_CODES, parents=parents
+        )
+        result.set_defaults(run=run)
+        return result
+
+    model, recipe = _model_flags(), _recipe_flags()
+    calibrate = command(
+        "calibrate", _calibrate, "run a model on text, and make a plan from what was seen",
+        model, recipe,
+    )  # fmt: skip
+    calibrate.add_argument("--output", type=Path, metavar="FILE", help="write the plan here")
+    calibrate.add_argument(
+        "--statistics", type=Path, metavar="FILE",
+        help="write the statistics here, for `micromix plan`; alone, no plan is made",
+    )  # fmt: skip
+
+    plan = command("plan", _plan, "make a plan from saved statistics and a recipe", recipe)
+    plan.add_argument(
+        "statistics", type=Path, nargs="+", help="from `micromix calibrate`; several are merged"
+    )
+    plan.add_argument("--output", type=Path, required=True, metavar="FILE", help="write it here")
+
+    evaluate = command(
+        "eval", _eval, "perplexity of a model as it is, and under plans or single formats", model
+    )
+    evaluate.add_argument(
+        "--plan", type=Path, nargs="+", default=[], metavar="FILE", help="plan files to measure"
+    )
+    evaluate.add_argument(
+        "--format", nargs="+", default=[], choices=("mxfp8", "mxfp6", "mxfp4"),
+        help="single formats to measure, which need no calibration",
+    )  # fmt: skip
+
+    demo = command("demo", _demo, "SmolLM2-135M in bf16, MXFP8, MXFP4 and the mix, side by side")
+    demo.add_argument("--prompt", help="what the model is asked")
+    demo.add_argument(
+        "--output", type=Path, default=Path("demo-output"), metavar="DIR",
+        help="where the picture, the figures and the plan go (default: %(default)s)",
+    )  # fmt: skip
+
+    command("env", _env, "versions, CPU features, devices, and the kernels that are there")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def _model_flags() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(add_help=False)
+    group = flags.add_argument_group("model and text")
+    add = group.add_argument
+    add("--model", required=True, metavar="DIR|smollm2", help="Hugging Face directory, or smollm2")
+    add("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    add("--device", default="cpu", help="where the model runs, e.g. cuda (default: %(default)s)")
+    add("--samples", type=_positive, default=32, help="windows of text, at most (default: 32)")
+    add("--seqlen", type=_positive, default=2048, help="tokens of a window (default: 2048)")
+    add(
+        "--text", type=Path, metavar="FILE",
+        help="UTF-8 text (default: the built-in text, its first half for calibrate, its second for eval)",
+    )  # fmt: skip
+    return flags
+
+
+def _recipe_flags() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(add_help=False)
+    group = flags.add_argument_group(
+        "recipe", "at most one of thresholds, split, counts, format; defaults: micromix.Recipe"
+    )
+    add = group.add_argument
+    add("--thresholds", choices=("published", "paper"), help="MicroMix thresholds")
+    add("--split", type=float, nargs=3, metavar=("P4", "P6", "P8"),
+        help="fractions of the channels, for every layer")  # fmt: skip
+    add("--counts", type=_counts, action="append", metavar="GLOB=K4,K6,K8",
+        help="channels per format for matching layers; may be given again")  # fmt: skip
+    add("--format", choices=("mxfp8", "mxfp6", "mxfp4"), help="one for all")
+    add("--lam", type=float, metavar="L", help="scales the thresholds")
+    add("--act-sort-metric", dest="sort", choices=("mean", "max", "hessian"),
+        help="what channels are sorted by")  # fmt: skip
+    add("--format6", choices=("e2m3", "e3m2"), help="the element of MXFP6")
+    rule = {"nargs": 3, "choices": ("floor", "ceil", "even"), "metavar": ("R4", "R6", "R8")}
+    add("--rules", **rule, help="scale rules: floor, ceil or even, for 4, 6 and 8 bits")
+    add("--weight-rules", **rule, help="those of the weights, where they differ")
+    add("--weights", choices=("match", "mxfp4"), help="weights as their channels, or all MXFP4")
+    add("--multiple", type=int, choices=(32, 64, 128), help="counts are multiples of it")
+    add("--skip", nargs="+", metavar="GLOB", help="layers to leave alone")
+    add("--include-lm-head", action="store_const", const=True, help="the output head too")
+    return flags
+
+
+def _counts(text: str) -> tuple[str, tuple[int, ...]]:
+    pattern, equals, numbers = text.rpartition("=")
+    try:
+        counts = tuple(int(number) for number in numbers.split(","))
+    except ValueError:
+        counts = ()
+    if not equals or len(counts) != 3:
+        raise argparse.ArgumentTypeError(f"{text!r} is not GLOB=K4,K6,K8")
+    return pattern, counts
+
+
+def _recipe(arguments: argparse.Namespace):
+    from micromix_compile.recipe import Recipe
+
+    flags = {field.name: getattr(arguments, field.name) for field in fields(Recipe)}
+    given = {name: value for name, value in flags.items() if value is not None}
+    if "counts" in given:
+        given["counts"] = dict(given["counts"])
+    return Recipe(**given)
+
+
+def _load(arguments: argparse.Namespace, half: int):
+    """The model on its device, and the token windows of the text given, or of one half of the built-in text."""
+    import torch
+
+    from micromix_compile.models import builtin_text, halves, load, read_text, token_windows
+
+    text = read_text(arguments.text) if arguments.text else halves(builtin_text())[half]
+    model, tokenizer = load(arguments.model, getattr(torch, arguments.dtype))
+    windows = token_windows(tokenizer, text, arguments.seqlen, arguments.samples)
+    return model.to(arguments.device), windows.to(arguments.device)
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    import micromix_compile as micromix
+
+    recipe = _recipe(arguments)  # before the long work: a bad recipe is said at once
+    model, windows = _load(arguments, half=0)
+    calibration = micromix.calibrate(model).run([{"input_ids": window[None]} for window in windows])
+    print(f"calibrated on {len(windows)} windows of {windows.shape[1]} tokens")
+    if arguments.statistics:
+        calibration.save(arguments.statistics)
+        print(f"statistics: {arguments.statistics}")
+    if arguments.output or not arguments.statistics:
+        name = Path(arguments.model).resolve().name
+        _save_plan(
+            calibration.plan(recipe), arguments.output or Path(f"{name}.micromix.safetensors")
+        )
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from micromix_compile.allocation import allocate
+    from micromix_compile.statistics import load_statistics
+
+    first, *others = map(load_statistics, arguments.statistics)
+    for other in others:
+        first.merge(other)
+    _save_plan(allocate(first, _recipe(arguments)), arguments.output)
+
+
+def _save_plan(plan, path: Path) -> None:
+    plan.save(path)
+    print(f"plan: {path}, {len(plan)} layers, {plan.weight_bits:.2f} bits per weight")
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from micromix_compile.evaluate import perplexity
+    from micromix_compile.plan import load_plan
+    from micromix_compile.recipe import Recipe
+
+    variants = [(str(path), {"plan": load_plan(path)}) for path in arguments.plan]
+    variants += [(name, {"recipe": Recipe(format=name)}) for name in arguments.format]
+    model, windows = _load(arguments, half=1)
+    print(f"{len(windows)} windows of {windows.shape[1]} tokens; plans and formats run the lowered")
+    print("graph with the same operators as a compiled model, without Inductor")
+    base = perplexity(model, windows, label=arguments.dtype)
+    print(f"{arguments.dtype}: {base.value:.3f} ± {base.standard_error:.3f}")
+    for name, options in variants:
+        options = {**options, "inductor": False}
+        lowered = torch.compile(model, backend="micromix", options=options, dynamic=False)
+        measured = perplexity(lowered, windows, label=name)
+        increase, error = measured.increase_over(base)
+        print(f"{name}: {measured.value:.3f}, {increase:+.2%} ± {error:.2%}")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from micromix_compile.errors import MissingPackageError
+
+    try:
+        from micromix_compile import demo
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("micromix_compile"):
+            raise
+        raise MissingPackageError(
+            package=error.name, purpose="the demo", install="'micromix-compile[demo]'"
+        ) from error
+    demo.run(prompt=arguments.prompt or demo.PROMPT, output=arguments.output)
+
+
+def _env(arguments: argparse.Namespace) -> None:
+    from micromix_compile import env
+
+    env.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
