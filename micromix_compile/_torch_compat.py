@@ -6,8 +6,9 @@ import from `torch._dynamo`, `torch._inductor`, `torch._guards` or `torch._funct
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -142,19 +143,29 @@ def is_inductor_option(name: str) -> bool:
     """Whether `torch.compile(options={name: ...})` is a setting of Inductor. Tried on torch 2.13."""
     from torch._inductor import config
 
-    return name in config.shallow_copy_dict() if hasattr(config, "shallow_copy_dict") else hasattr(config, name)
+    return (
+        name in config.shallow_copy_dict()
+        if hasattr(config, "shallow_copy_dict")
+        else hasattr(config, name)
+    )
 
 
-def compile_call(module: torch.nn.Module, backend: Callable[..., Any]) -> None:
-    """`module.compile(backend=...)` that leaves the compiled call of an earlier `module.compile` to its owner.
+@contextlib.contextmanager
+def compiled_call(module: torch.nn.Module, backend: Callable[..., Any]) -> Iterator[None]:
+    """`module.compile(backend=...)` for the time of a context; an earlier `module.compile` is in force again after.
 
-    `_compiled_call_impl` is what `Module.__call__` runs. Tried on torch 2.13.
+    The compilations count for themselves where torch can do that (`isolate_recompiles`, 2.13): Hugging Face
+    models share one wrapper function, and Dynamo runs a function uncompiled after 8 compilations. Should that
+    still happen, the context raises instead. `_compiled_call_impl` is what `Module.__call__` runs. Tried on torch 2.13.
     """
-    module._compiled_call_impl = torch.compile(module._call_impl, backend=backend, dynamic=None)
+    from torch._dynamo import config
 
-
-def fresh_compile_cache() -> AbstractContextManager[None]:
-    """Compiles under it find no earlier kernel, on disk or in memory: for honest compile times. Tried on torch 2.13."""
-    from torch._inductor.utils import fresh_cache
-
-    return fresh_cache()
+    isolated = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    options = {"isolate_recompiles": True} if isolated else {}
+    before = module._compiled_call_impl
+    module._compiled_call_impl = torch.compile(module._call_impl, backend=backend, **options)
+    try:
+        with config.patch(fail_on_recompile_limit_hit=True):
+            yield
+    finally:
+        module._compiled_call_impl = before

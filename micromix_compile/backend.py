@@ -57,8 +57,14 @@ class Options:
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None) -> Options:
         """Check the options of one `torch.compile` call. Raises OptionError."""
         given = dict(options or {})
-        own = {name: given.pop(name) for name in list(given) if name in cls.__annotations__ and name != "settings"}
-        valid = "plan, recipe, strict, release_weights, mode, inductor, and every setting of Inductor"
+        own = {
+            name: given.pop(name)
+            for name in list(given)
+            if name in cls.__annotations__ and name != "settings"
+        }
+        valid = (
+            "plan, recipe, strict, release_weights, mode, inductor, and every setting of Inductor"
+        )
         for name in given:
             if not compat.is_inductor_option(name):
                 raise OptionError(option=name, reason="is not known", valid=valid)
@@ -82,7 +88,9 @@ class Options:
         try:
             compat.inductor_mode_options(own.get("mode", "default"))
         except ValueError as error:
-            raise OptionError(option="mode", reason=f"cannot be used: {error}", valid=valid) from None
+            raise OptionError(
+                option="mode", reason=f"cannot be used: {error}", valid=valid
+            ) from None
         return cls(**own, settings=given)
 
 
@@ -100,18 +108,19 @@ def micromix(
         raise compat.raised_through_dynamo(error) from error.__cause__
 
 
-def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+def _compile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
+) -> Callable[..., Any]:
     gm = compat.copy_graph_module(gm)
     report = GraphReport()
     linears = find_linears(gm, example_inputs)
     lowerings = _pack(_choose(linears, options, report), gm, example_inputs, options)
-    record(report, [linear.parameter for linear in linears if linear.parameter is not None])
+    runner = _Runner(gm, list(example_inputs), report)
     if lowerings:
-        run = _lower(gm, example_inputs, lowerings, report)
-    else:
-        run = _Runner(gm, list(example_inputs))
-    run.compile(options)
-    return run.call
+        _lower(runner, lowerings)
+    runner.compile(options)
+    record(report, [linear.parameter for linear in linears if linear.parameter is not None])
+    return runner.call
 
 
 def _choose(
@@ -179,20 +188,29 @@ def _checked(plan: ModelPlan, name: str, shape: LayerShape) -> LayerPlan:
     return plan[name]
 
 
-def _pack(chosen, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> list[Lowering]:
+def _pack(
+    chosen, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
+) -> list[Lowering]:
     """Pack the weights, each once; with `release_weights`, free each float weight as soon as it is packed."""
     if chosen:
         _check_inference(gm, example_inputs)
     lowerings = []
     uses = Counter(linear.weight for linear, *_ in chosen)
-    for linear, name, plan, row in tqdm(chosen, "packing weights", delay=2, leave=False, disable=None):
+    for linear, name, plan, row in tqdm(
+        chosen, "packing weights", delay=2, leave=False, disable=None
+    ):
         weight = placed_weight(name, linear.parameter, plan, linear.transposed)
         lowerings.append(Lowering(linear, plan, weight))
         uses[linear.weight] -= 1
         if options.release_weights and not uses[linear.weight]:
             row.released = _release(linear, chosen, weight)
         layout = plan.weight_layout
-        row.k4, row.k6, row.k8, row.format6 = plan.layout.k4, plan.layout.k6, plan.layout.k8, plan.layout.format6
+        row.k4, row.k6, row.k8, row.format6 = (
+            plan.layout.k4,
+            plan.layout.k6,
+            plan.layout.k8,
+            plan.layout.format6,
+        )
         row.bits, row.bytes_after = layout.total_bits, weight.buffer.nbytes
         row.kernel = kernel_name(linear.parameter.device)
     return lowerings
@@ -227,9 +245,10 @@ class _Runner:
     positions of the float weights whose packed form is used instead, in the order of `weights`.
     """
 
-    def __init__(self, gm: fx.GraphModule, inputs: list[Any]) -> None:
+    def __init__(self, gm: fx.GraphModule, inputs: list[Any], report: GraphReport) -> None:
         self.gm = gm
         self.inputs = inputs
+        self.report = report
         self.kept = list(range(len(inputs)))
         self.packed: list[torch.Tensor] = []
         self.watched: list[int] = []
@@ -253,11 +272,9 @@ class _Runner:
         return self.run(*[arguments[i] for i in self.kept], *self.packed)
 
 
-def _lower(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], lowerings: list[Lowering], report: GraphReport
-) -> _Runner:
-    runner = _Runner(gm, list(example_inputs))
-    graph = gm.graph
+def _lower(runner: _Runner, lowerings: list[Lowering]) -> None:
+    """Rewrite the runner's graph, with the packed weights as new inputs in place of the float ones."""
+    graph = runner.gm.graph
     placeholders = list(graph.find_nodes(op="placeholder"))
     floats = {}
     for lowering in lowerings:
@@ -279,8 +296,8 @@ def _lower(
         runner.inputs.append(last.meta["example_value"])
         return last
 
-    report.passes["micromix::quantize"] = lower_linears(graph, lowerings, add_constant)
-    report.passes["micromix::linear"] = len(lowerings)
+    runner.report.passes["micromix::quantize"] = lower_linears(graph, lowerings, add_constant)
+    runner.report.passes["micromix::linear"] = len(lowerings)
 
     # A float weight that nothing reads any more is no input of the lowered graph.
     unread = {i for i, node in enumerate(placeholders) if node in floats and not node.users}
@@ -289,5 +306,4 @@ def _lower(
     for i in unread:
         graph.erase_node(placeholders[i])
     graph.lint()
-    gm.recompile()
-    return runner
+    runner.gm.recompile()

@@ -46,13 +46,13 @@ class Calibration:
         self.statistics = ModelStatistics()
 
     def __enter__(self) -> Calibration:
-        self._before = self.model._compiled_call_impl
         self._names = layer_names(self.model)
-        compat.compile_call(self.model, self._observe)
+        self._context = compat.compiled_call(self.model, self._observe)
+        self._context.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.model._compiled_call_impl = self._before
+        self._context.__exit__(*exception)
 
     def run(self, batches: Iterable[Any], device: torch.device | str | None = None) -> Calibration:
         """Run the model on every batch, without gradients, showing progress; returns self.
@@ -95,13 +95,17 @@ class Calibration:
 
     def _observer(self, group: list[Linear]) -> Callable[[torch.Tensor], None]:
         shapes = {
-            self._name(linear): LayerShape(linear.out_features, linear.in_features, linear.transposed)
+            self._name(linear): LayerShape(
+                linear.out_features, linear.in_features, linear.transposed
+            )
             for linear in group
         }
         self.statistics.add_group(shapes)
         first = next(iter(shapes))
 
-        def observe(x: torch.Tensor) -> None:  # a graph takes functions that have a name, no partial
+        def observe(
+            x: torch.Tensor,
+        ) -> None:  # a graph takes functions that have a name, no partial
             self.statistics.update(first, x)
 
         return observe

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -39,8 +41,9 @@ class LayerReport:
 
 @dataclass(eq=False)
 class GraphReport:
-    """One compiled graph: its layers, and how often each pass matched."""
+    """One compiled graph: its layers, and how often each pass matched. `number` counts up in a process."""
 
+    number: int = field(default_factory=itertools.count(1).__next__)
     layers: list[LayerReport] = field(default_factory=list)
     passes: Counter[str] = field(default_factory=Counter)
 
@@ -73,18 +76,25 @@ class Explanation:
         lowered = [layer for layer in self.layers.values() if not layer.reason]
         before = sum(layer.bytes_before for layer in lowered)
         after = sum(layer.bytes_after for layer in lowered)
-        lines = [f"{len(lowered)} of {len(self.layers)} linear layers lowered, in {self.graphs} graph(s)."]
+        lines = [
+            f"{len(lowered)} of {len(self.layers)} linear layers lowered, in {self.graphs} graph(s)."
+        ]
         if before:
             lines.append(f"Their weights: {before:,} -> {after:,} bytes ({after / before:.1%}).")
         if self.passes:
-            lines.append("Passes: " + ", ".join(f"{name} {n}" for name, n in sorted(self.passes.items())))
+            lines.append(
+                "Passes: " + ", ".join(f"{name} {n}" for name, n in sorted(self.passes.items()))
+            )
         return "\n".join(lines)
 
 
 def record(report: GraphReport, parameters: Iterable[torch.Tensor]) -> None:
-    """Keep the report of a graph with the parameters of its layers, for as long as they live."""
+    """Let `explain` find the report of a graph by the parameters of its layers, while both live.
+
+    The compiled function owns its report: after `torch.compiler.reset()` there is nothing to explain.
+    """
     for parameter in parameters:
-        _reports.setdefault(parameter, []).append(report)
+        _reports.setdefault(parameter, weakref.WeakSet()).add(report)
 
 
 def explain(compiled: Any) -> Explanation:
@@ -104,29 +114,44 @@ def explain(compiled: Any) -> Explanation:
         raise TypeError(
             f"explain wants a torch.nn.Module, compiled or not, or one of its methods; this is a {type(compiled).__name__}"
         )
-    graphs: dict[int, GraphReport] = {}
-    for tensor in [*module.parameters(), *module.buffers()]:
-        for report in _reports.get(tensor, []):
-            graphs[id(report)] = report
-    layers = {layer.name: layer for report in graphs.values() for layer in report.layers}
+    tensors = [*module.parameters(), *module.buffers()]
+    found = {report for tensor in tensors for report in _reports.get(tensor, ())}
+    graphs = sorted(found, key=lambda report: report.number)
+    layers = {layer.name: layer for report in graphs for layer in report.layers}
     passes: Counter[str] = Counter()
-    for report in graphs.values():
+    for report in graphs:
         passes.update(report.passes)
     return Explanation(layers, len(graphs), dict(passes))
 
 
 def _table(layers: Iterable[LayerReport]) -> str:
-    header = ("layer", "K", "N", "k4", "k6", "k8", "bits", "bytes before", "after", "kernel", "fused with / reason")
+    header = (
+        "layer",
+        "K",
+        "N",
+        "k4",
+        "k6",
+        "k8",
+        "bits",
+        "bytes before",
+        "after",
+        "kernel",
+        "fused with / reason",
+    )
     rows = [header]
     for r in layers:
         split = ("", "", "", "") if r.reason else (str(r.k4), str(r.k6), str(r.k8), f"{r.bits:.2f}")
         after = "" if r.reason else f"{r.bytes_after:,}"
         note = f"left alone: {r.reason}" if r.reason else r.fused_with
-        rows.append((r.name, str(r.K), str(r.N), *split, f"{r.bytes_before:,}", after, r.kernel, note))
+        rows.append(
+            (r.name, str(r.K), str(r.N), *split, f"{r.bytes_before:,}", after, r.kernel, note)
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     left = {0, 9, 10}
     lines = [
-        "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+        "  ".join(
+            c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))
+        ).rstrip()
         for row in rows
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

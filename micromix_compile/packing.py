@@ -48,7 +48,9 @@ class PlacedWeight:
         released: whether the float storage of the parameter was given back.
     """
 
-    def __init__(self, name: str, parameter: torch.Tensor, plan: LayerPlan, transposed: bool) -> None:
+    def __init__(
+        self, name: str, parameter: torch.Tensor, plan: LayerPlan, transposed: bool
+    ) -> None:
         self.name = name
         self.plan = plan
         self.transposed = transposed

@@ -82,7 +82,10 @@ def layer_names(model: torch.nn.Module) -> dict[int, list[str]]:
     tied or shared parameter has several names.
     """
     names: dict[int, list[str]] = {}
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    tensors = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
     for name, tensor in tensors:
         names.setdefault(id(tensor), []).append(name.removesuffix(".weight"))
     return names
@@ -159,7 +162,11 @@ def _match(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> Linear | No
 def _linear(node, x, weight, bias, transposed, constants, reason=None) -> Linear:
     parameter = constants.get(weight)
     if parameter is None:
-        kind = "is computed in the graph" if weight.op != "placeholder" else "is an argument of the call"
+        kind = (
+            "is computed in the graph"
+            if weight.op != "placeholder"
+            else "is an argument of the call"
+        )
         reason = f"its weight {kind}, so it cannot be packed ahead"
     elif parameter.dim() != 2:
         reason = f"its weight has {parameter.dim()} dimensions"
@@ -168,7 +175,10 @@ def _linear(node, x, weight, bias, transposed, constants, reason=None) -> Linear
 
 
 def _arguments(node: fx.Node, *names: str) -> list[Any]:
-    return [node.args[i] if i < len(node.args) else node.kwargs.get(name) for i, name in enumerate(names)]
+    return [
+        node.args[i] if i < len(node.args) else node.kwargs.get(name)
+        for i, name in enumerate(names)
+    ]
 
 
 def _rank(node: Any) -> int:
@@ -193,7 +203,11 @@ def _untransposed(weight: Any, constants) -> tuple[Any, bool]:
 
 
 def _flat(arguments: Sequence[Any]) -> Sequence[Any]:
-    return arguments[0] if len(arguments) == 1 and isinstance(arguments[0], (tuple, list)) else arguments
+    return (
+        arguments[0]
+        if len(arguments) == 1 and isinstance(arguments[0], (tuple, list))
+        else arguments
+    )
 
 
 def _name(node: fx.Node, weight: fx.Node) -> str:

@@ -103,7 +103,9 @@ def _quantise(graph: fx.Graph, linear: Linear, order: fx.Node | None, plan: Laye
     return data, scales
 
 
-def _product(graph: fx.Graph, linear: Linear, operands, weight: fx.Node, lowering: Lowering) -> fx.Node:
+def _product(
+    graph: fx.Graph, linear: Linear, operands, weight: fx.Node, lowering: Lowering
+) -> fx.Node:
     layout = lowering.plan.layout
     counts = (layout.k4, layout.k6, layout.k8)
     n, dtype = lowering.weight.out_features, value_of(linear.node).dtype

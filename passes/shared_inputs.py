@@ -41,7 +41,9 @@ def shared_inputs(graph: fx.Graph, linears: Sequence[Linear]) -> list[list[Linea
         group = open_group.get(linear.input)
         if group is not None:
             between = range(position[group[0].node], position[linear.node])
-            if any(position[write] in between and _may_write(write, linear.input) for write in writes):
+            if any(
+                position[write] in between and _may_write(write, linear.input) for write in writes
+            ):
                 group = None
         if group is None:
             group = open_group[linear.input] = []
@@ -63,7 +65,10 @@ def _writes_in_place(node: fx.Node) -> bool:
         or "out" in node.kwargs
         or bool(node.kwargs.get("inplace"))
         # The positional form, F.relu(x, True): a last True of any such function counts.
-        or (getattr(node.target, "__module__", "") == "torch.nn.functional" and node.args[-1:] == (True,))
+        or (
+            getattr(node.target, "__module__", "") == "torch.nn.functional"
+            and node.args[-1:] == (True,)
+        )
     )
 
 

@@ -1,0 +1,51 @@
+"""A model whose linear layers run the reference arithmetic of `micromix_compile.mx`, eagerly."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from micromix_compile import mx
+from micromix_compile.plan import ModelPlan
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, (torch.nn.Linear, Conv1D))
+
+
+def reference_model(model: torch.nn.Module, plan: ModelPlan) -> torch.nn.Module:
+    """A copy of `model` in which every planned layer quantises its input and its weight."""
+    model = copy.deepcopy(model)
+    for name, layer in plan.items():
+        module = model.get_submodule(name)
+        assert is_linear(module), name
+        weight = module.weight.detach()
+        weight = weight.t() if isinstance(module, Conv1D) else weight
+        packed = mx.quantize(weight, layer.weight_layout, layer.order)
+        module.forward = _forward(layer, packed, module.bias)
+    return model
+
+
+def _forward(layer, packed, bias):
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        operands = mx.quantize(x, layer.layout, layer.order)
+        return mx.linear(*operands, *packed, layer.layout, layer.weight_layout, bias, x.dtype)
+
+    return forward
+
+
+def linears_that_run(model: torch.nn.Module, **kwargs) -> list[str]:
+    """The names of the linear modules that one forward runs, found by hooks: independent of any graph."""
+    ran: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+        for name, module in model.named_modules()
+        if is_linear(module)
+    ]
+    with torch.no_grad():
+        model(**kwargs)
+    for handle in handles:
+        handle.remove()
+    return sorted(set(ran))
