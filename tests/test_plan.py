@@ -324,12 +324,6 @@ def test_an_empty_plan_and_a_string_path(tmp_path):
     assert len(load_plan(path)) == 0
 
 
-def test_saving_again_writes_the_same_bytes(tmp_path):
-    model_plan().save(tmp_path / "a")
-    load_plan(tmp_path / "a").save(tmp_path / "b")
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-
-
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
