@@ -13,18 +13,19 @@ from typing import Any
 
 import torch
 
-from micromix_compile import ops
 from micromix_compile.errors import ExtensionError
 
 PACKAGES = ("micromix-compile", "torch", "transformers", "accelerate", "optree", "safetensors")
 CPU_FLAGS = (
-    *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vbmi", "avx512_vnni"),
+    *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vbmi", "avx512_vnni"),
     *("avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8"),
 )
 
 
 def collect() -> dict[str, Any]:
-    """The facts as nested dicts of plain values."""
+    """The facts as nested dicts of plain values. Raises ExtensionError or RuntimeError, as ops does."""
+    from micromix_compile import ops  # here, so that main() can report a library that does not load
+
     return {
         "versions": {
             "python": platform.python_version(),

@@ -1,0 +1,315 @@
+"""micromix::place_weight and micromix::linear against the float64 product of the operands."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from micromix_compile import mx, ops
+from micromix_compile.mx import MixedLayout
+
+from .cases import DTYPES, MIXES, arguments, mix_name, relative_error, rows, weight_layout
+
+linear = torch.ops.micromix.linear
+place = torch.ops.micromix.place_weight
+
+BAR = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+
+
+class Operands:
+    """Packed activations and a packed weight, which a test may change before it calls `run`."""
+
+    def __init__(self, m, n, layout, weights="match", seed=0):
+        self.layout, self.weights, self.n = layout, weights, n
+        self.own = weight_layout(layout, weights)
+        self.data, self.scales = mx.quantize(rows(m, layout.channels, torch.float32, seed), layout)
+        weight = rows(n, layout.channels, torch.float32, seed + 1) * 0.1
+        self.weight_data, self.weight_scales = mx.quantize(weight, self.own)
+
+    def run(self, dtype=torch.float32, bias=None):
+        counts = arguments(self.layout, self.weights)
+        placed = place(self.weight_data, self.weight_scales, *counts)
+        return linear(self.data, self.scales, placed, bias, self.n, *counts, dtype)
+
+    def expected(self, bias=None):
+        x = mx.dequantize(self.data, self.scales, self.layout, torch.float64)
+        w = mx.dequantize(self.weight_data, self.weight_scales, self.own, torch.float64)
+        return x @ w.T + (0 if bias is None else bias.double())
+
+    def check(self, dtype=torch.float32, bias=None):
+        error = relative_error(self.run(dtype, bias), self.expected(bias))
+        assert error <= BAR[dtype], f"relative error {error:.2e} > {BAR[dtype]:.2e}"
+
+
+@pytest.mark.parametrize("m", range(1, 71, 2))
+def test_every_row_count(isa, m):
+    Operands(m, 48, MixedLayout(128, 64, 64)).check()
+
+
+@pytest.mark.parametrize("n", [1, 7, 15, 16, 17, 33, 64, 100])
+@pytest.mark.parametrize("m", [1, 2, 5, 19, 40])
+def test_every_column_tail(isa, m, n):
+    Operands(m, n, MixedLayout(64, 64, 32)).check()
+    Operands(m, n, MixedLayout(64, 64, 32)).check(torch.bfloat16)
+
+
+@pytest.mark.parametrize("weights", ["match", "mxfp4"])
+@pytest.mark.parametrize("layout", MIXES, ids=mix_name)
+@pytest.mark.parametrize("m", [1, 3, 37])
+def test_mixes(isa, m, layout, weights):
+    Operands(m, 40, layout, weights).check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 33])
+def test_dtypes_and_bias(isa, m, bias_dtype, dtype):
+    bias = rows(1, 50, bias_dtype, seed=9)[0]
+    Operands(m, 50, MixedLayout(96, 32, 64)).check(dtype, bias)
+
+
+@pytest.mark.parametrize("m", [1, 2, 64])
+def test_long_sums(isa, m):
+    """One rounding at the end, none between segments: the bar holds at a K of 14336."""
+    Operands(m, 32, MixedLayout(10752, 1792, 1792)).check()
+
+
+@pytest.mark.parametrize("m", [1, 40])
+def test_rounds_once(isa, m):
+    """The bfloat16 result is the rounded float32 result of the same kernel."""
+    operands = Operands(m, 64, MixedLayout(256, 128, 64))
+    assert torch.equal(operands.run(torch.bfloat16), operands.run().to(torch.bfloat16))
+    assert torch.equal(operands.run(torch.float16), operands.run().to(torch.float16))
+
+
+@pytest.mark.parametrize("weights", ["match", "mxfp4"])
+@pytest.mark.parametrize("m", [1, 4, 40])
+@pytest.mark.parametrize(
+    ("activation_byte", "weight_byte"),
+    [
+        (0, 254),
+        (1, 253),
+        (254, 1),
+        (120, 0),
+        (0, 200),
+        (127, 200),
+        (200, 127),
+        (60, 190),
+        (200, 20),
+    ],
+)
+def test_ends_of_the_scale_range(isa, m, activation_byte, weight_byte, weights):
+    """Scales whose product is an ordinary number though one of them is near 2^±127."""
+    operands = Operands(m, 24, MixedLayout(64, 32, 32), weights)
+    operands.scales.fill_(activation_byte)
+    operands.weight_scales.fill_(weight_byte)
+    operands.check()
+
+
+@pytest.mark.parametrize("m", [1, 40])
+def test_one_row_at_the_end_of_the_range(isa, m):
+    operands = Operands(m, 24, MixedLayout(64, 32, 32))
+    operands.scales[m - 1] = 3
+    operands.scales[m - 1, 0] = 252
+    actual, expected = operands.run(), operands.expected()
+    for row in (0, m - 1):
+        assert relative_error(actual[row], expected[row]) <= BAR[torch.float32]
+
+
+def test_random_scales(isa):
+    """Any scale bytes: results that float32 can hold are right, row by row and column by column."""
+    operands = Operands(40, 24, MixedLayout(32, 0, 0))
+    generator = torch.Generator().manual_seed(5)
+    operands.scales = torch.randint(0, 255, (40, 1), generator=generator).byte()
+    operands.weight_scales = torch.randint(0, 255, (24, 1), generator=generator).byte()
+    actual, expected = operands.run().double(), operands.expected()
+    finite = expected.abs() < torch.finfo(torch.float32).max
+    normal = finite & (expected.abs() > torch.finfo(torch.float32).tiny)
+    torch.testing.assert_close(actual[normal], expected[normal], rtol=1e-5, atol=0)
+    assert (actual[~finite].abs() == float("inf")).all()
+
+
+@pytest.mark.parametrize("m", [1, 40])
+def test_nan_scales_spread_to_their_row_or_column_only(isa, m):
+    operands = Operands(m, 24, MixedLayout(64, 32, 32))
+    operands.scales[m // 2, 1] = 0xFF
+    operands.weight_scales[5, 3] = 0xFF
+    actual, expected = operands.run(), operands.expected()
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert actual[m // 2].isnan().all() and actual[:, 5].isnan().all()
+
+
+@pytest.mark.parametrize("m", [1, 40])
+def test_nan_elements(isa, m):
+    """MXFP8 has NaN elements of its own, which a foreign checkpoint may hold."""
+    operands = Operands(m, 24, MixedLayout(0, 0, 64))
+    operands.data[m // 2, 3] = 0x7F
+    operands.weight_data[5, 40] = 0xFF
+    assert torch.equal(operands.run().isnan(), operands.expected().isnan())
+
+
+@pytest.mark.parametrize("m", [1, 40])
+def test_zero_blocks(isa, m):
+    """A block of zeros has scale byte 0, which must not send the call out of the plain range."""
+    operands = Operands(m, 24, MixedLayout(64, 64, 64))
+    for data, scales in (
+        (operands.data, operands.scales),
+        (operands.weight_data, operands.weight_scales),
+    ):
+        data[:, :16], scales[:, 0] = 0, 0
+        data[:, -32:], scales[:, -1] = 0x80, 255 - 1  # negative zeros under a huge scale
+    operands.check()
+    operands.weight_data.zero_()
+    assert (operands.run() == 0).all()
+
+
+def test_threads_do_not_change_results(isa, threads):
+    for m in (1, 3, 40, 130):
+        operands = Operands(m, 200, MixedLayout(512, 256, 256))
+        threads(1)
+        one = operands.run()
+        threads(2)
+        assert torch.equal(one, operands.run())
+
+
+def test_rows_do_not_depend_on_each_other(isa):
+    """A row's result is within rounding of the same row alone: batching changes no answer."""
+    operands = Operands(50, 64, MixedLayout(256, 128, 128))
+    together = operands.run()
+    operands.data, operands.scales = operands.data[7:8], operands.scales[7:8]
+    assert relative_error(together[7:8], operands.run()) <= 1e-6
+
+
+def test_shapes(isa):
+    layout = MixedLayout(64, 32, 32)
+    counts = arguments(layout)
+    operands = Operands(12, 20, layout)
+    placed = place(operands.weight_data, operands.weight_scales, *counts)
+    flat = operands.run()
+    shaped = linear(
+        *(t.view(3, 2, 2, -1) for t in (operands.data, operands.scales)),
+        *(placed, None, 20, *counts, torch.float32),
+    )
+    assert torch.equal(shaped, flat.view(3, 2, 2, 20))
+    strided = linear(
+        *(t.repeat(1, 2).view(12, 2, -1)[:, 0] for t in (operands.data, operands.scales)),
+        *(placed, None, 20, *counts, torch.float32),
+    )
+    assert torch.equal(strided, flat)
+    one = linear(operands.data[3], operands.scales[3], placed, None, 20, *counts, torch.float32)
+    assert relative_error(one, flat[3]) <= 1e-6
+    none = linear(operands.data[:0], operands.scales[:0], placed, None, 20, *counts, torch.float32)
+    assert none.shape == (0, 20)
+    empty = place(operands.weight_data[:0], operands.weight_scales[:0], *counts)
+    none = linear(operands.data, operands.scales, empty, None, 0, *counts, torch.float32)
+    assert none.shape == (12, 0)
+
+
+def test_no_channels(isa):
+    """K = 0: the sum of nothing, plus the bias."""
+    layout, bias = MixedLayout(0, 0, 0), torch.arange(5.0)
+    nothing = torch.empty(3, 0, dtype=torch.uint8)
+    placed = place(
+        torch.empty(5, 0, dtype=torch.uint8), torch.empty(5, 0, dtype=torch.uint8), 0, 0, 0, 0
+    )
+    actual = linear(nothing, nothing, placed, bias, 5, *arguments(layout), torch.float32)
+    assert torch.equal(actual, bias.expand(3, 5))
+
+
+@given(
+    m=st.integers(1, 40),
+    n=st.integers(1, 70),
+    blocks=st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 4)).filter(any),
+    format6=st.sampled_from(("e2m3", "e3m2")),
+    weights=st.sampled_from(("match", "mxfp4")),
+    isa=st.sampled_from(("portable", "avx2", "avx512", "amx")),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=120, deadline=None)
+def test_any_shape(m, n, blocks, format6, weights, isa, seed):
+    best = ops.build_info()["cpu_best"]
+    order = ("portable", "avx2", "avx512", "amx")
+    before = ops.set_cpu_isa(order[min(order.index(isa), order.index(best))])
+    try:
+        layout = MixedLayout(*(32 * b for b in blocks), format6=format6)
+        Operands(m, n, layout, weights, seed).check()
+    finally:
+        ops.set_cpu_isa(before)
+
+
+@pytest.mark.parametrize("layout", MIXES, ids=mix_name)
+def test_placed_size_is_what_the_fake_says(layout):
+    for n in (0, 1, 16, 33):
+        operands = Operands(1, n, layout)
+        counts = arguments(layout)
+        placed = place(operands.weight_data, operands.weight_scales, *counts)
+        assert placed.numel() == ops.placed_bytes(n, *counts)
+        assert placed.data_ptr() % 64 == 0
+
+
+def test_large_weights_start_at_a_huge_page():
+    layout = MixedLayout(4096, 0, 0)
+    data = torch.zeros(2048, layout.row_bytes, dtype=torch.uint8)
+    scales = torch.zeros(2048, layout.blocks, dtype=torch.uint8)
+    placed = place(data, scales, *arguments(layout))
+    assert placed.numel() > 2**21 and placed.data_ptr() % 2**21 == 0
+
+
+def test_bad_arguments_are_named():
+    operands = Operands(2, 16, MixedLayout(64, 32, 32))
+    counts = arguments(operands.layout)
+    placed = place(operands.weight_data, operands.weight_scales, *counts)
+    data, scales = operands.data, operands.scales
+
+    def refused(match, *args):
+        with pytest.raises(RuntimeError, match=match):
+            linear(*args)
+
+    f32 = torch.float32
+    refused("flat buffer of", data, scales, placed[1:], None, 16, *counts, f32)
+    refused("flat buffer of", data, scales, placed, None, 17, *counts, f32)
+    refused("was not placed", data, scales, torch.zeros_like(placed), None, 16, *counts, f32)
+    refused("was not placed", data, scales, placed, None, 15, *counts, f32)
+    other = (counts[0], counts[1], counts[2], counts[3] | 1)
+    refused("was not placed", data, scales, placed, None, 16, *other, f32)
+    refused("aligned", data, scales, torch.cat((placed[:1], placed))[1:], None, 16, *counts, f32)
+    refused("data must be uint8", data.char(), scales, placed, None, 16, *counts, f32)
+    refused(
+        "data must be .*the last dimension is 1",
+        data[:, :1],
+        scales,
+        placed,
+        None,
+        16,
+        *counts,
+        f32,
+    )
+    refused("scales must be", data, scales[:1], placed, None, 16, *counts, f32)
+    refused("scales must be", data, scales[:, :1], placed, None, 16, *counts, f32)
+    refused("dtype must be", data, scales, placed, None, 16, *counts, torch.float64)
+    refused("bias must be .16. on", data, scales, placed, torch.zeros(15), 16, *counts, f32)
+    refused("bias must be bfloat16", data, scales, placed, torch.zeros(16).int(), 16, *counts, f32)
+    refused("multiples of 32", data, scales, placed, None, 16, 64, 33, 31, counts[3], f32)
+    with pytest.raises(RuntimeError, match="place_weight: data must be"):
+        place(operands.weight_data[:, 1:], operands.weight_scales, *counts)
+    with pytest.raises(RuntimeError, match="place_weight: scales must be"):
+        place(operands.weight_data, operands.weight_scales[1:], *counts)
+
+
+@pytest.mark.parametrize("weights", ["match", "mxfp4"])
+def test_opcheck(weights):
+    operands = Operands(6, 20, MixedLayout(64, 32, 32), weights)
+    counts = arguments(operands.layout, weights)
+    weight = (operands.weight_data, operands.weight_scales)
+    torch.library.opcheck(place.default, (*weight, *counts))
+    placed = place(*weight, *counts)
+    bias = torch.randn(20)
+    for data, scales in (
+        (operands.data, operands.scales),
+        (operands.data.view(2, 3, -1), operands.scales.view(2, 3, -1)),
+    ):
+        for b in (None, bias):
+            arguments_ = (data, scales, placed, b, 20, *counts, torch.bfloat16)
+            torch.library.opcheck(linear.default, arguments_)
