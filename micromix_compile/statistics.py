@@ -37,7 +37,9 @@ _SHIFT = 23 - _MANTISSA_BITS
 _TOP = 127 << _MANTISSA_BITS  # the bin number of 1.0
 _BINS = (_OCTAVES << _MANTISSA_BITS) + 1
 
-_CPU_CHUNK = 1 << 18  # elements; the temporaries stay in the second-level cache
+# Elements. Below 2^15 torch runs an operation on one thread: waking the others costs more than they
+# bring (half of the time is bincount, which has one anyway), and much more on a busy machine.
+_CPU_CHUNK = (1 << 15) - 1
 _DEVICE_CHUNK = 1 << 22
 _SQUARE_SAFE = 1e15  # the squares of a chunk of larger values could overflow float32
 
@@ -99,9 +101,26 @@ class ChannelStatistics:
             raise StatisticsMismatchError(differences=[difference])
         rows = x.detach().reshape(-1, self.channels)
         size = _CPU_CHUNK if x.device.type == "cpu" else _DEVICE_CHUNK
-        parts = [_measure(rows, layer) for rows in rows.split(max(1, size // self.channels))]
-        for part in parts:
-            self.merge(part)
+        new = ChannelStatistics(self.channels)
+        for chunk in rows.split(max(1, size // self.channels)):
+            new._add(chunk, layer)
+        self.merge(new)
+
+    def _add(self, rows: Tensor, layer: str) -> None:
+        """Adds one chunk of rows ``[M, K]``."""
+        if not len(rows):
+            return
+        magnitudes = rows.contiguous().abs().float()  # a copy, whatever the dtype
+        row_peaks = magnitudes.amax(dim=1, keepdim=True)
+        largest = float(row_peaks.max())  # NaN wins over all else
+        if not math.isfinite(largest):
+            raise NonFiniteCalibrationError(layer=layer)
+        wide = magnitudes.double() if largest > _SQUARE_SAFE else magnitudes
+        self.tokens += len(rows)
+        self.total += wide.sum(dim=0).cpu()
+        self.peak = torch.maximum(self.peak, magnitudes.amax(dim=0).cpu())
+        self.square += wide.square().sum(dim=0).cpu()
+        self.histogram += _histogram(magnitudes, row_peaks)
 
     def merge(self, other: ChannelStatistics) -> None:
         """Adds the rows that ``other`` has seen. Raises StatisticsMismatchError for another K."""
@@ -140,25 +159,6 @@ class ChannelStatistics:
         """The fractions of elements in (0, T4], (T4, T6] and above; see :func:`thresholds`."""
         p4, p46 = (self.fraction_below(t) for t in thresholds(form, lam))
         return Fractions(p4, p46 - p4, 1 - p46)
-
-
-def _measure(rows: Tensor, layer: str) -> ChannelStatistics:
-    """The statistics of one chunk of rows ``[M, K]``."""
-    result = ChannelStatistics(rows.shape[-1])
-    if not len(rows):
-        return result
-    magnitudes = rows.contiguous().abs().float()  # a copy, whatever the dtype
-    row_peaks = magnitudes.amax(dim=1, keepdim=True)
-    largest = float(row_peaks.max())  # NaN wins over all else
-    if not math.isfinite(largest):
-        raise NonFiniteCalibrationError(layer=layer)
-    wide = magnitudes.double() if largest > _SQUARE_SAFE else magnitudes
-    result.tokens = len(rows)
-    result.total = wide.sum(dim=0).double().cpu()
-    result.peak = magnitudes.amax(dim=0).cpu()
-    result.square = wide.square().sum(dim=0).double().cpu()
-    result.histogram = _histogram(magnitudes, row_peaks)
-    return result
 
 
 def _histogram(magnitudes: Tensor, row_peaks: Tensor) -> Tensor:
