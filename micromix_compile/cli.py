@@ -99,7 +99,8 @@ def _parser() -> argparse.ArgumentParser:
         help="where the picture, the figures and the plan go (default: %(default)s)",
     )  # fmt: skip
 
-    command("env", _env, "versions, CPU features, devices, and the kernels that are there")
+    env = command("env", _env, "versions, CPU features, devices, and the kernels that are there")
+    env.add_argument("--json", action="store_true", help="as JSON")
     return parser
 
 
@@ -256,7 +257,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _env(arguments: argparse.Namespace) -> None:
     from micromix_compile import env
 
-    env.main()
+    env.main(["--json"] if arguments.json else [])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,175 @@
+"""The command line: what each command does on a tiny model, its exit codes, and its one-line errors."""
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+from tiny_llama import save_tiny
+
+from micromix_compile import Recipe, load_plan, load_statistics
+from micromix_compile.allocation import allocate
+from micromix_compile.cli import _parser, main
+
+COMMANDS = ("calibrate", "plan", "eval", "demo", "env")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return str(save_tiny(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def statistics(directory):
+    path = f"{directory}/statistics.safetensors"
+    assert main(["calibrate", *small(directory), "--statistics", path]) == 0
+    return path
+
+
+def small(directory):
+    return ["--model", directory, "--samples", "3", "--seqlen", "64"]
+
+
+def failure(capsys, *arguments):
+    """The one line on stderr of a command that must fail with exit code 1."""
+    capsys.readouterr()
+    assert main([*arguments]) == 1
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.startswith("micromix: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in out + err
+    return lines[0]
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"] if command else ["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert "exit codes" in out
+    assert all(name in out for name in COMMANDS) or command
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["no-such-command"],
+        ["calibrate"],
+        ["calibrate", "--model", "x", "--samples", "0"],
+        ["plan", "s", "--output", "p", "--counts", "*=1,2"],
+        ["plan", "s", "--output", "p", "--rules", "even", "even", "odd"],
+        ["eval", "--model", "x", "--format", "mxfp5"],
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_every_field_of_a_recipe_has_a_flag():
+    plan = _parser().parse_args(["plan", "statistics", "--output", "plan"])
+    assert {field.name for field in fields(Recipe)} <= vars(plan).keys()
+
+
+def test_calibrate_writes_the_plan_of_its_recipe(directory, statistics, tmp_path, capsys):
+    path = tmp_path / "plan.safetensors"
+    flags = ["--act-sort-metric", "hessian", "--split", "0.5", "0.25", "0.25"]
+    assert main(["calibrate", *small(directory), "--output", str(path), *flags]) == 0
+    assert "calibrated on 3 windows of 64 tokens" in capsys.readouterr().out
+    recipe = Recipe(sort="hessian", split=(0.5, 0.25, 0.25))
+    assert load_plan(path) == allocate(load_statistics(statistics), recipe)
+    assert len(load_plan(path)) == 2 * 7
+
+
+def test_calibrate_on_a_text_file(directory, tmp_path):
+    text, path = tmp_path / "text.txt", tmp_path / "statistics.safetensors"
+    text.write_text("A sentence of some words, again and again. " * 40, encoding="utf-8")
+    flags = ["--text", str(text), "--statistics", str(path)]
+    assert main(["calibrate", *small(directory), *flags]) == 0
+    assert load_statistics(path).tokens == 3 * 64
+
+
+def test_plan_from_statistics(statistics, tmp_path, capsys):
+    path = tmp_path / "plan.safetensors"
+    flags = ["--counts", "*.down_proj=32,32,32", "--counts", "*=64,0,0", "--format6", "e3m2"]
+    assert main(["plan", statistics, "--output", str(path), *flags]) == 0
+    assert "14 layers" in capsys.readouterr().out
+    layouts = {name.rsplit(".", 1)[1]: layer.layout for name, layer in load_plan(path).items()}
+    assert (layouts["down_proj"].k4, layouts["down_proj"].k6, layouts["down_proj"].k8) == (
+        32,
+        32,
+        32,
+    )
+    assert layouts["q_proj"].k4 == 64
+    assert layouts["q_proj"].format6 == "e3m2"
+
+
+def test_plan_from_several_runs(statistics, tmp_path):
+    path = tmp_path / "plan.safetensors"
+    assert main(["plan", statistics, statistics, "--output", str(path)]) == 0
+    assert load_plan(path) == allocate(load_statistics(statistics), Recipe())
+
+
+def test_eval(directory, statistics, tmp_path, capsys):
+    path = str(tmp_path / "plan.safetensors")
+    assert main(["plan", statistics, "--output", path]) == 0
+    flags = ["--plan", path, "--format", "mxfp8", "mxfp4"]
+    assert main(["eval", *small(directory), *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()[-4:]
+    names = [line.rpartition(": ")[0] for line in lines]
+    assert names == ["bfloat16", path, "mxfp8", "mxfp4"]
+    values = [float(line.rpartition(": ")[2].split()[0].rstrip(",")) for line in lines]
+    assert len(set(values)) == 4  # four kinds of arithmetic give four perplexities
+    assert abs(values[2] / values[0] - 1) < 0.2
+
+
+def test_env(capsys):
+    assert main(["env"]) == 0
+    assert "extension" in capsys.readouterr().out
+    assert main(["env", "--json"]) == 0
+    assert "versions" in json.loads(capsys.readouterr().out)
+
+
+def test_errors_are_one_line_and_say_the_mend(directory, statistics, tmp_path, capsys):
+    output = str(tmp_path / "plan.safetensors")
+    assert "hf download" in failure(capsys, "calibrate", "--model", "some/one")
+    foreign = tmp_path / "foreign.safetensors"
+    foreign.write_bytes(b"not a file of ours")
+    line = failure(capsys, "plan", str(foreign), "--output", output)
+    assert "micromix calibrate" in line
+    line = failure(capsys, "plan", statistics, "--output", output, "--split", "1", "1", "1")
+    assert "sum to 1" in line
+    line = failure(capsys, "plan", statistics, "--output", str(tmp_path / "none" / "plan"))
+    assert "No such file or directory" in line
+    flags = ["--samples", "2", "--seqlen", "64"]
+    line = failure(capsys, "eval", "--model", directory, *flags, "--plan", statistics)
+    assert "cannot be read as a plan" in line
+    line = failure(capsys, "calibrate", "--model", directory, "--seqlen", "10000000")
+    assert "--seqlen" in line
+
+
+def test_plan_of_another_model(directory, statistics, tmp_path, capsys):
+    from micromix_compile.plan import LayerShape, ModelPlan
+
+    plan = allocate(load_statistics(statistics), Recipe(format="mxfp8"))
+    wider = {name: LayerShape(2 * n, k, t) for name, (n, k, t) in plan.shapes.items()}
+    path = tmp_path / "plan.safetensors"
+    ModelPlan(plan, wider, plan.recipe).save(path)
+    line = failure(capsys, "eval", *small(directory), "--plan", str(path))
+    assert "another model" in line
+
+
+def test_the_installed_command():
+    run = subprocess.run(
+        [sys.executable, "-m", "micromix_compile.cli", "plan", "none", "--output", "none"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert run.stderr.startswith("micromix: error: none cannot be read as calibration statistics")
