@@ -11,13 +11,14 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from .errors import RecipeError
+from .mx.scales import ScaleRule
 
 __all__ = ["Recipe"]
 
 FORMATS = ("mxfp8", "mxfp6", "mxfp4")
 _THRESHOLDS = ("published", "paper")
 _SORTS = ("mean", "max", "hessian")
-_RULES = ("floor", "ceil", "even")
+_RULES = tuple(rule.label for rule in ScaleRule)
 _METHODS = ("thresholds", "split", "counts", "format")
 
 # The output head under the names that Hugging Face models give it.
