@@ -9,6 +9,7 @@ import optree
 import torch
 from torch import fx
 from tqdm import tqdm
+from typing_extensions import Self
 
 from micromix_compile import _torch_compat as compat
 from micromix_compile.allocation import allocate
@@ -45,7 +46,7 @@ class Calibration:
         self.model = getattr(model, "_orig_mod", model)
         self.statistics = ModelStatistics()
 
-    def __enter__(self) -> Calibration:
+    def __enter__(self) -> Self:
         self._names = layer_names(self.model)
         self._context = compat.compiled_call(self.model, self._observe)
         self._context.__enter__()

@@ -233,11 +233,13 @@ class ModelPlan(Mapping[str, LayerPlan]):
             raise PlanMismatchError(differences=differences)
 
     def attach(self, model: nn.Module) -> ModelPlan:
-        """Marks the weights of the planned layers, for the backend to find the plan; returns self.
+        """Marks the model's parameters, for the backend to find the plan; returns self.
 
-        A plan attached before is taken off. Layers that are not in the plan stay unmarked. A
-        weight shared by several layers is marked with the first. Raises PlanMismatchError, before
-        anything is changed, if a planned layer is missing or its weight has another shape.
+        A plan attached before is taken off. A planned layer's weight is marked with its name, all
+        else with None: the backend leaves that alone. A weight shared by several layers is marked
+        with the first. The marks are lost where a parameter is replaced (`copy.deepcopy(model)`,
+        `load_state_dict(assign=True)`). Raises PlanMismatchError, before anything is changed, if a
+        planned layer is missing or its weight has another shape.
         """
         parameters = _named_parameters(model)
         found, differences = {}, []
@@ -258,6 +260,9 @@ class ModelPlan(Mapping[str, LayerPlan]):
         for name, weight in found.items():
             if attached(weight) is None:
                 setattr(weight, _ATTRIBUTE, (self, name))
+        for parameter in _named_parameters(model).values():
+            if attached(parameter) is None:
+                setattr(parameter, _ATTRIBUTE, (self, None))
         return self
 
     def save(self, path: str | os.PathLike) -> None:
@@ -308,8 +313,11 @@ def load_plan(path: str | os.PathLike) -> ModelPlan:
     return plan
 
 
-def attached(parameter: Tensor) -> tuple[ModelPlan, str] | None:
-    """The plan attached to a weight, and the layer's name in it; None if there is none."""
+def attached(parameter: Tensor) -> tuple[ModelPlan, str | None] | None:
+    """The plan attached to a parameter's model; None if there is none.
+
+    With it the name of the planned layer that the parameter is the weight of, or None.
+    """
     return getattr(parameter, _ATTRIBUTE, None)
 
 

@@ -216,7 +216,9 @@ def test_check():
 
 
 def marked(model):
-    return {n: attached(p) for n, p in model.named_parameters() if attached(p) is not None}
+    """The parameters marked as the weight of a planned layer."""
+    marks = {n: attached(p) for n, p in model.named_parameters()}
+    return {n: mark for n, mark in marks.items() if mark is not None and mark[1] is not None}
 
 
 def test_attach_marks_the_planned_weights():
@@ -228,8 +230,10 @@ def test_attach_marks_the_planned_weights():
         "block.down.weight": (plan, "block.down"),
         "block.conv.weight": (plan, "block.conv"),
     }
+    # What is not planned is known to be so: the backend must not take the model for one without a plan.
+    assert attached(model.other.weight) == (plan, None)
     detach(model)
-    assert not marked(model)
+    assert all(attached(p) is None for p in model.parameters())
     detach(model)
 
 
