@@ -11,7 +11,7 @@ MX_HOST_DEVICE inline float bfloat16_to_float(uint16_t bits) {
   return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
 }
 
-MX_HOST_DEVICE inline uint16_t float_to_bfloat16(float value) {
+MX_HOST_DEVICE constexpr uint16_t float_to_bfloat16(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   if ((bits & mx::kFloat32Magnitude) > mx::kFloat32Exponent) return 0x7FC0;
   return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
@@ -26,7 +26,7 @@ MX_HOST_DEVICE inline float float16_to_float(uint16_t bits) {
   return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(value));
 }
 
-MX_HOST_DEVICE inline uint16_t float_to_float16(float value) {
+MX_HOST_DEVICE constexpr uint16_t float_to_float16(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
   const uint32_t magnitude = bits & mx::kFloat32Magnitude;

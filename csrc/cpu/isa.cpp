@@ -103,6 +103,11 @@ void set_isa(const std::string& name) {
 
 const QuantizeKernel& quantize_kernel() { return kQuantizePortable; }
 
-const LinearKernel& linear_kernel(const LinearTask&) { return kLinearPortable; }
+const LinearKernel& linear_kernel(const LinearTask&) {
+#if defined(MICROMIX_X86)
+  if (current_isa() >= Isa::kAvx512) return kLinearAvx512;
+#endif
+  return kLinearPortable;
+}
 
 }  // namespace micromix::cpu

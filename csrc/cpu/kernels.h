@@ -55,6 +55,9 @@ struct LinearKernel {
 
 extern const QuantizeKernel kQuantizePortable;
 extern const LinearKernel kLinearPortable;
+#if defined(MICROMIX_X86)
+extern const LinearKernel kLinearAvx512;
+#endif
 
 // Regroups rows [N, row bytes] and [N, blocks] into panels of a placed weight. Returns whether some
 // scale lies outside the plain range.

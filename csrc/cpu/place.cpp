@@ -52,8 +52,7 @@ bool place_panels(const mx::MixedLayout& layout, int64_t n, const uint8_t* data,
                                             scales[source * own.blocks() + block], segment.format,
                                             row, panel + sizes.scale_bytes + kTileRows * at);
           panel[block * kTileRows + row] = scale;
-          wide |=
-              scale != mx::kNanScale && (scale < kSmallestPlainScale || scale > kLargestPlainScale);
+          wide |= scale < kSmallestPlainScale || scale > kLargestPlainScale;
         }
       }
     }

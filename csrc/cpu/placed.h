@@ -23,7 +23,7 @@ inline constexpr int64_t kLine = 64;
 inline constexpr uint64_t kPlacedMagic = 0x31584D4F5243494D;  // "MICROMX1"
 inline constexpr uint8_t kNeutralScale = 127;
 
-// Scales of finite, nonzero blocks in this range, on both operands, cannot bring a product or a sum
+// Scales of nonzero blocks in this range, on both operands, cannot bring a product or a sum
 // out of the normal float32 range. Kernels take a slower, exact path for the others.
 inline constexpr uint8_t kSmallestPlainScale = 79;
 inline constexpr uint8_t kLargestPlainScale = 175;
@@ -32,7 +32,7 @@ struct alignas(kLine) PlacedHeader {
   uint64_t magic;
   int64_t n, k4, k6, k8;
   int32_t weight_code;       // the bits of the format code that the placed form depends on
-  uint32_t has_wide_scales;  // some scale lies outside the plain range
+  uint32_t has_wide_scales;  // some scale lies outside the plain range, or is NaN
   uint64_t unused[2];        // zero, so that equal weights are equal bytes
 };
 static_assert(sizeof(PlacedHeader) == kLine);

@@ -1,0 +1,348 @@
+// The product for few rows, on AVX-512 with VBMI and VNNI: each tile of the weight is decoded to
+// registers once and meets up to 8 rows. It is also the product for many rows where there is no
+// AMX.
+//
+// E2M1 (x2) and E2M3 (x8) are small integers, so a block's dot product is an exact integer: weights
+// are looked up as unsigned bytes value + offset, and the sum starts at -offset * (sum of the
+// activations). Blocks of other formats are decoded to float32.
+#include "avx512.h"
+
+namespace micromix::cpu {
+namespace {
+
+using namespace avx512;
+
+constexpr int kMaxRows = 8;
+
+constexpr bool is_small_integer(mx::ElementFormat f) { return f == mx::E2M1 || f == mx::E2M3; }
+constexpr int integer_factor(mx::ElementFormat f) { return f == mx::E2M1 ? 2 : 8; }
+constexpr int integer_offset(mx::ElementFormat f) { return f == mx::E2M1 ? 12 : 64; }
+
+// Whether the products of a segment are integers.
+constexpr bool is_integer(mx::ElementFormat activation, mx::ElementFormat weight) {
+  return is_small_integer(activation) && is_small_integer(weight);
+}
+
+// The value of a product of integers in units of the elements.
+constexpr float integer_rest(mx::ElementFormat activation, mx::ElementFormat weight) {
+  return 1.0f / static_cast<float>(integer_factor(activation) * integer_factor(weight));
+}
+
+constexpr Table<int8_t> kE2m1Bytes = byte_table(mx::E2M1, 2, 0);
+constexpr Table<int8_t> kE2m3Bytes = byte_table(mx::E2M3, 8, 0);
+constexpr Table<int8_t> kE2m1Offset = byte_table(mx::E2M1, 2, 12);
+constexpr Table<int8_t> kE2m3Offset = byte_table(mx::E2M3, 8, 64);
+constexpr Table<uint16_t> kE2m1Halves = float16_table(mx::E2M1);
+constexpr Table<uint16_t> kE3m2Halves = float16_table(mx::E3M2);
+
+// A prepared row: per block a factor (its scale over the integer factors), an exponent (of the
+// scale, for the exact path), and the start of the integer sum; then the elements of all blocks,
+// 128 bytes a block: 32 signed bytes, or 32 float32 with channels 1 and 2 of each four exchanged,
+// the order in which pairs of words come out of a tile.
+struct Prepared {
+  float* factor;
+  int32_t* start;
+  uint8_t* scale;
+  uint8_t* elements;
+
+  [[gnu::always_inline]] Prepared(uint8_t* row, int64_t blocks) {
+    const int64_t padded = round_up(blocks, kLine / sizeof(float));
+    factor = reinterpret_cast<float*>(row);
+    start = reinterpret_cast<int32_t*>(row) + padded;
+    scale = row + 2 * sizeof(float) * padded;
+    elements = scale + round_up(blocks, kLine);
+  }
+};
+constexpr int64_t kElementBytes = 128;
+
+int64_t prepared_row_bytes(const mx::MixedLayout& layout) {
+  const int64_t blocks = layout.blocks();
+  return 2 * sizeof(float) * round_up(blocks, kLine / sizeof(float)) + round_up(blocks, kLine) +
+         blocks * kElementBytes;
+}
+
+int64_t prepared_bytes(const LinearTask& task) { return task.m * prepared_row_bytes(task.layout); }
+
+int64_t scratch_bytes(const LinearTask&) { return 0; }
+
+template <int kBits>
+[[gnu::always_inline]] inline void prepare_integers(const Prepared& row, const mx::Segment& segment,
+                                                    mx::ElementFormat weight,
+                                                    const uint8_t* packed) {
+  const __m512i table = load(kBits == 4 ? &kE2m1Bytes : &kE2m3Bytes);
+  const float rest = integer_rest(segment.format, weight);
+  const __m256i offset = _mm256_set1_epi8(static_cast<int8_t>(integer_offset(weight)));
+  for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
+    const __m256i codes = unpack<kBits>(packed);
+    const __m256i q =
+        _mm512_castsi512_si256(_mm512_permutexvar_epi8(_mm512_castsi256_si512(codes), table));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(row.elements + b * kElementBytes), q);
+    const __m256i sums = _mm256_dpbusd_epi32(_mm256_setzero_si256(), offset, q);
+    row.start[b] = -_mm512_reduce_add_epi32(_mm512_zextsi256_si512(sums));
+    row.factor[b] = mx::scale_value(row.scale[b]) * rest;
+    packed += kBits * 4;
+  }
+}
+
+template <int kBits>
+[[gnu::always_inline]] inline void prepare_floats(const Prepared& row, const mx::Segment& segment,
+                                                  mx::ElementFormat weight, const uint8_t* packed) {
+  const float factor = (kBits == 8 ? kE4m3Factor : 1.0f) * (weight.bits == 8 ? kE4m3Factor : 1.0f);
+  for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
+    const __m512i words = _mm512_cvtepu8_epi16(unpack<kBits>(packed));
+    __m512i halves;
+    if constexpr (kBits == 8) {
+      halves = e4m3_to_float16(_mm512_slli_epi16(words, 8));
+      const __mmask32 nan = _mm512_cmpeq_epi16_mask(
+          _mm512_and_si512(words, _mm512_set1_epi16(0x7F)), _mm512_set1_epi16(0x7F));
+      if (nan) row.scale[b] = mx::kNanScale;
+    } else {
+      halves =
+          _mm512_permutex2var_epi16(load(kE3m2Halves.values), words, load(kE3m2Halves.values + 32));
+    }
+    const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+    const __m512 high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+    const __m512 f = _mm512_set1_ps(factor);
+    float* const elements = reinterpret_cast<float*>(row.elements + b * kElementBytes);
+    _mm512_store_ps(elements, _mm512_permute_ps(_mm512_mul_ps(low, f), 0b11011000));
+    _mm512_store_ps(elements + 16, _mm512_permute_ps(_mm512_mul_ps(high, f), 0b11011000));
+    row.factor[b] = mx::scale_value(row.scale[b]);
+    packed += kBits * 4;
+  }
+}
+
+void prepare(const LinearTask& task, int64_t first_row, int64_t last_row, uint8_t* prepared) {
+  const mx::MixedLayout& layout = task.layout;
+  const int64_t blocks = layout.blocks();
+  for (int64_t r = first_row; r < last_row; ++r) {
+    const Prepared row(prepared + r * prepared_row_bytes(layout), blocks);
+    std::memcpy(row.scale, task.scales + r * blocks, blocks);
+    for (const mx::Segment& segment : layout.segments()) {
+      const mx::ElementFormat weight = layout.weight_format(segment);
+      const uint8_t* const packed = task.data + r * layout.row_bytes() + segment.byte_start;
+      if (segment.format == mx::E2M1) {
+        prepare_integers<4>(row, segment, weight, packed);
+      } else if (segment.format == mx::E2M3) {
+        prepare_integers<6>(row, segment, weight, packed);
+      } else if (segment.format == mx::E3M2) {
+        prepare_floats<6>(row, segment, weight, packed);
+      } else {
+        prepare_floats<8>(row, segment, weight, packed);
+      }
+    }
+  }
+}
+
+// sum + dot * 2^(weight scale + activation scale - 254), lane by lane. Plain: all weight scales are
+// in the plain range, so dot times the first factor is exact. Wide: the power is applied in two
+// halves, each normal or harmless, and NaN scales give NaN; `rest` is what the row's factor holds
+// beside the scale.
+template <bool kWide>
+[[gnu::always_inline]] inline __m512 scaled_sum(__m512 sum, __m512 dot, __m512i weight_scale,
+                                                const Prepared& row, int64_t block, float rest) {
+  if constexpr (!kWide) {
+    const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(weight_scale, 23));
+    return _mm512_fmadd_ps(_mm512_mul_ps(dot, scale), _mm512_set1_ps(row.factor[block]), sum);
+  }
+  const int scale = row.scale[block];
+  if (scale == mx::kNanScale) rest = mx::scale_value(mx::kNanScale);
+  const __m512i power = _mm512_add_epi32(weight_scale, _mm512_set1_epi32(scale - 254));
+  const __m512i half = _mm512_srai_epi32(power, 1);
+  const auto power_of_two = [](__m512i e) {
+    e = _mm512_add_epi32(e, _mm512_set1_epi32(127));
+    e = _mm512_min_epi32(_mm512_max_epi32(e, _mm512_setzero_si512()), _mm512_set1_epi32(254));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(e, 23));
+  };
+  __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(dot, _mm512_set1_ps(rest)), power_of_two(half));
+  scaled = _mm512_mul_ps(scaled, power_of_two(_mm512_sub_epi32(power, half)));
+  const __mmask16 nan = _mm512_cmpeq_epi32_mask(weight_scale, _mm512_set1_epi32(mx::kNanScale));
+  scaled = _mm512_mask_blend_ps(nan, scaled, _mm512_set1_ps(mx::scale_value(mx::kNanScale)));
+  return _mm512_add_ps(sum, scaled);
+}
+
+// The bytes of a 4- or 6-bit tile: 8 vectors of 16 rows x 4 channels.
+template <int kBits>
+[[gnu::always_inline]] inline void decode_bytes(const uint8_t* tile, __m512i table, __m512i* w) {
+  const __m512i low_bits = _mm512_set1_epi8(0xF);
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512i line = load(tile + j * kLine);
+    __m512i first = line, second = _mm512_srli_epi16(line, 4);
+    if constexpr (kBits == 6) {
+      const __m512i high = load(tile + (4 + j / 2) * kLine);
+      const __m512i a = j % 2 ? high : _mm512_slli_epi16(high, 4);
+      const __m512i b = j % 2 ? _mm512_srli_epi16(high, 2) : _mm512_slli_epi16(high, 2);
+      first = _mm512_ternarylogic_epi64(low_bits, first, a, 0xCA);  // low_bits ? first : a
+      second = _mm512_ternarylogic_epi64(low_bits, second, b, 0xCA);
+    }
+    w[2 * j] = _mm512_permutexvar_epi8(first, table);
+    w[2 * j + 1] = _mm512_permutexvar_epi8(second, table);
+  }
+}
+
+template <int kBits, bool kWide, int kRows>
+[[gnu::always_inline]] inline void integer_blocks(const mx::Segment& segment, const uint8_t* scales,
+                                                  const uint8_t* tile, const Prepared* rows,
+                                                  __m512* sums) {
+  const __m512i table = load(kBits == 4 ? &kE2m1Offset : &kE2m3Offset);
+  const float rest = integer_rest(segment.format, kBits == 4 ? mx::E2M1 : mx::E2M3);
+  for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
+    __m512i w[8];
+    decode_bytes<kBits>(tile, table, w);
+    const __m512i scale = _mm512_cvtepu8_epi32(
+        _mm_load_si128(reinterpret_cast<const __m128i*>(scales + b * kTileRows)));
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+      const int32_t* const q =
+          reinterpret_cast<const int32_t*>(rows[m].elements + b * kElementBytes);
+      __m512i dot = _mm512_set1_epi32(rows[m].start[b]);
+#pragma GCC unroll 8
+      for (int g = 0; g < 8; ++g) dot = _mm512_dpbusd_epi32(dot, w[g], _mm512_set1_epi32(q[g]));
+      sums[m] = scaled_sum<kWide>(sums[m], _mm512_cvtepi32_ps(dot), scale, rows[m], b, rest);
+    }
+    tile += kBits * kLine;
+  }
+}
+
+// Words of a tile as float16, two channels of 16 rows: word 2n + h is channel c + 2h of row n.
+// Calls f(index of the pair of activations, words).
+template <int kBits, typename F>
+[[gnu::always_inline]] inline void for_each_pair(const uint8_t* tile, const F& f) {
+  if constexpr (kBits == 4) {
+    const __m512i table = load(kE2m1Halves.values);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const __m512i line = load(tile + j * kLine);
+#pragma GCC unroll 4
+      for (int t = 0; t < 4; ++t) {
+        const int pair = 4 * j + 2 * (t % 2) + t / 2;
+        f(pair, _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 4 * t), table));
+      }
+    }
+  } else if constexpr (kBits == 6) {
+    const __m512i low_bits = _mm512_set1_epi8(0xF);
+    const __m512i table0 = load(kE3m2Halves.values), table1 = load(kE3m2Halves.values + 32);
+#pragma GCC unroll 8
+    for (int g = 0; g < 8; ++g) {
+      const int j = g / 2, shift = 4 * (j % 2) + 2 * (g % 2);
+      const __m512i line = load(tile + j * kLine), high = load(tile + (4 + j / 2) * kLine);
+      const __m512i low = g % 2 ? _mm512_srli_epi16(line, 4) : line;
+      const __m512i moved =
+          shift < 4 ? _mm512_slli_epi16(high, 4 - shift) : _mm512_srli_epi16(high, shift - 4);
+      const __m512i codes = _mm512_ternarylogic_epi64(low_bits, low, moved, 0xCA);
+      f(2 * g, _mm512_permutex2var_epi16(table0, codes, table1));
+      f(2 * g + 1, _mm512_permutex2var_epi16(table0, _mm512_srli_epi16(codes, 8), table1));
+    }
+  } else {
+#pragma GCC unroll 8
+    for (int g = 0; g < 8; ++g) {
+      const __m512i line = load(tile + g * kLine);
+      f(2 * g, e4m3_to_float16(_mm512_slli_epi16(line, 8)));
+      f(2 * g + 1, e4m3_to_float16(line));
+    }
+  }
+}
+
+template <int kBits, bool kWide, int kRows>
+[[gnu::always_inline]] inline void float_blocks(const mx::Segment& segment, const uint8_t* scales,
+                                                const uint8_t* tile, const Prepared* rows,
+                                                __m512* sums) {
+  // Lanes 2n and 2n + 1 of `low` belong to row n of the panel, those of `high` to row n + 8.
+  __m512 low[kRows], high[kRows];
+  for (int m = 0; m < kRows; ++m) low[m] = high[m] = _mm512_setzero_ps();
+  for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
+    __m512 dot_low[kRows], dot_high[kRows];
+    for (int m = 0; m < kRows; ++m) dot_low[m] = dot_high[m] = _mm512_setzero_ps();
+    for_each_pair<kBits>(tile, [&](int pair, __m512i words) [[gnu::always_inline]] {
+      const __m512 w_low = _mm512_cvtph_ps(_mm512_castsi512_si256(words));
+      const __m512 w_high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1));
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) {
+        const double* const pairs =
+            reinterpret_cast<const double*>(rows[m].elements + b * kElementBytes);
+        const __m512 x = _mm512_castpd_ps(_mm512_set1_pd(pairs[pair]));
+        dot_low[m] = _mm512_fmadd_ps(w_low, x, dot_low[m]);
+        dot_high[m] = _mm512_fmadd_ps(w_high, x, dot_high[m]);
+      }
+    });
+    const __m128i scale = _mm_load_si128(reinterpret_cast<const __m128i*>(scales + b * kTileRows));
+    const __m512i scale_low = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(scale, scale));
+    const __m512i scale_high = _mm512_cvtepu8_epi32(_mm_unpackhi_epi8(scale, scale));
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+      low[m] = scaled_sum<kWide>(low[m], dot_low[m], scale_low, rows[m], b, 1.0f);
+      high[m] = scaled_sum<kWide>(high[m], dot_high[m], scale_high, rows[m], b, 1.0f);
+    }
+    tile += kBits * kLine;
+  }
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  for (int m = 0; m < kRows; ++m) {
+    const __m512 pairs = _mm512_add_ps(_mm512_permutex2var_ps(low[m], even, high[m]),
+                                       _mm512_permutex2var_ps(low[m], odd, high[m]));
+    sums[m] = _mm512_add_ps(sums[m], pairs);
+  }
+}
+
+template <bool kWide, int kRows>
+void run_rows(const LinearTask& task, const uint8_t* prepared, int64_t panel_index,
+              int64_t first_row) {
+  const mx::MixedLayout& layout = task.layout;
+  const PlacedLayout sizes(layout, task.n);
+  const uint8_t* const scales = task.weight + kLine + panel_index * sizes.panel_bytes;
+  const uint8_t* tile = scales + sizes.scale_bytes;
+  const auto row = [&](int m) {
+    return Prepared(const_cast<uint8_t*>(prepared) + (first_row + m) * prepared_row_bytes(layout),
+                    layout.blocks());
+  };
+  Prepared rows[8] = {row(0), row(1), row(2), row(3), row(4), row(5), row(6), row(7)};
+  __m512 sums[kRows];
+  for (int m = 0; m < kRows; ++m) sums[m] = _mm512_setzero_ps();
+  for (const mx::Segment& segment : layout.segments()) {
+    if (segment.blocks == 0) continue;
+    const mx::ElementFormat weight = layout.weight_format(segment);
+    if (is_integer(segment.format, weight)) {
+      if (weight == mx::E2M1) {
+        integer_blocks<4, kWide, kRows>(segment, scales, tile, rows, sums);
+      } else {
+        integer_blocks<6, kWide, kRows>(segment, scales, tile, rows, sums);
+      }
+    } else if (weight == mx::E2M1) {
+      float_blocks<4, kWide, kRows>(segment, scales, tile, rows, sums);
+    } else if (weight == mx::E3M2) {
+      float_blocks<6, kWide, kRows>(segment, scales, tile, rows, sums);
+    } else {
+      float_blocks<8, kWide, kRows>(segment, scales, tile, rows, sums);
+    }
+    tile += segment.blocks * tile_bytes(weight);
+  }
+  const __mmask16 columns = column_mask(task, panel_index);
+  for (int m = 0; m < kRows; ++m) finish(task, first_row + m, panel_index, columns, sums[m]);
+}
+
+template <bool kWide>
+void run_panels(const LinearTask& task, const uint8_t* prepared, int64_t first, int64_t last) {
+  for (int64_t p = first; p < last; ++p) {
+    int64_t m = 0;
+    for (; m + 8 <= task.m; m += 8) run_rows<kWide, 8>(task, prepared, p, m);
+    for (; m + 4 <= task.m; m += 4) run_rows<kWide, 4>(task, prepared, p, m);
+    for (; m + 2 <= task.m; m += 2) run_rows<kWide, 2>(task, prepared, p, m);
+    for (; m < task.m; ++m) run_rows<kWide, 1>(task, prepared, p, m);
+  }
+}
+
+void run(const LinearTask& task, const uint8_t* prepared, int64_t first_panel, int64_t last_panel,
+         void*) {
+  if (reinterpret_cast<const PlacedHeader*>(task.weight)->has_wide_scales) {
+    run_panels<true>(task, prepared, first_panel, last_panel);
+  } else {
+    run_panels<false>(task, prepared, first_panel, last_panel);
+  }
+}
+
+}  // namespace
+
+const LinearKernel kLinearAvx512 = {"avx512",      1 << 15, 1 << 19, prepared_bytes,
+                                    scratch_bytes, prepare, run};
+
+}  // namespace micromix::cpu
