@@ -79,6 +79,9 @@ Isa from_environment() {
 
 std::atomic<int> chosen{-1};
 
+// Rows from which decoding the weight to AMX tiles pays; below, it is decoded to registers.
+constexpr int64_t kAmxRows = 5;
+
 }  // namespace
 
 const char* name_of(Isa isa) { return kNames[static_cast<int>(isa)]; }
@@ -103,8 +106,12 @@ void set_isa(const std::string& name) {
 
 const QuantizeKernel& quantize_kernel() { return kQuantizePortable; }
 
-const LinearKernel& linear_kernel(const LinearTask&) {
+const LinearKernel& linear_kernel(const LinearTask& task) {
 #if defined(MICROMIX_X86)
+  if (current_isa() == Isa::kAmx && task.m >= kAmxRows && task.layout.blocks() > 0 &&
+      !reinterpret_cast<const PlacedHeader*>(task.weight)->has_wide_scales) {
+    return kLinearAmx;
+  }
   if (current_isa() >= Isa::kAvx512) return kLinearAvx512;
 #endif
   return kLinearPortable;

@@ -57,6 +57,7 @@ extern const QuantizeKernel kQuantizePortable;
 extern const LinearKernel kLinearPortable;
 #if defined(MICROMIX_X86)
 extern const LinearKernel kLinearAvx512;
+extern const LinearKernel kLinearAmx;
 #endif
 
 // Regroups rows [N, row bytes] and [N, blocks] into panels of a placed weight. Returns whether some
