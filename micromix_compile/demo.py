@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -58,16 +59,17 @@ def run(prompt: str = PROMPT, output: str | Path = "demo-output") -> list[Varian
     console = Console(highlight=False)
     began = time.perf_counter()
 
-    _say(console, "loading SmolLM2-135M")
+    def say(what: str) -> None:
+        console.print(f"[dim]{time.perf_counter() - began:4.0f} s[/dim]  {what} ...")
+
+    say("loading SmolLM2-135M")
     model, tokenizer = load_smollm2()
     seen, unseen = halves(builtin_text())
     calibration_windows = token_windows(tokenizer, seen, _WINDOW, _CALIBRATION_WINDOWS)
     windows = token_windows(tokenizer, unseen, _WINDOW, _TEST_WINDOWS)
     prompt_tokens = _prompt_tokens(tokenizer, prompt)
 
-    _say(
-        console, f"calibrating on {calibration_windows.numel()} tokens of half of the built-in text"
-    )
+    say(f"calibrating on {calibration_windows.numel()} tokens of half of the built-in text")
     batches = [{"input_ids": window[None]} for window in calibration_windows]
     calibration = micromix.calibrate(model).run(batches)
     variants = [
@@ -77,23 +79,23 @@ def run(prompt: str = PROMPT, output: str | Path = "demo-output") -> list[Varian
         Variant("mix", calibration.plan(micromix.Recipe())),
     ]
     mix = variants[-1].plan
+    elements = sum(shape.out_features * shape.in_features for shape in mix.shapes.values())
+    variants[0].weight_bytes = elements * model.dtype.itemsize
     mix.save(output / "smollm2.micromix.safetensors")
 
     for variant in variants:
-        _say(console, f"{variant.name}: perplexity on {windows.numel()} tokens of the other half")
+        say(f"{variant.name}: perplexity on {windows.numel()} tokens of the other half")
         variant.perplexity = perplexity(_lowered(model, variant.plan), windows, label=variant.name)
 
-    torch.compile(lambda x: x + 1)(
-        torch.ones(1)
-    )  # starts the compiler's workers, which the first row would pay for
+    # This starts the compiler's workers, whose start the first row would pay for otherwise.
+    torch.compile(lambda x: x + 1)(torch.ones(1))
     for variant in variants:
-        _say(console, f"{variant.name}: compiling the decode step (about a minute) and generating")
+        say(f"{variant.name}: compiling the decode step (about a minute) and generating")
         _compile(model, variant)
         tokens = variant.decoder.generate(prompt_tokens, _NEW_TOKENS, tokenizer.eos_token_id)
         variant.text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-    _count_weights(variants)
 
-    _say(console, "decode speed, the variants in turns")
+    say("decode speed, the variants in turns")
     speeds = decode_speed({variant.name: variant.decoder for variant in variants})
     for variant in variants:
         variant.speed = speeds[variant.name]
@@ -105,14 +107,10 @@ def run(prompt: str = PROMPT, output: str | Path = "demo-output") -> list[Varian
         console.print(f"{variant.name:>6}: {variant.text}", markup=False)
     console.print()
     console.print(table(variants))
-    console.print(_NOTE)
+    console.print(_NOTE, style="dim")
     console.print(f"written: {output}/plan.png, results.json, smollm2.micromix.safetensors")
     console.print(f"the whole demo took {time.perf_counter() - began:.0f} s")
     return variants
-
-
-def _say(console: Console, what: str) -> None:
-    console.print(f"[bold]>[/bold] {what} ...")
 
 
 def _prompt_tokens(tokenizer, prompt: str) -> list[int]:
@@ -144,42 +142,39 @@ def _compile(model, variant: Variant) -> None:
         variant.decoder.feed(0)
         variant.compile_seconds = time.perf_counter() - began
     if variant.plan is not None:
+        variant.weight_bits = variant.plan.weight_bits
         lowered = [r for r in micromix.explain(step).layers.values() if not r.reason]
         variant.weight_bytes = sum(report.bytes_after for report in lowered)
 
 
-def _count_weights(variants: list[Variant]) -> None:
-    """bf16 bytes of the layers that the mix planned, and bits per weight of every variant, both from shapes and bytes."""
-    elements = sum(
-        shape.out_features * shape.in_features for shape in variants[-1].plan.shapes.values()
-    )
-    for variant in variants:
-        variant.weight_bytes = variant.weight_bytes or 2 * elements
-        variant.weight_bits = 8 * variant.weight_bytes / elements
-
-
 _NOTE = (
-    "perplexity: unseen half of the text, difference to bf16 ± its standard error; bf16 eager, the others the lowered graph "
-    "without Inductor.\nweights: packed bytes of the decoder's linear layers, scales counted. decode: batch 1, medians of "
-    "rounds in turns.\ncompile: first call of the decode step with empty caches, packing included."
+    "Perplexity on half of the text that calibration has not seen, its difference to bf16 ± "
+    "standard error (bf16 runs eagerly, the others their lowered graph without Inductor). "
+    "MB: the decoder's linear layers in memory. bits: per weight, scales counted. tok/s: decode at "
+    "batch 1, compiled, the median of turns, and its ratio to bf16 of stock Inductor. compile: "
+    "the first decode call with empty caches, packing included."
 )
 
 
 def table(variants: list[Variant]) -> Table:
     """The table of the demo; the first variant is what the others are compared with."""
     base = variants[0]
-    result = Table("", "perplexity", "weights", "bits", "decode", "compile")
+    result = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("", "perplexity", "to bf16", "MB", "", "bits", "tok/s", "", "compile"):
+        result.add_column(heading)
     for column in result.columns[1:]:
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True
     for variant in variants:
         increase, error = variant.perplexity.increase_over(base.perplexity)
         result.add_row(
             variant.name,
-            f"{variant.perplexity.value:.2f}"
-            + (f"  {increase:+.1%} ± {error:.1%}" if variant is not base else ""),
-            f"{variant.weight_bytes / 1e6:.1f} MB  {variant.weight_bytes / base.weight_bytes:.0%}",
+            f"{variant.perplexity.value:.2f}",
+            "" if variant is base else f"{increase:+.1%} ± {error:.1%}",
+            f"{variant.weight_bytes / 1e6:.1f}",
+            f"{variant.weight_bytes / base.weight_bytes:.0%}",
             f"{variant.weight_bits:.2f}",
-            f"{variant.speed.tokens_per_second:.1f} tok/s  {variant.speed.ratio:.2f}x",
+            f"{variant.speed.tokens_per_second:.1f}",
+            f"{variant.speed.ratio:.2f}x",
             f"{variant.compile_seconds:.0f} s",
         )
     return result

@@ -28,16 +28,15 @@ def rows():
 
 
 def test_table():
-    console = Console(file=io.StringIO(), width=120)
+    console = Console(file=io.StringIO(), width=80)
     console.print(demo.table(rows()))
     lines = console.file.getvalue().splitlines()
-    base = next(line for line in lines if "bf16" in line)
-    mix = next(line for line in lines if "mix" in line)
+    base = next(line for line in lines if line.strip().startswith("bf16"))
+    mix = next(line for line in lines if line.strip().startswith("mix"))
     # exp(2.5) = 12.18; exp(2.6) = 13.46 = +10.5 %, with no error, since both windows differ by the same.
-    assert "12.18" in base
-    assert all(text in base for text in ("4.0 MB  100%", "16.00", "25.0 tok/s  1.00x"))
-    assert all(text in mix for text in ("13.46  +10.5% ± 0.0%", "1.2 MB  31%", "5.00"))
-    assert all(text in mix for text in ("45.0 tok/s  1.80x", "42 s"))
+    assert all(text in base for text in ("12.18", "4.0", "100%", "16.00", "25.0", "1.00x"))
+    assert all(text in mix for text in ("13.46", "+10.5% ± 0.0%", "1.2", "31%", "5.00"))
+    assert all(text in mix for text in ("45.0", "1.80x", "42 s"))
 
 
 def test_results_are_plain_values():
@@ -102,7 +101,7 @@ def test_whole_demo(tiny_demo, tmp_path, capsys):
     variants = demo.run(prompt="What?", output=tmp_path)
     assert [variant.name for variant in variants] == ["bf16", "MXFP8", "MXFP4", "mix"]
     out = capsys.readouterr().out
-    assert all(word in out for word in ("perplexity", "weights", "decode", "compile", "What?"))
+    assert all(word in out for word in ("perplexity", "MB", "tok/s", "compile", "What?"))
 
     plan = load_plan(tmp_path / "smollm2.micromix.safetensors")
     assert len(plan) == 2 * 7
