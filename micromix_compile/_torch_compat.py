@@ -141,13 +141,9 @@ def inductor_mode_options(mode: str) -> dict[str, Any]:
 
 def is_inductor_option(name: str) -> bool:
     """Whether `torch.compile(options={name: ...})` is a setting of Inductor. Tried on torch 2.13."""
-    from torch._inductor import config
+    from torch._inductor import list_options
 
-    return (
-        name in config.shallow_copy_dict()
-        if hasattr(config, "shallow_copy_dict")
-        else hasattr(config, name)
-    )
+    return name.replace("-", "_") in list_options()
 
 
 @contextlib.contextmanager
@@ -156,14 +152,20 @@ def compiled_call(module: torch.nn.Module, backend: Callable[..., Any]) -> Itera
 
     The compilations count for themselves where torch can do that (`isolate_recompiles`, 2.13): Hugging Face
     models share one wrapper function, and Dynamo runs a function uncompiled after 8 compilations. Should that
-    still happen, the context raises instead. `_compiled_call_impl` is what `Module.__call__` runs. Tried on torch 2.13.
+    still happen, the context raises instead. `_compiled_call_impl` is what `Module.__call__` runs. Dynamo does
+    not compile the frames of torch's own modules (an `nn.Sequential`), so it is given one of ours. Tried on
+    torch 2.13.
     """
     from torch._dynamo import config
 
     isolated = "isolate_recompiles" in inspect.signature(torch.compile).parameters
     options = {"isolate_recompiles": True} if isolated else {}
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
     before = module._compiled_call_impl
-    module._compiled_call_impl = torch.compile(module._call_impl, backend=backend, **options)
+    module._compiled_call_impl = torch.compile(call, backend=backend, **options)
     try:
         with config.patch(fail_on_recompile_limit_hit=True):
             yield

@@ -19,6 +19,7 @@ from micromix_compile.errors import (
     MicroMixError,
     NoPlanWarning,
     OptionError,
+    PlanChangedError,
     PlanMismatchError,
     StrictError,
 )
@@ -27,7 +28,14 @@ from micromix_compile.ops import kernel_name
 from micromix_compile.packing import PlacedWeight, placed_weight, state
 from micromix_compile.passes.find_linears import Linear, find_linears
 from micromix_compile.passes.lower_linears import Lowering, lower_linears, unsupported
-from micromix_compile.plan import LayerPlan, LayerShape, ModelPlan, attached, load_plan
+from micromix_compile.plan import (
+    LayerPlan,
+    LayerShape,
+    ModelPlan,
+    attached,
+    attachment_changes,
+    load_plan,
+)
 from micromix_compile.recipe import Recipe
 
 
@@ -114,8 +122,12 @@ def _compile(
     gm = compat.copy_graph_module(gm)
     report = GraphReport()
     linears = find_linears(gm, example_inputs)
-    lowerings = _pack(_choose(linears, options, report), gm, example_inputs, options)
+    if any(linear.reason is None for linear in linears):
+        _check_inference(gm, example_inputs)
+    lowerings = _pack(_choose(linears, options, report), options)
     runner = _Runner(gm, list(example_inputs), report)
+    if options.plan is None and options.recipe is None:
+        runner.follow_plan(linears)
     if lowerings:
         _lower(runner, lowerings)
     runner.compile(options)
@@ -188,12 +200,8 @@ def _checked(plan: ModelPlan, name: str, shape: LayerShape) -> LayerPlan:
     return plan[name]
 
 
-def _pack(
-    chosen, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
-) -> list[Lowering]:
+def _pack(chosen, options: Options) -> list[Lowering]:
     """Pack the weights, each once; with `release_weights`, free each float weight as soon as it is packed."""
-    if chosen:
-        _check_inference(gm, example_inputs)
     lowerings = []
     uses = Counter(linear.weight for linear, *_ in chosen)
     for linear, name, plan, row in tqdm(
@@ -253,6 +261,21 @@ class _Runner:
         self.packed: list[torch.Tensor] = []
         self.watched: list[int] = []
         self.weights: list[PlacedWeight] = []
+        self.marks: dict[int, Any] = {}
+        self.changes = attachment_changes()
+
+    def follow_plan(self, linears: list[Linear]) -> None:
+        """Remember the plan that is attached to the layers: another one is another compilation."""
+        position = {node: i for i, node in enumerate(self.gm.graph.find_nodes(op="placeholder"))}
+        for linear in linears:
+            if linear.parameter is not None and linear.weight in position:
+                self.marks[position[linear.weight]] = (linear.name, attached(linear.parameter))
+
+    def _check_plan(self, arguments: Sequence[Any]) -> None:
+        for i, (name, mark) in self.marks.items():
+            if attached(arguments[i]) != mark:
+                raise PlanChangedError(layer=name)
+        self.changes = attachment_changes()
 
     def compile(self, options: Options) -> None:
         self.run = self.gm.forward
@@ -264,6 +287,8 @@ class _Runner:
         del self.gm, self.inputs
 
     def call(self, *arguments: Any) -> Any:
+        if self.changes != attachment_changes():
+            self._check_plan(arguments)
         parameters = [arguments[i] for i in self.watched]
         if [state(parameter) for parameter in parameters] != self.states:
             for weight, parameter in zip(self.weights, parameters):

@@ -27,13 +27,13 @@ __all__ = [
     "NoPlanWarning",
     "NonFiniteCalibrationError",
     "OptionError",
+    "PlanChangedError",
     "PlanFileError",
     "PlanMismatchError",
     "PlanVersionError",
     "RecipeError",
     "ReferenceKernelWarning",
     "ReleasedWeightError",
-    "StalePackedWeightError",
     "StatisticsFileError",
     "StatisticsMismatchError",
     "StatisticsVersionError",
@@ -171,12 +171,12 @@ class NonFiniteCalibrationError(MicroMixError):
     )
 
 
-class StalePackedWeightError(MicroMixError):
-    """A weight was changed in place after it was packed. Facts: layer."""
+class PlanChangedError(MicroMixError):
+    """A plan was attached to, or taken off, a model that was compiled before. Facts: layer."""
 
     template = (
-        "The weight of {layer} was changed in place after it was packed, and the packed copy is "
-        "now out of date. Call micromix.repack(model), or compile the model again."
+        "The plan of {layer} changed after the model was compiled. Call torch.compiler.reset(), "
+        "and the compiled model follows the new plan at its next call."
     )
 
 

@@ -323,9 +323,23 @@ def attached(parameter: Tensor) -> tuple[ModelPlan, str | None] | None:
 
 def detach(model: nn.Module) -> None:
     """Takes off whatever plan is attached to the weights of a model."""
+    _count_change()
     for parameter in model.parameters():
         if attached(parameter) is not None:
             delattr(parameter, _ATTRIBUTE)
+
+
+_changes = 0
+
+
+def _count_change() -> None:
+    global _changes
+    _changes += 1
+
+
+def attachment_changes() -> int:
+    """How often a plan was attached or detached in this process: cheap to ask before looking closer."""
+    return _changes
 
 
 def find_weight(model: nn.Module, layer: str) -> nn.Parameter | None:

@@ -1,0 +1,476 @@
+"""The backend: what it lowers, what it leaves alone and why, and that it never serves stale numbers."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from reference_model import reference_model
+from torch import nn
+
+from micromix_compile import Recipe, calibrate, explain
+from micromix_compile.errors import (
+    GradientError,
+    NoPlanWarning,
+    OptionError,
+    PlanChangedError,
+    PlanFileError,
+    PlanMismatchError,
+    ReleasedWeightError,
+    StrictError,
+)
+from micromix_compile.packing import packings
+
+MIX = Recipe(split=(0.5, 0.25, 0.25))
+QUICK = {"inductor": False}
+
+
+class Block(nn.Module):
+    """Two layers that share an input, and one behind them."""
+
+    def __init__(self, k: int = 96, n: int = 64, bias: bool = True) -> None:
+        super().__init__()
+        self.gate = nn.Linear(k, n, bias)
+        self.up = nn.Linear(k, n, bias)
+        self.down = nn.Linear(n, k, bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+@pytest.fixture
+def block():
+    return Block().eval()
+
+
+def planned(model: nn.Module, *batches: torch.Tensor, recipe: Recipe = MIX):
+    return calibrate(model).run(batches).plan(recipe)
+
+
+def run(model, x, **options):
+    compiled = torch.compile(model, backend="micromix", options={**QUICK, **options})
+    with torch.no_grad():
+        return compiled(x), compiled
+
+
+def reasons(compiled) -> dict[str, str]:
+    return {name: row.reason for name, row in explain(compiled).layers.items()}
+
+
+def test_a_script_that_never_imports_the_package(tmp_path):
+    script = """
+import sys, torch
+model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8)).eval()
+assert "micromix_compile" not in sys.modules
+with torch.no_grad():
+    x = torch.randn(4, 64)
+    y = torch.compile(model, backend="micromix")(x)
+    error = (y - model(x)).norm() / model(x).norm()
+assert 0 < error < 0.1, error
+assert "micromix_compile" in sys.modules
+print("ran")
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.stdout == "ran\n", result.stderr
+    assert result.stderr.count("NoPlanWarning") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inductor", [False, True])
+def test_numbers_are_those_of_the_reference(block, dtype, inductor):
+    block.to(dtype)
+    x = torch.randn(2, 5, 96, dtype=dtype)
+    plan = planned(block, x)
+    y, compiled = run(block, x, plan=plan, strict=True, inductor=inductor)
+    with torch.no_grad():
+        reference = reference_model(block, plan)(x).float()
+        change = (reference - block(x).float()).norm()
+    assert y.dtype == dtype
+    assert 0 < (y.float() - block(x).float()).norm()
+    assert (y.float() - reference).norm() <= 0.1 * change
+    assert explain(compiled).passes["micromix::linear"] == 3
+
+
+def test_layers_that_share_an_input_share_a_quantise(block):
+    x = torch.randn(4, 96)
+    _, compiled = run(block, x, plan=planned(block, x))
+    assert explain(compiled).passes["micromix::quantize"] == 2
+
+
+def test_a_write_between_two_readers_is_seen():
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 32), nn.Linear(64, 32)
+
+        def forward(self, x):
+            x = x + 1
+            y = self.a(x)
+            x.mul_(3)
+            return y, self.b(x)
+
+    model = Writes().eval()
+    x = torch.randn(4, 64)
+    (a, b), compiled = run(model, x, recipe=Recipe(format="mxfp8"))
+    exact_a, exact_b = model(x)
+    assert explain(compiled).passes["micromix::quantize"] == 2
+    assert (a - exact_a).norm() < 0.1 * exact_a.norm()
+    assert (b - exact_b).norm() < 0.1 * exact_b.norm()
+
+
+def test_no_plan_is_mxfp8_with_one_warning(block):
+    x = torch.randn(4, 96)
+    with pytest.warns(NoPlanWarning) as caught:
+        y, compiled = run(block, x)
+    assert len([w for w in caught if w.category is NoPlanWarning]) == 1
+    rows = explain(compiled).layers.values()
+    assert all((row.k4, row.k6) == (0, 0) and row.k8 in (96, 64) for row in rows)
+    assert 0 < (y - block(x)).norm() < 0.1 * block(x).norm()
+
+
+def test_an_attached_plan_is_found_and_its_gaps_are_left_alone(block):
+    x = torch.randn(4, 96)
+    planned(block, x, recipe=Recipe(split=(1, 0, 0), skip=("down",))).attach(block)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NoPlanWarning)
+        _, compiled = run(block, x, strict=True)
+    assert reasons(compiled) == {"gate": "", "up": "", "down": "the recipe skips it"}
+    assert explain(compiled).layers["gate"].k4 == 96
+
+
+def test_a_plan_can_be_given_as_a_path(block, tmp_path):
+    x = torch.randn(4, 96)
+    plan = planned(block, x)
+    plan.save(tmp_path / "plan.safetensors")
+    by_path, _ = run(block, x, plan=str(tmp_path / "plan.safetensors"))
+    torch.compiler.reset()
+    assert torch.equal(by_path, run(block, x, plan=plan)[0])
+    (tmp_path / "foreign").write_bytes(b"not a plan")
+    torch.compiler.reset()
+    with pytest.raises(PlanFileError):
+        run(block, x, plan=tmp_path / "foreign")
+
+
+def test_a_plan_for_another_model_is_refused(block):
+    x = torch.randn(4, 96)
+    with pytest.raises(PlanMismatchError, match="gate"):
+        run(block, x, plan=planned(Block(96, 32).eval(), x))
+    other = nn.Sequential(nn.Linear(96, 8)).eval()
+    with pytest.raises(PlanMismatchError, match="no layer gate"):
+        run(block, x, plan=planned(other, x))
+
+
+def test_a_plan_of_the_whole_model_serves_a_part_of_it(block):
+    model = nn.ModuleDict({"inner": block})
+    model.forward = lambda x: model["inner"](x)
+    x = torch.randn(4, 96)
+    plan = planned(model, x)
+    assert list(plan) == ["inner.gate", "inner.up", "inner.down"]
+    _, compiled = run(block, x, plan=plan, strict=True)
+    assert set(reasons(compiled)) == set(plan)
+
+
+@pytest.mark.parametrize(
+    ("options", "option"),
+    [
+        ({"plann": None}, "plann"),
+        ({"strict": 1}, "strict"),
+        ({"recipe": "mxfp8"}, "recipe"),
+        ({"mode": "fastest"}, "mode"),
+    ],
+)
+def test_bad_options_are_refused(block, options, option):
+    with pytest.raises(OptionError, match=option):
+        run(block, torch.randn(4, 96), **options)
+
+
+def test_a_plan_and_a_recipe_together_are_refused(block):
+    x = torch.randn(4, 96)
+    with pytest.raises(OptionError, match="beside a plan"):
+        run(block, x, plan=planned(block, x), recipe=Recipe(format="mxfp4"))
+
+
+def test_inductor_settings_and_mode_pass_through(block):
+    x = torch.randn(4, 96)
+    settings = {"mode": "max-autotune-no-cudagraphs", "epilogue_fusion": False}
+    y, _ = run(block, x, recipe=Recipe(format="mxfp8"), inductor=True, **settings)
+    assert (y - block(x)).norm() < 0.1 * block(x).norm()
+
+
+def test_gradients_and_training_are_refused(block):
+    x = torch.randn(4, 96)
+    compiled = torch.compile(
+        block, backend="micromix", options={**QUICK, "plan": planned(block, x)}
+    )
+    with pytest.raises(GradientError, match="gradients are enabled"):
+        compiled(x)
+    with torch.no_grad():
+        first = compiled(x)
+    with torch.inference_mode():
+        assert torch.equal(first, compiled(x))
+
+    model = nn.Sequential(nn.Linear(96, 64), nn.Dropout(0.5)).train()
+    with torch.no_grad(), pytest.raises(GradientError, match="training mode"):
+        torch.compile(model, backend="micromix", options=QUICK)(x)
+
+
+def test_frozen_parameters_need_no_context(block):
+    x = torch.randn(4, 96)
+    block.requires_grad_(False)
+    compiled = torch.compile(
+        block, backend="micromix", options={**QUICK, "plan": planned(block, x)}
+    )
+    assert not compiled(x).requires_grad
+
+
+def test_what_is_not_supported_is_left_alone_and_said(block):
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide = nn.Linear(64, 8).double()
+            self.computed = nn.Parameter(torch.randn(8, 64))
+            self.good = nn.Linear(64, 8)
+
+        def forward(self, x, w):
+            f = torch.nn.functional.linear
+            return self.wide(x.double()), f(x, self.computed * 2), f(x, w), self.good(x)
+
+    model = Odd().eval()
+    x, w = torch.randn(4, 64), torch.randn(8, 64)
+    options = {**QUICK, "recipe": Recipe(format="mxfp4")}
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="micromix", options=options)
+        outputs, exact = compiled(x, w), model(x, w)
+    assert all(torch.equal(a, b) for a, b in zip(outputs[:3], exact[:3], strict=True))
+    assert not torch.equal(outputs[3], exact[3])
+    found = reasons(compiled)
+    assert found["wide"] == "its weight is float64; bfloat16, float16 and float32 are supported"
+    assert found["good"] == ""
+    assert sum("computed in the graph" in reason for reason in found.values()) == 1
+    assert sum("argument of the call" in reason for reason in found.values()) == 1
+
+    torch.compiler.reset()
+    strict = torch.compile(
+        model, backend="micromix", options={**options, "strict": True, "release_weights": True}
+    )
+    with torch.no_grad(), pytest.raises(StrictError, match="wide: its weight is float64"):
+        strict(x, w)
+    assert model.good.weight.untyped_storage().nbytes() > 0, "an error must lose nothing"
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, w: x @ w.t(),
+        lambda x, w: x @ w.T,
+        lambda x, w: torch.matmul(x, w.transpose(-1, -2)),
+        lambda x, w: torch.mm(x, w.permute(1, 0)),
+        lambda x, w: x.matmul(w.transpose(0, 1)),
+        lambda x, w: torch.addmm(torch.ones(8), x, w.t()),
+    ],
+)
+def test_every_spelling_of_a_linear_layer(product):
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 64))
+
+        def forward(self, x):
+            return product(x, self.weight)
+
+    model = Product().eval()
+    x = torch.randn(4, 64)
+    y, compiled = run(model, x, recipe=Recipe(format="mxfp8"), strict=True)
+    assert explain(compiled).passes["micromix::linear"] == 1
+    assert 0 < (y - model(x)).norm() < 0.1 * model(x).norm()
+
+
+@pytest.mark.parametrize("k", [1, 31, 33, 100])
+def test_any_k_and_a_transposed_weight(k):
+    class Transposed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(k, 24))
+
+        def forward(self, x):
+            return x @ self.weight
+
+    model = Transposed().eval()
+    x = torch.randn(4, k)
+    plan = planned(model, x)
+    assert [shape.transposed for shape in plan.shapes.values()] == [True]
+    y, _ = run(model, x, plan=plan, strict=True)
+    assert (y - model(x)).norm() < 0.3 * model(x).norm()
+
+
+def test_inputs_without_rows_and_with_gaps(block):
+    x = torch.randn(6, 4, 96)
+    plan = planned(block, x)
+    whole, compiled = run(block, x, plan=plan)
+    with torch.no_grad():
+        assert compiled(x[:0]).shape == (0, 4, 96)
+        assert torch.equal(compiled(x[::2]), whole[::2])
+        assert torch.equal(compiled(x.transpose(0, 1)), whole.transpose(0, 1))
+
+
+def test_a_changed_weight_is_never_served_stale(block):
+    x = torch.randn(4, 96)
+    plan = planned(block, x)
+    first, compiled = run(block, x, plan=plan)
+    changes = [
+        lambda: block.down.weight.mul_(2),
+        lambda: block.gate.load_state_dict(nn.Linear(96, 64).state_dict()),
+        lambda: setattr(block.up.weight, "data", torch.randn(64, 96)),
+        lambda: setattr(block, "down", nn.Linear(64, 96)),
+    ]
+    for change in changes:
+        with torch.no_grad():
+            change()
+            now = compiled(x)
+        assert not torch.equal(now, first)
+        first = now
+    torch.compiler.reset()
+    assert torch.equal(now, run(copy.deepcopy(block), x, plan=plan)[0])
+
+
+def test_released_weights_are_freed_and_never_used_again(block):
+    x = torch.randn(4, 96)
+    plan = planned(block, x)
+    kept, _ = run(copy.deepcopy(block), x, plan=plan, inductor=True)
+    torch.compiler.reset()
+    y, compiled = run(block, x, plan=plan, release_weights=True, inductor=True)
+    assert torch.equal(y, kept)
+    assert all(m.weight.untyped_storage().nbytes() == 0 for m in (block.gate, block.up, block.down))
+    assert all(row.released for row in explain(compiled).layers.values())
+    before = packings()
+    with torch.no_grad():
+        assert compiled(torch.randn(7, 96)).shape == (7, 96), "another shape compiles still"
+        assert packings() == before
+        with pytest.raises(RuntimeError):
+            block(x)
+        torch.compiler.reset()
+        other = planned_again(block)
+        with pytest.raises(ReleasedWeightError, match="gate"):
+            run(block, x, plan=other)
+
+
+def planned_again(block):
+    return planned(Block().eval(), torch.randn(4, 96), recipe=Recipe(split=(1, 0, 0)))
+
+
+def test_a_weight_that_something_else_reads_is_not_released():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(32, 64)
+            self.head = nn.Linear(64, 32, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, ids):
+            return self.head(self.embedding(ids))
+
+    model = Tied().eval()
+    ids = torch.randint(0, 32, (2, 5))
+    recipe = Recipe(format="mxfp8")
+    y, compiled = run(model, ids, recipe=recipe, release_weights=True)
+    assert not explain(compiled).layers["head"].released
+    assert (y - model(ids)).norm() < 0.1 * model(ids).norm()
+
+
+def test_a_module_used_twice_is_packed_once():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.layer(torch.relu(self.layer(x)))
+
+    model = Twice().eval()
+    x = torch.randn(4, 64)
+    plan = planned(model, x)
+    before = packings()
+    _, compiled = run(model, x, plan=plan)
+    assert explain(compiled).passes["micromix::linear"] == 2
+    assert packings() - before == 1
+
+
+def test_a_graph_break_leaves_no_layer_behind(block):
+    class Breaks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Block(), Block()
+
+        def forward(self, x):
+            x = self.first(x)
+            torch._dynamo.graph_break()
+            return self.second(x)
+
+    model = Breaks().eval()
+    x = torch.randn(4, 96)
+    plan = planned(model, x)
+    assert len(plan) == 6
+    assert all(name.startswith(("first.", "second.")) for name in plan)
+    plan.attach(model)
+    y, compiled = run(model, x, strict=True)
+    explanation = explain(compiled)
+    assert explanation.graphs == 2
+    assert sorted(explanation.layers) == sorted(plan)
+    reference = reference_model(model, plan)(x)
+    assert (y - reference).norm() <= 0.1 * (reference - model(x)).norm()
+
+
+def test_one_graph_serves_every_batch_size(block):
+    plan = planned(block, torch.randn(4, 96))
+    options = {**QUICK, "plan": plan}
+    compiled = torch.compile(block, backend="micromix", options=options, dynamic=True)
+    with torch.no_grad():
+        whole = compiled(torch.randn(9, 96))
+        x = torch.randn(5, 96)
+        assert torch.equal(compiled(x)[:2], compiled(x[:2].clone()))
+    assert whole.shape == (9, 96)
+    assert explain(compiled).graphs == 1
+
+
+def test_explain_says_when_nothing_was_compiled(block):
+    compiled = torch.compile(block, backend="micromix", options=QUICK)
+    assert "Nothing was compiled" in str(explain(compiled))
+    x = torch.randn(4, 96)
+    _, compiled = run(block, x, plan=planned(block, x))
+    text = str(explain(compiled))
+    assert "3 of 3 linear layers lowered, in 1 graph(s)" in text
+    facts = explain(compiled).to_dict()
+    assert facts["layers"]["gate"]["K"] == 96
+    assert facts["layers"]["gate"]["bytes_after"] < facts["layers"]["gate"]["bytes_before"] / 3
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        explain(3)
+
+
+def test_explain_forgets_what_a_reset_threw_away(block):
+    x = torch.randn(4, 96)
+    _, compiled = run(block, x, plan=planned(block, x))
+    assert explain(compiled).graphs == 1
+    torch.compiler.reset()
+    assert explain(block).graphs == 0
+
+
+def test_a_plan_attached_later_is_not_mixed_up_with_the_first(block):
+    x = torch.randn(4, 96)
+    planned(block, x).attach(block)
+    first, compiled = run(block, x)
+    planned(block, x, recipe=Recipe(split=(1, 0, 0))).attach(block)
+    with torch.no_grad():
+        with pytest.raises(PlanChangedError, match="reset"):
+            compiled(x)
+        torch.compiler.reset()
+        second = compiled(x)
+    assert not torch.equal(first, second)
+    planned(Block().eval(), x).attach(Block())
+    with torch.no_grad():
+        assert torch.equal(second, compiled(x)), "another model's plan is no concern of this one"
