@@ -49,6 +49,7 @@ Isa detect() {
   constexpr unsigned kVectorBits = bit_AVX512VBMI | bit_AVX512VNNI;
   if (!has(leaf7.b, kAvx512) || !has(leaf7.c, kVectorBits) || !has(states, 0xE6)) return Isa::kAvx2;
 
+  if (!has(cpuid(7, 1).a, bit_AVX512BF16)) return Isa::kAvx512;
   constexpr unsigned kAmxTile = 1u << 24, kAmxBf16 = 1u << 22;
   if (!has(leaf7.d, kAmxTile | kAmxBf16) || !has(states, 0x60000)) return Isa::kAvx512;
   return request_amx_tiles() ? Isa::kAmx : Isa::kAvx512;

@@ -12,41 +12,59 @@ namespace {
 
 using namespace avx512;
 
-constexpr int64_t kTileBytes = 1024;           // 16 rows of 32 bfloat16
-constexpr int64_t kMaxBlocks = 128;            // of K, decoded at once
-constexpr int64_t kDecodedBytes = 1280 << 10;  // decoded weight that shares L2 with two row tiles
-constexpr int64_t kStreamedRows = 32;          // up to these, sums stay in tiles over all of K
-constexpr int64_t kStreamedBlocks = 8;
+constexpr int64_t kTileBytes = 1024;  // 16 rows of 32 bfloat16
 
-constexpr Table<uint16_t> kE2m1 = bfloat16_table(mx::E2M1);
-constexpr Table<uint16_t> kE2m3 = bfloat16_table(mx::E2M3);
-constexpr Table<uint16_t> kE3m2 = bfloat16_table(mx::E3M2);
+// Up to these rows, sums stay in tiles over all of K. Each block of the weight is decoded a few
+// blocks before it is used, so that the two overlap.
+constexpr int64_t kStreamedRows = 64;
+constexpr int64_t kAhead = 4;
+constexpr int64_t kRing = 8;
 
-// Subnormal E4M3 codes as bfloat16, by their mantissa, repeated.
-constexpr Table<uint16_t> e4m3_subnormals() {
+// For more rows: 32 rows x kMaxBlocks of the activations stay in L1 while they meet kMaxPairs pairs
+// of panels, whose decoded blocks stay in L2, as do the sums of kMaxRowTiles.
+constexpr int64_t kMaxBlocks = 18;
+constexpr int64_t kMaxPairs = 8;
+constexpr int64_t kMaxRowTiles = 32;
+
+// Decoded elements are looked up with the largest plain scale applied, and brought to the block's
+// own scale by taking from their exponents, with unsigned saturation: zeros stay zeros, as all
+// zeros in a table are positive, and the exponents of other elements are large enough.
+constexpr Table<uint16_t> scaled_table(mx::ElementFormat format, int codes) {
   Table<uint16_t> table{};
   for (int i = 0; i < 64; ++i) {
-    table.values[i] = float_to_bfloat16(mx::decode(static_cast<uint8_t>(i & 7), mx::E4M3));
+    const float value = mx::decode(static_cast<uint8_t>(i % codes), format);
+    const float largest = mx::scale_value(kLargestPlainScale);
+    table.values[i] = value == 0.0f ? uint16_t{0} : float_to_bfloat16(value * largest);
   }
   return table;
 }
-constexpr Table<uint16_t> kE4m3Subnormals = e4m3_subnormals();
+constexpr Table<uint16_t> kE2m1 = scaled_table(mx::E2M1, 16);
+constexpr Table<uint16_t> kE2m3 = scaled_table(mx::E2M3, 64);
+constexpr Table<uint16_t> kE3m2 = scaled_table(mx::E3M2, 64);
+constexpr Table<uint16_t> kE4m3Subnormals = scaled_table(mx::E4M3, 8);
 
-// E4M3 codes, in the low bytes of words whose high bytes are anything, to bfloat16. `signs` has
-// their sign bits on top of its words.
-[[gnu::always_inline]] inline __m512i e4m3_to_bfloat16(__m512i codes, __m512i signs) {
-  const __m512i magnitude = _mm512_and_si512(codes, _mm512_set1_epi16(0x7F));
-  const __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4),
-                                          _mm512_set1_epi16((mx::kFloat32Bias - 7) << 7));
-  const __mmask32 small = _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(8));
-  const __m512i value = _mm512_mask_permutexvar_epi16(normal, small, codes, load(&kE4m3Subnormals));
-  return _mm512_ternarylogic_epi64(value, signs, _mm512_set1_epi16(INT16_MIN), 0xF8);
+template <mx::ElementFormat kFormat>
+constexpr const uint16_t* table_of() {
+  return kFormat == mx::E2M1 ? kE2m1.values : kFormat == mx::E2M3 ? kE2m3.values : kE3m2.values;
 }
 
-// `words` times a power of two: adds to the exponents, of all but zeros.
-[[gnu::always_inline]] inline __m512i scaled(__m512i words, __m512i exponent) {
-  const __mmask32 nonzero = _mm512_test_epi16_mask(words, _mm512_set1_epi16(0x7FFF));
-  return _mm512_mask_add_epi16(words, nonzero, words, exponent);
+// What scale bytes, one a word, take from exponents.
+[[gnu::always_inline]] inline __m512i decrement(__m512i scales) {
+  return _mm512_slli_epi16(_mm512_sub_epi16(_mm512_set1_epi16(kLargestPlainScale), scales), 7);
+}
+
+// E4M3 codes, in the low bytes of words whose high bytes are anything, to bfloat16 under their
+// scales. `signs` has their sign bits on top of its words.
+[[gnu::always_inline]] inline __m512i e4m3_to_bfloat16(__m512i codes, __m512i signs,
+                                                       __m512i decrement) {
+  constexpr int kExponent = mx::kFloat32Bias - mx::E4M3.bias + kLargestPlainScale - kNeutralScale;
+  const __m512i magnitude = _mm512_and_si512(codes, _mm512_set1_epi16(0x7F));
+  const __m512i normal =
+      _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(kExponent << 7));
+  const __mmask32 small = _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(8));
+  const __m512i value = _mm512_mask_permutexvar_epi16(normal, small, codes, load(&kE4m3Subnormals));
+  return _mm512_ternarylogic_epi64(_mm512_subs_epu16(value, decrement), signs,
+                                   _mm512_set1_epi16(INT16_MIN), 0xF8);
 }
 
 // A tile of the weight, as 16 pairs of channels x 16 rows: pair 2g holds channels 4g and 4g + 2,
@@ -57,11 +75,9 @@ template <mx::ElementFormat kFormat>
   const __m128i scale = _mm_load_si128(reinterpret_cast<const __m128i*>(scales));
   const __m256i twice =
       _mm256_set_m128i(_mm_unpackhi_epi8(scale, scale), _mm_unpacklo_epi8(scale, scale));
-  const __m512i exponent = _mm512_slli_epi16(
-      _mm512_sub_epi16(_mm512_cvtepu8_epi16(twice), _mm512_set1_epi16(mx::kFloat32Bias)), 7);
-  const auto put = [&](int pair, __m512i words) [[gnu::always_inline]] {
-    _mm512_store_si512(out + pair * kLine, scaled(words, exponent));
-  };
+  const __m512i lower = decrement(_mm512_cvtepu8_epi16(twice));
+  const auto put = [&](int pair, __m512i words)
+                       [[gnu::always_inline]] { _mm512_store_si512(out + pair * kLine, words); };
   if constexpr (kFormat == mx::E2M1) {
     const __m512i table = load(&kE2m1);
 #pragma GCC unroll 4
@@ -70,20 +86,20 @@ template <mx::ElementFormat kFormat>
 #pragma GCC unroll 4
       for (int t = 0; t < 4; ++t) {
         put(4 * j + 2 * (t % 2) + t / 2,
-            _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 4 * t), table));
+            _mm512_subs_epu16(_mm512_permutexvar_epi16(_mm512_srli_epi16(line, 4 * t), table),
+                              lower));
       }
     }
   } else if constexpr (kFormat == mx::E4M3) {
 #pragma GCC unroll 8
     for (int g = 0; g < 8; ++g) {
       const __m512i line = load(tile + g * kLine);
-      put(2 * g, e4m3_to_bfloat16(line, _mm512_slli_epi16(line, 8)));
-      put(2 * g + 1, e4m3_to_bfloat16(_mm512_srli_epi16(line, 8), line));
+      put(2 * g, e4m3_to_bfloat16(line, _mm512_slli_epi16(line, 8), lower));
+      put(2 * g + 1, e4m3_to_bfloat16(_mm512_srli_epi16(line, 8), line, lower));
     }
   } else {
-    const uint16_t* const values = kFormat == mx::E2M3 ? kE2m3.values : kE3m2.values;
     const __m512i low_bits = _mm512_set1_epi8(0xF);
-    const __m512i table0 = load(values), table1 = load(values + 32);
+    const __m512i table0 = load(table_of<kFormat>()), table1 = load(table_of<kFormat>() + 32);
 #pragma GCC unroll 8
     for (int g = 0; g < 8; ++g) {
       const int j = g / 2, shift = 4 * (j % 2) + 2 * (g % 2);
@@ -92,31 +108,34 @@ template <mx::ElementFormat kFormat>
       const __m512i moved =
           shift < 4 ? _mm512_slli_epi16(high, 4 - shift) : _mm512_srli_epi16(high, shift - 4);
       const __m512i codes = _mm512_ternarylogic_epi64(low_bits, low, moved, 0xCA);
-      put(2 * g, _mm512_permutex2var_epi16(table0, codes, table1));
-      put(2 * g + 1, _mm512_permutex2var_epi16(table0, _mm512_srli_epi16(codes, 8), table1));
+      const __m512i odd = _mm512_srli_epi16(codes, 8);
+      put(2 * g, _mm512_subs_epu16(_mm512_permutex2var_epi16(table0, codes, table1), lower));
+      put(2 * g + 1, _mm512_subs_epu16(_mm512_permutex2var_epi16(table0, odd, table1), lower));
     }
   }
 }
 
-// Decodes blocks [first, last) of a panel; tiles go to out, `stride` bytes apart.
-void decode_panel(const mx::MixedLayout& layout, const uint8_t* panel, int64_t scale_bytes,
-                  int64_t first, int64_t last, uint8_t* out, int64_t stride) {
-  const uint8_t* tiles = panel + scale_bytes;
+// Calls f.template operator()<format>(block, tile's place in the panel) for blocks [first, last).
+template <typename F>
+[[gnu::always_inline]] inline void for_each_block(const mx::MixedLayout& layout,
+                                                  int64_t scale_bytes, int64_t first, int64_t last,
+                                                  const F& f) {
+  int64_t tiles = scale_bytes;
   for (const mx::Segment& segment : layout.segments()) {
     const mx::ElementFormat format = layout.weight_format(segment);
     const int64_t begin = first > segment.first_block ? first : segment.first_block;
     const int64_t segment_end = segment.first_block + segment.blocks;
     const int64_t end = last < segment_end ? last : segment_end;
-    const auto decode = [&]<mx::ElementFormat kFormat>() [[gnu::always_inline]] {
+    const auto run = [&]<mx::ElementFormat kFormat>() [[gnu::always_inline]] {
       for (int64_t b = begin; b < end; ++b) {
-        decode_tile<kFormat>(tiles + (b - segment.first_block) * tile_bytes(kFormat),
-                             panel + b * kTileRows, out + (b - first) * stride);
+        const int64_t tile = tiles + (b - segment.first_block) * tile_bytes(kFormat);
+        f.template operator()<kFormat>(b, tile);
       }
     };
-    if (format == mx::E2M1) decode.template operator()<mx::E2M1>();
-    if (format == mx::E2M3) decode.template operator()<mx::E2M3>();
-    if (format == mx::E3M2) decode.template operator()<mx::E3M2>();
-    if (format == mx::E4M3) decode.template operator()<mx::E4M3>();
+    if (format == mx::E2M1) run.template operator()<mx::E2M1>();
+    if (format == mx::E2M3) run.template operator()<mx::E2M3>();
+    if (format == mx::E3M2) run.template operator()<mx::E3M2>();
+    if (format == mx::E4M3) run.template operator()<mx::E4M3>();
     tiles += segment.blocks * tile_bytes(format);
   }
 }
@@ -124,7 +143,11 @@ void decode_panel(const mx::MixedLayout& layout, const uint8_t* panel, int64_t s
 // Prepared activations: tiles of 16 rows x 32 channels, all blocks of 16 rows side by side, in the
 // order of channels that the tiles of the weight have; then one byte per row that says whether some
 // scale lies outside the plain range.
-int64_t row_tiles(const LinearTask& task) { return (task.m + kTileRows - 1) / kTileRows; }
+// Row tiles come in pairs beyond kStreamedRows; the second of the last pair may hold anything.
+int64_t row_tiles(const LinearTask& task) {
+  const int64_t tiles = (task.m + kTileRows - 1) / kTileRows;
+  return task.m <= kStreamedRows ? tiles : round_up(tiles, 2);
+}
 
 int64_t tiles_bytes(const LinearTask& task) {
   return row_tiles(task) * task.layout.blocks() * kTileBytes;
@@ -142,26 +165,21 @@ template <mx::ElementFormat kFormat>
     const __m256i codes = _mm256_shuffle_epi8(unpack<kFormat.bits>(packed), order);
     const __m512i words = _mm512_cvtepu8_epi16(codes);
     const uint8_t scale = scales[b];
+    const bool plain = scale >= kSmallestPlainScale && scale <= kLargestPlainScale;
+    const __m512i lower = decrement(_mm512_set1_epi16(plain ? scale : kNeutralScale));
     __m512i values;
     bool nan = scale == mx::kNanScale;
     if constexpr (kFormat == mx::E4M3) {
-      values = e4m3_to_bfloat16(words, _mm512_slli_epi16(words, 8));
-      nan |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(words, _mm512_set1_epi16(0x7F)),
-                                     _mm512_set1_epi16(0x7F)) != 0;
+      values = e4m3_to_bfloat16(words, _mm512_slli_epi16(words, 8), lower);
+      const __m512i largest = _mm512_set1_epi16(0x7F);
+      nan |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(words, largest), largest) != 0;
     } else {
-      const uint16_t* const table = kFormat == mx::E2M1   ? kE2m1.values
-                                    : kFormat == mx::E2M3 ? kE2m3.values
-                                                          : kE3m2.values;
-      values = _mm512_permutex2var_epi16(load(table), words, load(table + 32));
-    }
-    if (nan) {
-      values = _mm512_set1_epi16(0x7FC0);
-    } else if (scale < kSmallestPlainScale || scale > kLargestPlainScale) {
-      wide |= _mm512_test_epi16_mask(values, _mm512_set1_epi16(0x7FFF)) != 0;
-    } else {
+      const uint16_t* const table = table_of<kFormat>();
       values =
-          scaled(values, _mm512_set1_epi16(static_cast<int16_t>((scale - mx::kFloat32Bias) * 128)));
+          _mm512_subs_epu16(_mm512_permutex2var_epi16(load(table), words, load(table + 32)), lower);
     }
+    wide |= !plain && !nan && _mm512_test_epi16_mask(values, _mm512_set1_epi16(0x7FFF)) != 0;
+    if (nan) values = _mm512_set1_epi16(0x7FC0);
     _mm512_store_si512(out + b * kTileBytes, values);
     packed += kFormat.bits * 4;
   }
@@ -203,7 +221,8 @@ void configure_tiles() {
   _tile_loadconfig(&config);
 }
 
-// Tiles 0-3 hold the sums of 2 x 2 tiles, 4 and 5 the activations, 6 and 7 the weight.
+// Tiles 0-3 hold sums: of 2 row tiles x 2 column tiles, or of 3 or 4 row tiles x 1. Tiles 4 and 5
+// take activations, 6 and 7 the weight.
 void clear_sums() {
   _tile_zero(0);
   _tile_zero(1);
@@ -211,70 +230,99 @@ void clear_sums() {
   _tile_zero(3);
 }
 
-template <int kRowTiles, int kColumnTiles>
-[[gnu::always_inline]] inline void multiply(const uint8_t* a0, const uint8_t* a1, const uint8_t* b,
-                                            int64_t blocks) {
-  asm volatile("" : : : "memory");  // nor that _tile_loadd reads memory
-  for (int64_t i = 0; i < blocks; ++i) {
-    _tile_loadd(6, b + i * kColumnTiles * kTileBytes, kLine);
-    _tile_loadd(4, a0 + i * kTileBytes, kLine);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (kColumnTiles == 2) {
-      _tile_loadd(7, b + (i * kColumnTiles + 1) * kTileBytes, kLine);
-      _tile_dpbf16ps(1, 4, 7);
+template <int kRowTiles>
+constexpr int kColumnTiles = kRowTiles <= 2 ? 2 : 1;
+
+// One block: `rows` apart are the tiles of activations, side by side those of the weight. The
+// latter leave the activations in L1 alone where kPassing, as they are not soon used again.
+template <int kRowTiles, bool kPassing>
+[[gnu::always_inline]] inline void multiply(const uint8_t* a, int64_t rows, const uint8_t* b) {
+  if constexpr (kPassing) {
+    _tile_stream_loadd(6, b, kLine);
+  } else {
+    _tile_loadd(6, b, kLine);
+  }
+  _tile_loadd(4, a, kLine);
+  _tile_dpbf16ps(0, 4, 6);
+  if constexpr (kColumnTiles<kRowTiles> == 2) {
+    if constexpr (kPassing) {
+      _tile_stream_loadd(7, b + kTileBytes, kLine);
+    } else {
+      _tile_loadd(7, b + kTileBytes, kLine);
     }
-    if constexpr (kRowTiles == 2) {
-      _tile_loadd(5, a1 + i * kTileBytes, kLine);
-      _tile_dpbf16ps(2, 5, 6);
-      if constexpr (kColumnTiles == 2) _tile_dpbf16ps(3, 5, 7);
-    }
+    _tile_dpbf16ps(1, 4, 7);
+  }
+  if constexpr (kRowTiles == 2) {
+    _tile_loadd(5, a + rows, kLine);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  if constexpr (kRowTiles > 2) {
+    _tile_loadd(5, a + rows, kLine);
+    _tile_dpbf16ps(1, 5, 6);
+    _tile_loadd(4, a + 2 * rows, kLine);
+    _tile_dpbf16ps(2, 4, 6);
+  }
+  if constexpr (kRowTiles == 4) {
+    _tile_loadd(5, a + 3 * rows, kLine);
+    _tile_dpbf16ps(3, 5, 6);
   }
 }
 
-// The sums of up to 32 x 32 outputs in memory, as the tiles are: [row tile][column tile].
+// The sums of the four tiles in memory.
 struct alignas(64) Sums {
-  float values[2][2][kTileRows][kTileRows];
+  float values[4][kTileRows][kTileRows];
 };
 
 void store_sums(Sums& sums) {
-  _tile_stored(0, sums.values[0][0], kLine);
-  _tile_stored(1, sums.values[0][1], kLine);
-  _tile_stored(2, sums.values[1][0], kLine);
-  _tile_stored(3, sums.values[1][1], kLine);
+  _tile_stored(0, sums.values[0], kLine);
+  _tile_stored(1, sums.values[1], kLine);
+  _tile_stored(2, sums.values[2], kLine);
+  _tile_stored(3, sums.values[3], kLine);
 }
 
 void load_sums(const Sums& sums) {
-  asm volatile("" : : : "memory");
-  _tile_loadd(0, sums.values[0][0], kLine);
-  _tile_loadd(1, sums.values[0][1], kLine);
-  _tile_loadd(2, sums.values[1][0], kLine);
-  _tile_loadd(3, sums.values[1][1], kLine);
+  _tile_loadd(0, sums.values[0], kLine);
+  _tile_loadd(1, sums.values[1], kLine);
+  _tile_loadd(2, sums.values[2], kLine);
+  _tile_loadd(3, sums.values[3], kLine);
 }
 
-void finish_sums(const LinearTask& task, const Sums& sums, int64_t first_row, int64_t panel,
-                 int column_tiles) {
+// The end of 2 x 2 tiles: bias, one rounding, store. A second panel that does not exist is left
+// out.
+void finish_pair(const LinearTask& task, const Sums& sums, int64_t first_row, int64_t panel,
+                 int64_t last_panel) {
   const int64_t rows = task.m - first_row < 2 * kTileRows ? task.m - first_row : 2 * kTileRows;
-  for (int c = 0; c < column_tiles; ++c) {
+  const bool whole = panel + 2 <= last_panel && task.n >= (panel + 2) * kTileRows;
+  if (whole && task.out_dtype == Dtype::kBFloat16) {
+    const auto bias = [&](int c) {
+      const int64_t n = (panel + c) * kTileRows;
+      return task.bias ? load_floats(task.bias, task.bias_dtype, n, 0xFFFF) : _mm512_setzero_ps();
+    };
+    const __m512 bias0 = bias(0), bias1 = bias(1);
+    uint16_t* out = static_cast<uint16_t*>(task.out) + first_row * task.n + panel * kTileRows;
+    for (int64_t r = 0; r < rows; ++r, out += task.n) {
+      const auto* const tiles = sums.values + r / kTileRows * 2;
+      const __m512 low = _mm512_add_ps(_mm512_load_ps(tiles[0][r % kTileRows]), bias0);
+      const __m512 high = _mm512_add_ps(_mm512_load_ps(tiles[1][r % kTileRows]), bias1);
+      _mm512_storeu_si512(out, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+    }
+    return;
+  }
+  for (int c = 0; c < 2 && panel + c < last_panel; ++c) {
     const __mmask16 columns = column_mask(task, panel + c);
     for (int64_t r = 0; r < rows; ++r) {
-      const float* const row = sums.values[r / kTileRows][c][r % kTileRows];
+      const float* const row = sums.values[r / kTileRows * 2 + c][r % kTileRows];
       finish(task, first_row + r, panel + c, columns, _mm512_load_ps(row));
     }
   }
 }
 
-void multiply_tiles(int row_tiles, int column_tiles, const uint8_t* a0, const uint8_t* a1,
-                    const uint8_t* b, int64_t blocks) {
-  if (row_tiles == 2) {
-    if (column_tiles == 2) {
-      multiply<2, 2>(a0, a1, b, blocks);
-    } else {
-      multiply<2, 1>(a0, a1, b, blocks);
-    }
-  } else if (column_tiles == 2) {
-    multiply<1, 2>(a0, a1, b, blocks);
-  } else {
-    multiply<1, 1>(a0, a1, b, blocks);
+void finish_column(const LinearTask& task, const Sums& sums, int64_t panel) {
+  const __mmask16 columns = column_mask(task, panel);
+  for (int64_t r = 0; r < task.m; ++r) {
+    const float* const row = sums.values[r / kTileRows][r % kTileRows];
+    finish(task, r, panel, columns, _mm512_load_ps(row));
   }
 }
 
@@ -284,90 +332,116 @@ struct Context {
   const PlacedLayout sizes;
   const uint8_t* prepared;
   uint8_t* decoded;
-  int64_t blocks;
+  Sums* sums;
+  int64_t last_panel;
 
-  const uint8_t* panel(int64_t p) const { return task.weight + kLine + p * sizes.panel_bytes; }
-  // Blocks of the 16 rows from 16 * tile on; a tile beyond the last stands in for it.
-  const uint8_t* rows(int64_t tile, int64_t block) const {
-    const int64_t last = row_tiles(task) - 1;
-    return prepared + ((tile < last ? tile : last) * blocks + block) * kTileBytes;
-  }
-  void decode(int64_t p, int column_tiles, int64_t first, int64_t last, uint8_t* out) const {
-    for (int c = 0; c < column_tiles; ++c) {
-      decode_panel(task.layout, panel(p + c), sizes.scale_bytes, first, last, out + c * kTileBytes,
-                   column_tiles * kTileBytes);
-    }
+  // The panel; the last one stands in for those beyond it.
+  const uint8_t* panel(int64_t p) const {
+    return task.weight + kLine + (p < last_panel ? p : last_panel - 1) * sizes.panel_bytes;
   }
 };
 
-// Up to 32 rows: a few blocks are decoded and used at once, the sums stay in tiles.
-void run_streamed(const Context& context, int64_t first_panel, int64_t last_panel) {
-  const int tiles = static_cast<int>(row_tiles(context.task));
-  for (int64_t p = first_panel; p < last_panel; p += 2) {
-    const int column_tiles = last_panel - p >= 2 ? 2 : 1;
+// Up to 64 rows.
+template <int kRowTiles>
+void run_streamed(const Context& context, int64_t first_panel) {
+  constexpr int kColumns = kColumnTiles<kRowTiles>;
+  const LinearTask& task = context.task;
+  const int64_t blocks = task.layout.blocks(), rows = blocks * kTileBytes;
+  const auto ring = [&](int64_t b) { return context.decoded + b % kRing * kColumns * kTileBytes; };
+  for (int64_t p = first_panel; p < context.last_panel; p += kColumns) {
+    const uint8_t* const panels[2] = {context.panel(p), context.panel(p + 1)};
     clear_sums();
-    for (int64_t b = 0; b < context.blocks; b += kStreamedBlocks) {
-      const int64_t end =
-          b + kStreamedBlocks < context.blocks ? b + kStreamedBlocks : context.blocks;
-      // Two buffers in turn, so that stores do not wait for the loads before them.
-      uint8_t* const decoded =
-          context.decoded + b / kStreamedBlocks % 2 * kStreamedBlocks * 2 * kTileBytes;
-      context.decode(p, column_tiles, b, end, decoded);
-      multiply_tiles(tiles, column_tiles, context.rows(0, b), context.rows(1, b), decoded, end - b);
+    for_each_block(task.layout, context.sizes.scale_bytes, 0, blocks,
+                   [&]<mx::ElementFormat kFormat>(int64_t b, int64_t tile) [[gnu::always_inline]] {
+                     for (int c = 0; c < kColumns; ++c) {
+                       decode_tile<kFormat>(panels[c] + tile, panels[c] + b * kTileRows,
+                                            ring(b) + c * kTileBytes);
+                     }
+                     asm volatile("" : : : "memory");  // gcc 12: _tile_loadd reads memory
+                     if (b < kAhead) return;
+                     multiply<kRowTiles, false>(context.prepared + (b - kAhead) * kTileBytes, rows,
+                                                ring(b - kAhead));
+                   });
+    for (int64_t b = blocks > kAhead ? blocks - kAhead : 0; b < blocks; ++b) {
+      multiply<kRowTiles, false>(context.prepared + b * kTileBytes, rows, ring(b));
     }
-    Sums sums;
-    store_sums(sums);
-    finish_sums(context.task, sums, 0, p, column_tiles);
+    store_sums(*context.sums);
+    if constexpr (kColumns == 2) {
+      finish_pair(task, *context.sums, 0, p, context.last_panel);
+    } else {
+      finish_column(task, *context.sums, p);
+    }
   }
 }
 
-// Many rows: as much of the weight as fits L2 is decoded, and all rows pass by it.
-void run_blocked(const Context& context, int64_t first_panel, int64_t last_panel, Sums* partial) {
+// Blocks of K that run_blocked takes at once.
+int64_t blocks_at_once(int64_t blocks) {
+  const int64_t steps = (blocks + kMaxBlocks - 1) / kMaxBlocks;
+  return (blocks + steps - 1) / steps;
+}
+
+// Many rows.
+void run_blocked(const Context& context, int64_t first_panel) {
   const LinearTask& task = context.task;
-  const int64_t step = context.blocks < kMaxBlocks ? context.blocks : kMaxBlocks;
-  const int64_t fitting = kDecodedBytes / (step * kTileBytes) / 2 * 2;
-  const int64_t pairs = (fitting < 2 ? 2 : fitting) / 2;
-  for (int64_t p0 = first_panel; p0 < last_panel; p0 += 2 * pairs) {
-    const int64_t p1 = p0 + 2 * pairs < last_panel ? p0 + 2 * pairs : last_panel;
-    for (int64_t b = 0; b < context.blocks; b += step) {
-      const int64_t end = b + step < context.blocks ? b + step : context.blocks;
-      const int64_t pair_bytes = 2 * (end - b) * kTileBytes;
-      for (int64_t p = p0; p < p1; p += 2) {
-        context.decode(p, p1 - p >= 2 ? 2 : 1, b, end, context.decoded + (p - p0) / 2 * pair_bytes);
-      }
-      Sums* sums = partial;
-      for (int64_t t = 0; t < row_tiles(task); t += 2) {
-        for (int64_t p = p0; p < p1; p += 2, ++sums) {
-          const int column_tiles = p1 - p >= 2 ? 2 : 1;
-          const int tiles = row_tiles(task) - t >= 2 ? 2 : 1;
-          if (b == 0) {
-            clear_sums();
-          } else {
-            load_sums(*sums);
+  const int64_t last_panel = context.last_panel, blocks = task.layout.blocks();
+  const int64_t step = blocks_at_once(blocks), rows = blocks * kTileBytes;
+  for (int64_t p0 = first_panel; p0 < last_panel; p0 += 2 * kMaxPairs) {
+    const int64_t p1 = p0 + 2 * kMaxPairs < last_panel ? p0 + 2 * kMaxPairs : last_panel;
+    for (int64_t t0 = 0; t0 < row_tiles(task); t0 += kMaxRowTiles) {
+      const int64_t t1 = t0 + kMaxRowTiles < row_tiles(task) ? t0 + kMaxRowTiles : row_tiles(task);
+      for (int64_t first = 0; first < blocks; first += step) {
+        const int64_t last = first + step < blocks ? first + step : blocks;
+        // Pairs of panels, each [block][2 tiles].
+        const int64_t pair_bytes = (last - first) * 2 * kTileBytes;
+        for (int64_t p = p0; p < p1 || (p - p0) % 2; ++p) {
+          const uint8_t* const panel = context.panel(p);
+          uint8_t* const out =
+              context.decoded + (p - p0) / 2 * pair_bytes + (p - p0) % 2 * kTileBytes;
+          for_each_block(task.layout, context.sizes.scale_bytes, first, last,
+                         [&]<mx::ElementFormat kFormat>(int64_t b, int64_t tile) {
+                           decode_tile<kFormat>(panel + tile, panel + b * kTileRows,
+                                                out + (b - first) * 2 * kTileBytes);
+                         });
+        }
+        asm volatile("" : : : "memory");  // gcc 12: _tile_loadd reads memory
+        Sums* sums = context.sums;
+        for (int64_t t = t0; t < t1; t += 2) {
+          const uint8_t* const a = context.prepared + t * rows + first * kTileBytes;
+          for (int64_t p = p0; p < p1; p += 2, ++sums) {
+            const uint8_t* const b = context.decoded + (p - p0) / 2 * pair_bytes;
+            if (first == 0) {
+              clear_sums();
+            } else {
+              load_sums(*sums);
+            }
+            // Each pair of panels fetches a quarter of one of the next two row tiles to L2.
+            const int64_t pair = (p - p0) / 2, quarter = (last - first) * kTileBytes / 4;
+            const uint8_t* const next = a + (2 + pair / 4) * rows + pair % 4 * quarter;
+            for (int64_t i = 0; i < last - first; ++i) {
+#pragma GCC unroll 4
+              for (int line = 0; line < 4; ++line) {
+                _mm_prefetch(next + i * kTileBytes / 4 + line * kLine, _MM_HINT_T1);
+              }
+              multiply<2, true>(a + i * kTileBytes, rows, b + i * 2 * kTileBytes);
+            }
+            store_sums(*sums);
+            if (last == blocks) finish_pair(task, *sums, t * kTileRows, p, p1);
           }
-          multiply_tiles(tiles, column_tiles, context.rows(t, b), context.rows(t + 1, b),
-                         context.decoded + (p - p0) / 2 * pair_bytes, end - b);
-          Sums local;
-          Sums& target = end < context.blocks ? *sums : local;
-          store_sums(target);
-          if (end == context.blocks) finish_sums(task, target, t * kTileRows, p, column_tiles);
         }
       }
     }
   }
 }
 
-// Scratch: the decoded weight, partial sums where K takes several steps, one row for AVX-512.
+// Scratch: the decoded weight, the sums, one row for AVX-512.
 struct Scratch {
-  int64_t decoded, partial, row;
+  int64_t decoded, sums, row;
 
   explicit Scratch(const LinearTask& task) {
-    const int64_t blocks = task.layout.blocks();
-    const int64_t step = blocks < kMaxBlocks ? blocks : kMaxBlocks;
-    const int64_t pair = 2 * (step > kStreamedBlocks * 2 ? step : kStreamedBlocks * 2) * kTileBytes;
-    decoded = kDecodedBytes > pair ? kDecodedBytes : pair;
-    const int64_t pairs = kDecodedBytes / pair > 1 ? kDecodedBytes / pair : 1;
-    partial = blocks > kMaxBlocks ? pairs * ((row_tiles(task) + 1) / 2) * sizeof(Sums) : 0;
+    const bool streamed = task.m <= kStreamedRows;
+    const int64_t tiles = row_tiles(task) < kMaxRowTiles ? row_tiles(task) : kMaxRowTiles;
+    decoded = (streamed ? kRing : kMaxPairs * kMaxBlocks) * 2 * kTileBytes;
+    sums = (streamed ? 1 : kMaxPairs * ((tiles + 1) / 2)) * sizeof(Sums);
     LinearTask one = task;
     one.m = 1;
     row = kLinearAvx512.prepared_bytes(one);
@@ -376,20 +450,30 @@ struct Scratch {
 
 int64_t scratch_bytes(const LinearTask& task) {
   const Scratch scratch(task);
-  return scratch.decoded + scratch.partial + scratch.row;
+  return scratch.decoded + scratch.sums + scratch.row;
 }
 
 void run(const LinearTask& task, const uint8_t* prepared, int64_t first_panel, int64_t last_panel,
          void* scratch) {
   const Scratch sizes(task);
   uint8_t* const decoded = static_cast<uint8_t*>(scratch);
-  const Context context{task, PlacedLayout(task.layout, task.n), prepared, decoded,
-                        task.layout.blocks()};
+  const Context context{task,
+                        PlacedLayout(task.layout, task.n),
+                        prepared,
+                        decoded,
+                        reinterpret_cast<Sums*>(decoded + sizes.decoded),
+                        last_panel};
   configure_tiles();
-  if (task.m <= kStreamedRows) {
-    run_streamed(context, first_panel, last_panel);
+  if (task.m <= 16) {
+    run_streamed<1>(context, first_panel);
+  } else if (task.m <= 32) {
+    run_streamed<2>(context, first_panel);
+  } else if (task.m <= 48) {
+    run_streamed<3>(context, first_panel);
+  } else if (task.m <= kStreamedRows) {
+    run_streamed<4>(context, first_panel);
   } else {
-    run_blocked(context, first_panel, last_panel, reinterpret_cast<Sums*>(decoded + sizes.decoded));
+    run_blocked(context, first_panel);
   }
   _tile_release();
 
@@ -402,7 +486,7 @@ void run(const LinearTask& task, const uint8_t* prepared, int64_t first_panel, i
     one.scales += r * task.layout.blocks();
     one.out = static_cast<uint8_t*>(one.out) +
               r * task.n * (task.out_dtype == Dtype::kFloat32 ? sizeof(float) : sizeof(uint16_t));
-    uint8_t* const row = decoded + sizes.decoded + sizes.partial;
+    uint8_t* const row = decoded + sizes.decoded + sizes.sums;
     kLinearAvx512.prepare(one, 0, 1, row);
     kLinearAvx512.run(one, row, first_panel, last_panel, nullptr);
   }
