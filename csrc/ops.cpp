@@ -1,95 +1,21 @@
 // The micromix:: operators: their schemas, the checks of their arguments, and their CPU kernels.
 // LibTorch stable ABI only, so that one library serves every torch from 2.11 on.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "abi.h"
+#include "checks.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 
 namespace {
 
-using micromix::cpu::Dtype;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-constexpr int64_t kMaxDims = 16;
-
-mx::MixedLayout checked_layout(const char* op, int64_t k4, int64_t k6, int64_t k8, int64_t format) {
-  const bool code_fits = format >= 0 && format < 256;
-  const mx::MixedLayout layout{k4, k6, k8, code_fits ? static_cast<int>(format) : -1};
-  STD_TORCH_CHECK(k4 >= 0 && k6 >= 0 && k8 >= 0 && k4 % mx::kBlock == 0 && k6 % mx::kBlock == 0 &&
-                      k8 % mx::kBlock == 0,
-                  "micromix::", op, ": k4, k6 and k8 must be multiples of 32, not negative; got ",
-                  k4, ", ", k6, ", ", k8);
-  STD_TORCH_CHECK(layout.valid(), "micromix::", op, ": ", format,
-                  " is not a format code; use MixedLayout.code");
-  return layout;
-}
-
-Dtype checked_dtype(const char* op, const char* what, ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    default:
-      STD_TORCH_CHECK(false, "micromix::", op, ": ", what,
-                      " must be bfloat16, float16 or float32; got ",
-                      torch::headeronly::toString(dtype));
-  }
-}
-
-void check_bytes(const char* op, const char* what, const Tensor& t) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Byte, "micromix::", op, ": ", what,
-                  " must be uint8; got ", torch::headeronly::toString(t.scalar_type()));
-  STD_TORCH_CHECK(t.is_cpu(), "micromix::", op, ": ", what, " must be on the CPU, as its data is");
-}
-
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-// The number of rows: the product of all sizes but the last.
-int64_t rows_of(const Tensor& t) {
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
-  return rows;
-}
-
-// A new CPU tensor with the sizes of `like`, the last one replaced.
-Tensor empty_rows(const Tensor& like, int64_t last, int32_t dtype) {
-  const int64_t dims = like.dim();
-  STD_TORCH_CHECK(dims <= kMaxDims, "micromix: at most ", kMaxDims, " dimensions, got ", dims);
-  int64_t sizes[kMaxDims], strides[kMaxDims];
-  for (int64_t i = 0; i < dims; ++i) sizes[i] = i + 1 < dims ? like.size(i) : last;
-  int64_t stride = 1;
-  for (int64_t i = dims - 1; i >= 0; --i) {
-    strides[i] = stride;
-    stride *= sizes[i] > 0 ? sizes[i] : 1;
-  }
-  AtenTensorHandle result;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &result));
-  return Tensor(result);
-}
-
-// Runs f(first, last) over [0, count) on torch's threads; each gets at least `grain`.
-template <typename F>
-void parallel(int64_t count, int64_t grain, const F& f) {
-  if (count <= grain) {
-    if (count > 0) f(int64_t{0}, count);
-  } else {
-    torch::stable::parallel_for(0, count, grain, f);
-  }
-}
+using namespace micromix;
 
 std::tuple<Tensor, Tensor> quantize(Tensor x, std::optional<Tensor> order, int64_t k4, int64_t k6,
                                     int64_t k8, int64_t format) {
@@ -100,27 +26,7 @@ std::tuple<Tensor, Tensor> quantize(Tensor x, std::optional<Tensor> order, int64
   x = dense(x);
 
   micromix::cpu::QuantizeTask task{layout, x.const_data_ptr(), dtype, k, nullptr, nullptr, nullptr};
-  if (order) {
-    STD_TORCH_CHECK(order->scalar_type() == ScalarType::Int && order->is_cpu(),
-                    "micromix::quantize: order must be an int32 tensor on the CPU, as x is");
-    STD_TORCH_CHECK(order->dim() == 1 && order->size(0) == layout.channels(),
-                    "micromix::quantize: order must have k4 + k6 + k8 = ", layout.channels(),
-                    " entries; got ", order->numel());
-    *order = dense(*order);
-    task.order = static_cast<const int32_t*>(order->const_data_ptr());
-    int32_t least = 0, greatest = -1;
-    for (int64_t i = 0; i < layout.channels(); ++i) {
-      least = task.order[i] < least ? task.order[i] : least;
-      greatest = task.order[i] > greatest ? task.order[i] : greatest;
-    }
-    STD_TORCH_CHECK(least >= -1 && greatest < k,
-                    "micromix::quantize: order must hold channels below ", k,
-                    ", or -1 for padding; got ", least < -1 ? least : greatest);
-  } else {
-    STD_TORCH_CHECK(layout.channels() >= k,
-                    "micromix::quantize: the layout has k4 + k6 + k8 = ", layout.channels(),
-                    " channels, x has ", k);
-  }
+  task.order = checked_order("quantize", order, layout, k);
 
   Tensor data = empty_rows(x, layout.row_bytes(), aoti_torch_dtype_uint8());
   Tensor scales = empty_rows(x, layout.blocks(), aoti_torch_dtype_uint8());
@@ -172,76 +78,121 @@ Tensor place_weight(Tensor data, Tensor scales, int64_t k4, int64_t k6, int64_t 
   return result;
 }
 
-void check_placed(const Tensor& weight, const mx::MixedLayout& layout, int64_t n) {
-  check_bytes("linear", "weight", weight);
+void check_placed(const char* op, const Tensor& weight, const mx::MixedLayout& layout, int64_t n) {
+  check_bytes(op, "weight", weight);
   const micromix::cpu::PlacedLayout sizes(layout, n);
   STD_TORCH_CHECK(weight.dim() == 1 && weight.is_contiguous() && weight.numel() == sizes.bytes(),
-                  "micromix::linear: weight must be the flat buffer of ", sizes.bytes(),
+                  "micromix::", op, ": weight must be the flat buffer of ", sizes.bytes(),
                   " bytes that micromix::place_weight makes on the CPU for these arguments; got ",
                   weight.numel(), " bytes");
   const auto* header = static_cast<const micromix::cpu::PlacedHeader*>(weight.const_data_ptr());
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(header) % micromix::cpu::kLine == 0,
-                  "micromix::linear: the weight's memory must be aligned to 64 bytes, as that of "
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(header) % micromix::cpu::kLine == 0, "micromix::", op,
+                  ": the weight's memory must be aligned to 64 bytes, as that of "
                   "micromix::place_weight is; do not copy a placed weight into a view");
-  STD_TORCH_CHECK(
-      header->magic == micromix::cpu::kPlacedMagic && header->n == n && header->k4 == layout.k4 &&
-          header->k6 == layout.k6 && header->k8 == layout.k8 &&
-          header->weight_code == micromix::cpu::weight_code(layout),
-      "micromix::linear: weight was not placed by micromix::place_weight on the CPU with "
-      "these n, k4, k6, k8 and format; place it again");
+  STD_TORCH_CHECK(header->magic == micromix::cpu::kPlacedMagic && header->n == n &&
+                      header->k4 == layout.k4 && header->k6 == layout.k6 &&
+                      header->k8 == layout.k8 &&
+                      header->weight_code == micromix::cpu::weight_code(layout),
+                  "micromix::", op,
+                  ": weight was not placed by micromix::place_weight on the CPU with "
+                  "these n, k4, k6, k8 and format; place it again");
+}
+
+// Runs `count` products that share their activations and their kernel.
+void launch(const cpu::LinearKernel& kernel, const cpu::LinearTask* tasks, size_t count) {
+  const cpu::LinearTask& any = tasks[0];
+  cpu::ThreadBuffer prepared(cpu::Buffer::kPrepared, kernel.prepared_bytes(any));
+  const int64_t row_grain = 1 + kernel.grain_channels / (any.layout.channels() + 1);
+  parallel(any.m, row_grain,
+           [&](int64_t first, int64_t last) { kernel.prepare(any, first, last, prepared.data()); });
+
+  int64_t panels = 0, scratch_bytes = 0;
+  for (size_t i = 0; i < count; ++i) {
+    panels += cpu::PlacedLayout(tasks[i].layout, tasks[i].n).panels;
+    const int64_t bytes = kernel.scratch_bytes(tasks[i]);
+    scratch_bytes = bytes > scratch_bytes ? bytes : scratch_bytes;
+  }
+  const int64_t panel_grain = 1 + kernel.grain_products / (any.m * any.layout.channels() * 16 + 1);
+  parallel(panels, panel_grain, [&](int64_t first, int64_t last) {
+    cpu::ThreadBuffer scratch(cpu::Buffer::kScratch, scratch_bytes);
+    for (size_t i = 0; i < count && last > 0; ++i) {
+      const int64_t own = cpu::PlacedLayout(tasks[i].layout, tasks[i].n).panels;
+      const int64_t end = last < own ? last : own;
+      if (first < end) kernel.run(tasks[i], prepared.data(), first, end, scratch.data());
+      first = first > own ? first - own : 0;
+      last -= own;
+    }
+  });
+}
+
+// Products of one activation with several weights of one layout, in one launch: the activations are
+// decoded once, and the panels of all weights are shared out together.
+std::vector<Tensor> products(const char* op, Tensor data, Tensor scales,
+                             const std::vector<Tensor>& weights,
+                             std::vector<std::optional<Tensor>>& biases,
+                             const std::vector<int64_t>& n, const mx::MixedLayout& layout,
+                             ScalarType dtype) {
+  check_bytes(op, "data", data);
+  check_bytes(op, "scales", scales);
+  const Dtype out_dtype = checked_dtype(op, "dtype", dtype);
+  STD_TORCH_CHECK(data.dim() > 0 && data.size(data.dim() - 1) == layout.row_bytes(),
+                  "micromix::", op, ": data must be [..., ", layout.row_bytes(),
+                  "], the last dimension is ", data.dim() ? data.size(data.dim() - 1) : 0);
+  const int64_t m = rows_of(data);
+  STD_TORCH_CHECK(scales.dim() == data.dim() && scales.size(scales.dim() - 1) == layout.blocks() &&
+                      rows_of(scales) == m,
+                  "micromix::", op, ": scales must be [..., ", layout.blocks(),
+                  "] with the leading sizes of data");
+  data = dense(data);
+  scales = dense(scales);
+
+  const int32_t shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  std::vector<Tensor> results;
+  std::vector<cpu::LinearTask> tasks;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    STD_TORCH_CHECK(n[i] >= 0, "micromix::", op, ": n must not be negative; got ", n[i]);
+    check_placed(op, weights[i], layout, n[i]);
+    cpu::LinearTask task{layout, m, n[i]};
+    task.data = static_cast<const uint8_t*>(data.const_data_ptr());
+    task.scales = static_cast<const uint8_t*>(scales.const_data_ptr());
+    task.weight = static_cast<const uint8_t*>(weights[i].const_data_ptr());
+    if (biases[i]) {
+      task.bias_dtype = checked_dtype(op, "bias", biases[i]->scalar_type());
+      STD_TORCH_CHECK(biases[i]->is_cpu() && biases[i]->dim() == 1 && biases[i]->size(0) == n[i],
+                      "micromix::", op, ": bias must be [", n[i], "] on the CPU");
+      *biases[i] = dense(*biases[i]);
+      task.bias = biases[i]->const_data_ptr();
+    }
+    results.push_back(empty_rows(data, n[i], shim_dtype));
+    task.out = results.back().mutable_data_ptr();
+    task.out_dtype = out_dtype;
+    if (m > 0 && n[i] > 0) tasks.push_back(task);
+  }
+  for (size_t first = 0; first < tasks.size();) {
+    const cpu::LinearKernel& kernel = cpu::linear_kernel(tasks[first]);
+    size_t last = first + 1;
+    while (last < tasks.size() && &cpu::linear_kernel(tasks[last]) == &kernel) ++last;
+    launch(kernel, tasks.data() + first, last - first);
+    first = last;
+  }
+  return results;
 }
 
 Tensor linear(Tensor data, Tensor scales, Tensor weight, std::optional<Tensor> bias, int64_t n,
               int64_t k4, int64_t k6, int64_t k8, int64_t format, ScalarType dtype) {
   const mx::MixedLayout layout = checked_layout("linear", k4, k6, k8, format);
-  check_bytes("linear", "data", data);
-  check_bytes("linear", "scales", scales);
-  const Dtype out_dtype = checked_dtype("linear", "dtype", dtype);
-  STD_TORCH_CHECK(data.dim() > 0 && data.size(data.dim() - 1) == layout.row_bytes(),
-                  "micromix::linear: data must be [..., ", layout.row_bytes(),
-                  "], the last dimension is ", data.dim() ? data.size(data.dim() - 1) : 0);
-  const int64_t m = rows_of(data);
-  STD_TORCH_CHECK(scales.dim() == data.dim() && scales.size(scales.dim() - 1) == layout.blocks() &&
-                      rows_of(scales) == m,
-                  "micromix::linear: scales must be [..., ", layout.blocks(),
-                  "] with the leading sizes of data");
-  STD_TORCH_CHECK(n >= 0, "micromix::linear: n must not be negative; got ", n);
-  check_placed(weight, layout, n);
-  data = dense(data);
-  scales = dense(scales);
+  std::vector<std::optional<Tensor>> biases{bias};
+  return products("linear", data, scales, {weight}, biases, {n}, layout, dtype)[0];
+}
 
-  micromix::cpu::LinearTask task{layout, m, n};
-  task.data = static_cast<const uint8_t*>(data.const_data_ptr());
-  task.scales = static_cast<const uint8_t*>(scales.const_data_ptr());
-  task.weight = static_cast<const uint8_t*>(weight.const_data_ptr());
-  if (bias) {
-    task.bias_dtype = checked_dtype("linear", "bias", bias->scalar_type());
-    STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == n,
-                    "micromix::linear: bias must be [", n, "] on the CPU");
-    *bias = dense(*bias);
-    task.bias = bias->const_data_ptr();
-  }
-  const int32_t shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  Tensor out = empty_rows(data, n, shim_dtype);
-  if (m == 0 || n == 0) return out;
-  task.out = out.mutable_data_ptr();
-  task.out_dtype = out_dtype;
-
-  const micromix::cpu::LinearKernel& kernel = micromix::cpu::linear_kernel(task);
-  micromix::cpu::ThreadBuffer prepared(micromix::cpu::Buffer::kPrepared,
-                                       kernel.prepared_bytes(task));
-  const int64_t row_grain = 1 + kernel.grain_channels / (layout.channels() + 1);
-  parallel(m, row_grain, [&](int64_t first, int64_t last) {
-    kernel.prepare(task, first, last, prepared.data());
-  });
-  const micromix::cpu::PlacedLayout sizes(layout, n);
-  const int64_t panel_grain = 1 + kernel.grain_products / (m * layout.channels() * 16 + 1);
-  parallel(sizes.panels, panel_grain, [&](int64_t first, int64_t last) {
-    micromix::cpu::ThreadBuffer scratch(micromix::cpu::Buffer::kScratch,
-                                        kernel.scratch_bytes(task));
-    kernel.run(task, prepared.data(), first, last, scratch.data());
-  });
-  return out;
+std::vector<Tensor> linears(Tensor data, Tensor scales, std::vector<Tensor> weights,
+                            std::vector<std::optional<Tensor>> biases, std::vector<int64_t> n,
+                            int64_t k4, int64_t k6, int64_t k8, int64_t format, ScalarType dtype) {
+  const mx::MixedLayout layout = checked_layout("linears", k4, k6, k8, format);
+  STD_TORCH_CHECK(biases.size() == weights.size() && n.size() == weights.size(),
+                  "micromix::linears: weights, biases and n must be of one length; got ",
+                  weights.size(), ", ", biases.size(), " and ", n.size());
+  return products("linears", data, scales, weights, biases, n, layout, dtype);
 }
 
 // What was built, one "key=value" a line.
@@ -271,6 +222,9 @@ STABLE_TORCH_LIBRARY(micromix, m) {
   m.def(
       "linear(Tensor data, Tensor scales, Tensor weight, Tensor? bias, int n, int k4, int k6, "
       "int k8, int format, ScalarType dtype) -> Tensor");
+  m.def(
+      "linears(Tensor data, Tensor scales, Tensor[] weights, Tensor?[] biases, int[] n, int k4, "
+      "int k6, int k8, int format, ScalarType dtype) -> Tensor[]");
   m.def("place_weight(Tensor data, Tensor scales, int k4, int k6, int k8, int format) -> Tensor");
   m.def("build_info() -> str");
   m.def("cpu_isa() -> str");
@@ -280,6 +234,7 @@ STABLE_TORCH_LIBRARY(micromix, m) {
 STABLE_TORCH_LIBRARY_IMPL(micromix, CPU, m) {
   m.impl("quantize", TORCH_BOX(&quantize));
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linears", TORCH_BOX(&linears));
   m.impl("place_weight", TORCH_BOX(&place_weight));
 }
 

@@ -42,6 +42,8 @@ struct LinearTask {
 
 // First `prepare` runs over all rows and decodes the activations into the form that the kernel
 // wants, then `run` over all panels. Each range can be split in any way: no result depends on it.
+// What `prepare` leaves depends on the activations, m and the layout alone: several weights share
+// it.
 struct LinearKernel {
   const char* name;
   int64_t grain_channels;  // work of `prepare` that pays for a second thread

@@ -4,19 +4,22 @@
 ``quantize``        activations (or a weight) to packed rows of a mixed layout
 ``place_weight``    packed rows of a weight to the buffer that ``linear`` of its device reads
 ``linear``          packed activations times a placed weight
+``linears``         the same for several weights of one layout, in one launch
+``*_quantize``      a norm, an activation or a sum, quantised as it is computed (fused.py)
 ==================  ==========================================================================
 
 docs/architecture.md has the schemas. On the CPU they are C++ kernels from the extension; where
 there is no kernel they are the pure-torch reference, with one warning per device.
 """
 
-from . import _extension, _fakes, _reference
+from . import _extension, _fakes, _reference, fused
 from ._extension import build_id, build_info, cpu_isa, kernel_name, loaded, set_cpu_isa
 from ._fakes import placed_bytes
 
 _extension.load()
 _reference.register()
 _fakes.register()
+fused.register()
 
 __all__ = [
     "build_id",

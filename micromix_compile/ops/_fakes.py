@@ -19,6 +19,7 @@ def register() -> None:
     for name, function in (
         ("quantize", _quantize),
         ("linear", _linear),
+        ("linears", _linears),
         ("place_weight", _place_weight),
     ):
         torch.library.register_fake(f"{NAMESPACE}::{name}", function)
@@ -58,6 +59,21 @@ def _linear(
     dtype: torch.dtype,
 ) -> Tensor:
     return data.new_empty((*data.shape[:-1], n), dtype=dtype)
+
+
+def _linears(
+    data: Tensor,
+    scales: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    n: list[int],
+    k4: int,
+    k6: int,
+    k8: int,
+    format: int,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    return [data.new_empty((*data.shape[:-1], size), dtype=dtype) for size in n]
 
 
 def _place_weight(data: Tensor, scales: Tensor, k4: int, k6: int, k8: int, format: int) -> Tensor:

@@ -22,6 +22,7 @@ def register() -> None:
     for name, function in (
         ("quantize", quantize),
         ("linear", linear),
+        ("linears", linears),
         ("place_weight", place_weight),
     ):
         _library.impl(name, function, "CompositeExplicitAutograd")
@@ -76,6 +77,19 @@ def linear(
         bias,
         dtype,
     )
+
+
+def linears(
+    data: Tensor,
+    scales: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    n: list[int],
+    *rest: int | torch.dtype,
+) -> list[Tensor]:
+    """One product after the other, each with the device's own ``linear``."""
+    linear = torch.ops.micromix.linear
+    return [linear(data, scales, *part, *rest) for part in zip(weights, biases, n, strict=True)]
 
 
 def _warn(device: torch.device) -> None:
