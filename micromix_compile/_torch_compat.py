@@ -150,11 +150,11 @@ def is_inductor_option(name: str) -> bool:
 def compiled_call(module: torch.nn.Module, backend: Callable[..., Any]) -> Iterator[None]:
     """`module.compile(backend=...)` for the time of a context; an earlier `module.compile` is in force again after.
 
-    The compilations count for themselves where torch can do that (`isolate_recompiles`, 2.13): Hugging Face
-    models share one wrapper function, and Dynamo runs a function uncompiled after 8 compilations. Should that
-    still happen, the context raises instead. `_compiled_call_impl` is what `Module.__call__` runs. Dynamo does
-    not compile the frames of torch's own modules (an `nn.Sequential`), so it is given one of ours. Tried on
-    torch 2.13.
+    Every call is compiled, however often that takes: where Dynamo gives up after 8 compilations of a function,
+    the model would run unseen. (Hugging Face models share one wrapper function, and so do the hooks of
+    accelerate.) The compilations do not count towards those of the user where torch can keep them apart
+    (`isolate_recompiles`, 2.13). `_compiled_call_impl` is what `Module.__call__` runs. Dynamo does not compile
+    the frames of torch's own modules (an `nn.Sequential`), so it is given one of ours. Tried on torch 2.13.
     """
     from torch._dynamo import config
 
@@ -166,8 +166,9 @@ def compiled_call(module: torch.nn.Module, backend: Callable[..., Any]) -> Itera
 
     before = module._compiled_call_impl
     module._compiled_call_impl = torch.compile(call, backend=backend, **options)
+    unlimited = 1 << 30
     try:
-        with config.patch(fail_on_recompile_limit_hit=True):
+        with config.patch(recompile_limit=unlimited, accumulated_recompile_limit=unlimited):
             yield
     finally:
         module._compiled_call_impl = before

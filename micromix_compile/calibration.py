@@ -94,23 +94,25 @@ class Calibration:
         gm.recompile()
         return gm.forward
 
-    def _observer(self, group: list[Linear]) -> Callable[[torch.Tensor], None]:
-        shapes = {
-            self._name(linear): LayerShape(
-                linear.out_features, linear.in_features, linear.transposed
-            )
-            for linear in group
-        }
-        self.statistics.add_group(shapes)
-        first = next(iter(shapes))
-
-        def observe(
-            x: torch.Tensor,
-        ) -> None:  # a graph takes functions that have a name, no partial
-            self.statistics.update(first, x)
+    def _observer(self, group: list[Linear]) -> Callable[..., None]:
+        def observe(x: torch.Tensor, *weights: torch.Tensor) -> None:
+            shapes = {
+                self._name(linear, weight): LayerShape(
+                    linear.out_features, linear.in_features, linear.transposed
+                )
+                for linear, weight in zip(group, weights, strict=True)
+            }
+            self.statistics.add_group(shapes)
+            self.statistics.update(next(iter(shapes)), x)
 
         return observe
 
-    def _name(self, linear: Linear) -> str:
-        """The layer's name in the whole model, whichever part of it a graph was traced from."""
-        return choose_name(linear.name, self._names.get(id(linear.parameter), [])) or linear.name
+    def _name(self, linear: Linear, weight: torch.Tensor) -> str:
+        """The layer's name in the whole model, by the weight that it runs with.
+
+        A graph knows only the part of the model that it was traced from, and may serve several equal layers.
+        Where accelerate offloads a model, its parameters are new ones at every call.
+        """
+        if weight not in self._names:
+            self._names = layer_names(self.model)
+        return choose_name(linear.name, self._names.get(weight, ())) or linear.name

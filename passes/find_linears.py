@@ -7,14 +7,16 @@ the two cannot disagree. It reads graphs from Dynamo (parameters are placeholder
 
 from __future__ import annotations
 
+import itertools
 import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.weak import WeakIdKeyDictionary
 
 from micromix_compile._torch_compat import is_static_input, source_name
 
@@ -75,19 +77,17 @@ def find_linears(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> list
     return [linear for linear in found if linear is not None]
 
 
-def layer_names(model: torch.nn.Module) -> dict[int, list[str]]:
-    """id(parameter) -> the names of the layers it may be the weight of.
+def layer_names(model: torch.nn.Module) -> Mapping[torch.Tensor, list[str]]:
+    """Each parameter and buffer -> the names of the layers it may be the weight of.
 
     A weight called `x.weight` belongs to layer `x`; any other keeps its own name (`attn.in_proj_weight`). A
-    tied or shared parameter has several names.
+    tied or shared parameter has several names. Keyed by identity; holds no parameter alive.
     """
-    names: dict[int, list[str]] = {}
-    tensors = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
-    for name, tensor in tensors:
-        names.setdefault(id(tensor), []).append(name.removesuffix(".weight"))
+    names: WeakIdKeyDictionary = WeakIdKeyDictionary()
+    for name, tensor in itertools.chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    ):
+        names.setdefault(tensor, []).append(name.removesuffix(".weight"))
     return names
 
 

@@ -70,6 +70,7 @@ def lower_linears(
             constants[key] = add_constant(name, tensor)
         return constants[key]
 
+    lowered: dict[fx.Node, fx.Node] = {}  # a layer may read what another layer gives
     quantises = 0
     for group in shared_inputs(graph, list(lowering_of)):
         quantised: dict[LayerPlan, tuple[fx.Node, fx.Node]] = {}
@@ -84,18 +85,22 @@ def lower_linears(
             if plan not in quantised:
                 # Before the group's first layer: what is written in place after it does not concern the group.
                 with graph.inserting_before(node):
-                    quantised[plan] = _quantise(graph, linear, order, plan)
+                    x = lowered.get(linear.input, linear.input)
+                    quantised[plan] = _quantise(graph, linear, x, order, plan)
                 quantises += 1
             with graph.inserting_before(node):
                 product = _product(graph, linear, quantised[plan], weight, lowering)
+            lowered[node] = product
             node.replace_all_uses_with(product)
             graph.erase_node(node)
     return quantises
 
 
-def _quantise(graph: fx.Graph, linear: Linear, order: fx.Node | None, plan: LayerPlan):
+def _quantise(
+    graph: fx.Graph, linear: Linear, x: fx.Node, order: fx.Node | None, plan: LayerPlan
+) -> tuple[fx.Node, fx.Node]:
     layout = plan.layout
-    arguments = (linear.input, order, layout.k4, layout.k6, layout.k8, layout.code)
+    arguments = (x, order, layout.k4, layout.k6, layout.k8, layout.code)
     pair = graph.call_function(torch.ops.micromix.quantize.default, arguments)
     data, scales = (graph.call_function(operator.getitem, (pair, i)) for i in (0, 1))
     for new in (pair, data, scales):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import fx
 
 from micromix_compile.passes.find_linears import Linear
@@ -14,15 +13,17 @@ from micromix_compile.passes.shared_inputs import shared_inputs
 def observe_linears(
     graph: fx.Graph,
     linears: Sequence[Linear],
-    observer: Callable[[list[Linear]], Callable[[torch.Tensor], None]],
+    observer: Callable[[list[Linear]], Callable[..., None]],
 ) -> int:
-    """Call `observer(group)(x)` before each group of layers that read one value x; returns the number of groups.
+    """Call `observer(group)(x, *weights)` before each group of layers that read one value x.
 
-    `graph` is changed in place and keeps its results. The observers are plain functions, so the graph can be
-    run as it is but not compiled.
+    Returns the number of groups. The weights are those that the call runs with: Dynamo may run one graph for
+    several equal modules. `graph` is changed in place and keeps its results; the observers are plain functions,
+    so it can be run as it is but not compiled.
     """
     groups = shared_inputs(graph, linears)
     for group in groups:
+        weights = (linear.weight for linear in group)
         with graph.inserting_before(group[0].node):
-            graph.call_function(observer(group), (group[0].input,))
+            graph.call_function(observer(group), (group[0].input, *weights))
     return len(groups)

@@ -474,3 +474,25 @@ def test_a_plan_attached_later_is_not_mixed_up_with_the_first(block):
     planned(Block().eval(), x).attach(Block())
     with torch.no_grad():
         assert torch.equal(second, compiled(x)), "another model's plan is no concern of this one"
+
+
+def test_a_graph_is_never_run_with_another_layers_weights():
+    """After a graph break Dynamo compiles the layer's frame, and would run it for every equal layer."""
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Block() for _ in range(3))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+                torch._dynamo.graph_break()
+            return x
+
+    model, x = Stack().eval(), torch.randn(4, 96)
+    plan = planned(model, x).attach(model)
+    y, compiled = run(model, x, strict=True)
+    assert sorted(explain(compiled).layers) == sorted(plan)
+    reference = reference_model(model, plan)(x)
+    assert (y - reference).norm() <= 0.1 * (reference - model(x)).norm()

@@ -1,0 +1,189 @@
+"""Calibration sees what a hook on every linear layer would see, through whatever Dynamo makes of the model."""
+
+from __future__ import annotations
+
+import accelerate
+import pytest
+import torch
+from reference_model import is_linear
+from torch import nn
+
+from micromix_compile import Recipe, calibrate, explain, load_statistics
+from micromix_compile.errors import EmptyCalibrationError, NonFiniteCalibrationError
+from micromix_compile.statistics import ChannelStatistics
+
+
+class Nested(nn.Module):
+    """Layers that share inputs, one used twice, a graph break, and a batch that is a nested structure."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(48, 48), nn.Linear(48, 48, bias=False)
+        self.twice = nn.Linear(48, 48)
+        self.last = nn.Linear(48, 16)
+
+    def forward(self, batch, scale=1.0):
+        x = batch["inputs"][0] * scale
+        x = torch.relu(self.a(x)) + self.b(x)
+        torch._dynamo.graph_break()
+        return self.last(self.twice(self.twice(x))) + batch["inputs"][1]
+
+
+def batches(count: int = 3) -> list:
+    """Arguments of `Nested`, of several shapes."""
+    return [
+        ({"inputs": (torch.randn(2, 3 + i, 48), torch.zeros(16))}, 1.0 + i) for i in range(count)
+    ]
+
+
+def hooked(model: nn.Module, arguments: list) -> dict[str, ChannelStatistics]:
+    """Statistics gathered by module hooks, eagerly: the oracle."""
+    found: dict[str, ChannelStatistics] = {}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _, inputs, name=name: found.setdefault(
+                name, ChannelStatistics(inputs[0].shape[-1])
+            ).update(inputs[0])
+        )
+        for name, module in model.named_modules()
+        if is_linear(module)
+    ]
+    with torch.no_grad():
+        for args in arguments:
+            model(*args)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def assert_same(statistics, expected: dict[str, ChannelStatistics]) -> None:
+    assert sorted(statistics.layers) == sorted(expected)
+    for name, oracle in expected.items():
+        found = statistics[name]
+        assert found.tokens == oracle.tokens, name
+        for what in ("total", "peak", "square"):
+            torch.testing.assert_close(
+                getattr(found, what), getattr(oracle, what), rtol=1e-5, atol=1e-6
+            )
+        moved = (found.histogram - oracle.histogram).abs().sum()
+        assert moved <= 0.001 * oracle.histogram.sum(), name
+
+
+def test_statistics_are_those_of_hooks():
+    model, arguments = Nested().eval(), batches()
+    calibration = calibrate(model).run(arguments)
+    assert_same(calibration.statistics, hooked(model, arguments))
+    groups = [names for names, _ in calibration.statistics.groups()]
+    assert groups == [("a", "b"), ("twice",), ("last",)]
+
+
+def test_the_context_changes_no_result_and_leaves_no_trace():
+    model, arguments = Nested().eval(), batches(2)
+    model.compile(backend="eager")
+    compiled = model._compiled_call_impl
+    with torch.no_grad():
+        expected = [model(*args) for args in arguments]
+        with calibrate(model) as calibration:
+            found = [model(*args) for args in arguments]
+        again = model(*arguments[0])
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert torch.equal(again, expected[0])
+    assert model._compiled_call_impl is compiled
+    assert calibration.statistics["a"].tokens == sum(
+        args[0]["inputs"][0].shape[1] * 2 for args in arguments
+    )
+
+
+def test_statistics_add_up_over_contexts_and_files(tmp_path):
+    model, arguments = Nested().eval(), batches(4)
+    whole = calibrate(model).run(arguments)
+    parts = [calibrate(model).run(arguments[:1]), calibrate(model).run(arguments[1:])]
+    parts[1].save(tmp_path / "part.safetensors")
+    parts[0].statistics.merge(load_statistics(tmp_path / "part.safetensors"))
+    assert_same(parts[0].statistics, {n: whole.statistics[n] for n in whole.statistics.layers})
+    recipe = Recipe(split=(0.4, 0.3, 0.3))
+    twice = calibrate(model).run(arguments[:2]).run(arguments[2:])
+    assert twice.plan(recipe) == whole.plan(recipe)
+
+
+def test_more_compilations_than_dynamo_allows_lose_no_token():
+    """Static shapes: every batch is another compilation, beyond the 8 after which Dynamo runs uncompiled."""
+    model = nn.Sequential(nn.Linear(32, 8)).eval()
+    xs = [torch.randn(2, n, 32) for n in range(1, 13)]
+    static = {"assume_static_by_default": True, "automatic_dynamic_shapes": False}
+    with torch._dynamo.config.patch(**static):
+        calibration = calibrate(model).run(xs)
+    assert calibration.statistics["0"].tokens == sum(2 * n for n in range(1, 13))
+
+
+def test_one_graph_for_several_equal_layers_tells_them_apart():
+    """A graph break in the loop makes Dynamo compile the layer, once for all layers."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(32, 32)
+
+        def forward(self, x):
+            return torch.relu(self.linear(x))
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+                torch._dynamo.graph_break()
+            return x
+
+    model, xs = Stack().eval(), [(torch.randn(n, 32),) for n in (4, 6)]
+    assert_same(calibrate(model).run(xs).statistics, hooked(model, xs))
+
+
+def test_what_calibration_finds_is_what_is_lowered():
+    model, arguments = Nested().eval(), batches(1)
+    plan = calibrate(model).run(arguments).plan(Recipe(split=(0.5, 0.5, 0)))
+    options = {"plan": plan, "strict": True, "inductor": False}
+    compiled = torch.compile(model, backend="micromix", options=options)
+    with torch.no_grad():
+        compiled(*arguments[0])
+    lowered = [row.name for row in explain(compiled).layers.values() if not row.reason]
+    assert sorted(lowered) == sorted(plan) == ["a", "b", "last", "twice"]
+
+
+def test_nothing_seen_and_bad_values_are_errors():
+    model = Nested().eval()
+    with calibrate(model) as calibration:
+        pass
+    with pytest.raises(EmptyCalibrationError, match="any linear layer"):
+        calibration.plan(Recipe())
+    ((batch, scale),) = batches(1)
+    batch["inputs"][0][0, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteCalibrationError, match="input of a "):
+        calibrate(model).run([(batch, scale)])
+    with pytest.raises(EmptyCalibrationError, match="last"):
+        calibrate(model).run([({"inputs": (torch.empty(0, 3, 48), torch.zeros(16))},)]).plan()
+
+
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_a_model_that_accelerate_offloads(offload, tmp_path):
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Sequential(nn.Linear(48, 64), nn.ReLU())
+            self.second = nn.Linear(64, 16)
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    model = Plain().eval()
+    xs = [(torch.randn(2, n, 48),) for n in (4, 7)]
+    expected = hooked(model, xs)
+    if offload == "cpu":
+        accelerate.cpu_offload(model, execution_device="cpu")
+    else:
+        accelerate.disk_offload(model, str(tmp_path), execution_device="cpu")
+    calibration = calibrate(model).run([x for (x,) in xs], device="cpu")
+    assert_same(calibration.statistics, expected)
