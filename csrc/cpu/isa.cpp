@@ -105,7 +105,12 @@ void set_isa(const std::string& name) {
   chosen.store(static_cast<int>(parse(name, "set_cpu_isa")), std::memory_order_relaxed);
 }
 
-const QuantizeKernel& quantize_kernel() { return kQuantizePortable; }
+const QuantizeKernel& quantize_kernel() {
+#if defined(MICROMIX_X86)
+  if (current_isa() >= Isa::kAvx512) return kQuantizeAvx512;
+#endif
+  return kQuantizePortable;
+}
 
 const LinearKernel& linear_kernel(const LinearTask& task) {
 #if defined(MICROMIX_X86)
