@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the task failed (one line on stderr says why and what to d
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,6 +21,9 @@ _EXIT_CODES = "exit codes: 0 done, 1 failed (one line on stderr says what to do)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Wrong usage raises SystemExit(2), as argparse does."""
     arguments = _parser().parse_args(argv)
+    # transformers imports torchao where it is installed, which then tells of every file of its own that this torch cannot load.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
@@ -228,10 +232,14 @@ def _eval(arguments: argparse.Namespace) -> None:
     variants = [(str(path), {"plan": load_plan(path)}) for path in arguments.plan]
     variants += [(name, {"recipe": Recipe(format=name)}) for name in arguments.format]
     model, windows = _load(arguments, half=1)
+    if len(windows) < 2:
+        print("one window: no standard errors; ask for more --samples or a smaller --seqlen")
     print(f"{len(windows)} windows of {windows.shape[1]} tokens; plans and formats run the lowered")
     print("graph with the same operators as a compiled model, without Inductor")
     base = perplexity(model, windows, label=arguments.dtype)
-    print(f"{arguments.dtype}: {base.value:.3f} ± {base.standard_error:.3f}")
+    print(
+        f"{arguments.dtype}: {base.value:.3f} ± {base.standard_error:.3f} (standard errors, by window)"
+    )
     for name, options in variants:
         options = {**options, "inductor": False}
         lowered = torch.compile(model, backend="micromix", options=options, dynamic=False)
