@@ -108,6 +108,7 @@ void set_isa(const std::string& name) {
 const QuantizeKernel& quantize_kernel() {
 #if defined(MICROMIX_X86)
   if (current_isa() >= Isa::kAvx512) return kQuantizeAvx512;
+  if (current_isa() >= Isa::kAvx2) return kQuantizeAvx2;
 #endif
   return kQuantizePortable;
 }
@@ -119,6 +120,7 @@ const LinearKernel& linear_kernel(const LinearTask& task) {
     return kLinearAmx;
   }
   if (current_isa() >= Isa::kAvx512) return kLinearAvx512;
+  if (current_isa() >= Isa::kAvx2) return kLinearAvx2;
 #endif
   return kLinearPortable;
 }

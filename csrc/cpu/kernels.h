@@ -58,7 +58,9 @@ struct LinearKernel {
 extern const QuantizeKernel kQuantizePortable;
 extern const LinearKernel kLinearPortable;
 #if defined(MICROMIX_X86)
+extern const QuantizeKernel kQuantizeAvx2;
 extern const QuantizeKernel kQuantizeAvx512;
+extern const LinearKernel kLinearAvx2;
 extern const LinearKernel kLinearAvx512;
 extern const LinearKernel kLinearAmx;
 #endif
