@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "cpu/kernels.h"
+#include "error.h"
 
 namespace micromix {
 
@@ -22,12 +23,12 @@ inline mx::MixedLayout checked_layout(const char* op, int64_t k4, int64_t k6, in
                                       int64_t format) {
   const bool code_fits = format >= 0 && format < 256;
   const mx::MixedLayout layout{k4, k6, k8, code_fits ? static_cast<int>(format) : -1};
-  STD_TORCH_CHECK(k4 >= 0 && k6 >= 0 && k8 >= 0 && k4 % mx::kBlock == 0 && k6 % mx::kBlock == 0 &&
-                      k8 % mx::kBlock == 0,
-                  "micromix::", op, ": k4, k6 and k8 must be multiples of 32, not negative; got ",
-                  k4, ", ", k6, ", ", k8);
-  STD_TORCH_CHECK(layout.valid(), "micromix::", op, ": ", format,
-                  " is not a format code; use MixedLayout.code");
+  MICROMIX_CHECK(k4 >= 0 && k6 >= 0 && k8 >= 0 && k4 % mx::kBlock == 0 && k6 % mx::kBlock == 0 &&
+                     k8 % mx::kBlock == 0,
+                 "micromix::", op, ": k4, k6 and k8 must be multiples of 32, not negative; got ",
+                 k4, ", ", k6, ", ", k8);
+  MICROMIX_CHECK(layout.valid(), "micromix::", op, ": ", format,
+                 " is not a format code; use MixedLayout.code");
   return layout;
 }
 
@@ -40,16 +41,16 @@ inline Dtype checked_dtype(const char* op, const char* what, ScalarType dtype) {
     case ScalarType::Float:
       return Dtype::kFloat32;
     default:
-      STD_TORCH_CHECK(false, "micromix::", op, ": ", what,
-                      " must be bfloat16, float16 or float32; got ",
-                      torch::headeronly::toString(dtype));
+      MICROMIX_CHECK(false, "micromix::", op, ": ", what,
+                     " must be bfloat16, float16 or float32; got ",
+                     torch::headeronly::toString(dtype));
   }
 }
 
 inline void check_bytes(const char* op, const char* what, const Tensor& t) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Byte, "micromix::", op, ": ", what,
-                  " must be uint8; got ", torch::headeronly::toString(t.scalar_type()));
-  STD_TORCH_CHECK(t.is_cpu(), "micromix::", op, ": ", what, " must be on the CPU, as its data is");
+  MICROMIX_CHECK(t.scalar_type() == ScalarType::Byte, "micromix::", op, ": ", what,
+                 " must be uint8; got ", torch::headeronly::toString(t.scalar_type()));
+  MICROMIX_CHECK(t.is_cpu(), "micromix::", op, ": ", what, " must be on the CPU, as its data is");
 }
 
 inline Tensor dense(const Tensor& t) {
@@ -66,7 +67,7 @@ inline int64_t rows_of(const Tensor& t) {
 // A new CPU tensor with the sizes of `like`, the last one replaced.
 inline Tensor empty_rows(const Tensor& like, int64_t last, int32_t dtype) {
   const int64_t dims = like.dim();
-  STD_TORCH_CHECK(dims <= kMaxDims, "micromix: at most ", kMaxDims, " dimensions, got ", dims);
+  MICROMIX_CHECK(dims <= kMaxDims, "micromix: at most ", kMaxDims, " dimensions, got ", dims);
   int64_t sizes[kMaxDims], strides[kMaxDims];
   for (int64_t i = 0; i < dims; ++i) sizes[i] = i + 1 < dims ? like.size(i) : last;
   int64_t stride = 1;
@@ -95,15 +96,15 @@ void parallel(int64_t count, int64_t grain, const F& f) {
 inline const int32_t* checked_order(const char* op, std::optional<Tensor>& order,
                                     const mx::MixedLayout& layout, int64_t k) {
   if (!order) {
-    STD_TORCH_CHECK(layout.channels() >= k, "micromix::", op,
-                    ": the layout has k4 + k6 + k8 = ", layout.channels(), " channels, x has ", k);
+    MICROMIX_CHECK(layout.channels() >= k, "micromix::", op,
+                   ": the layout has k4 + k6 + k8 = ", layout.channels(), " channels, x has ", k);
     return nullptr;
   }
-  STD_TORCH_CHECK(order->scalar_type() == ScalarType::Int && order->is_cpu(), "micromix::", op,
-                  ": order must be an int32 tensor on the CPU, as x is");
-  STD_TORCH_CHECK(order->dim() == 1 && order->size(0) == layout.channels(), "micromix::", op,
-                  ": order must have k4 + k6 + k8 = ", layout.channels(), " entries; got ",
-                  order->numel());
+  MICROMIX_CHECK(order->scalar_type() == ScalarType::Int && order->is_cpu(), "micromix::", op,
+                 ": order must be an int32 tensor on the CPU, as x is");
+  MICROMIX_CHECK(order->dim() == 1 && order->size(0) == layout.channels(), "micromix::", op,
+                 ": order must have k4 + k6 + k8 = ", layout.channels(), " entries; got ",
+                 order->numel());
   *order = dense(*order);
   const auto* const channels = static_cast<const int32_t*>(order->const_data_ptr());
   int32_t least = 0, greatest = -1;
@@ -111,9 +112,8 @@ inline const int32_t* checked_order(const char* op, std::optional<Tensor>& order
     least = channels[i] < least ? channels[i] : least;
     greatest = channels[i] > greatest ? channels[i] : greatest;
   }
-  STD_TORCH_CHECK(least >= -1 && greatest < k, "micromix::", op,
-                  ": order must hold channels below ", k, ", or -1 for padding; got ",
-                  least < -1 ? least : greatest);
+  MICROMIX_CHECK(least >= -1 && greatest < k, "micromix::", op, ": order must hold channels below ",
+                 k, ", or -1 for padding; got ", least < -1 ? least : greatest);
   return channels;
 }
 

@@ -43,8 +43,8 @@ RowInput rows_where_they_are(const char* op, const char* what, Tensor& t) {
 
 RowInput channel_vector(const char* op, const char* what, std::optional<Tensor>& t, int64_t k) {
   if (!t) return {};
-  STD_TORCH_CHECK(t->is_cpu() && t->dim() == 1 && t->size(0) == k, "micromix::", op, ": ", what,
-                  " must be [", k, "] on the CPU");
+  MICROMIX_CHECK(t->is_cpu() && t->dim() == 1 && t->size(0) == k, "micromix::", op, ": ", what,
+                 " must be [", k, "] on the CPU");
   *t = dense(*t);
   return {t->const_data_ptr(), checked_dtype(op, what, t->scalar_type()), 0};
 }
@@ -52,7 +52,7 @@ RowInput channel_vector(const char* op, const char* what, std::optional<Tensor>&
 void check_same_sizes(const char* op, const char* what, const Tensor& x, const Tensor& other) {
   bool same = other.is_cpu() && other.dim() == x.dim();
   for (int64_t i = 0; i < x.dim() && same; ++i) same = other.size(i) == x.size(i);
-  STD_TORCH_CHECK(same, "micromix::", op, ": ", what, " must be on the CPU and have x's sizes");
+  MICROMIX_CHECK(same, "micromix::", op, ": ", what, " must be on the CPU and have x's sizes");
 }
 
 int32_t shim_dtype(ScalarType dtype) {
@@ -64,9 +64,9 @@ int32_t shim_dtype(ScalarType dtype) {
 std::vector<Tensor> run(const char* op, cpu::RowKernel kernel, const RowTask& task, const Tensor& x,
                         ScalarType dtype, bool keep, Orders& orders, const Layouts& layouts,
                         std::vector<Tensor> results) {
-  STD_TORCH_CHECK(layouts.size() == 4 * orders.size(), "micromix::", op,
-                  ": layouts must hold k4, k6, k8 and format for each of ", orders.size(),
-                  " orders; got ", layouts.size(), " numbers");
+  MICROMIX_CHECK(layouts.size() == 4 * orders.size(), "micromix::", op,
+                 ": layouts must hold k4, k6, k8 and format for each of ", orders.size(),
+                 " orders; got ", layouts.size(), " numbers");
   const int64_t k = task.k, rows = rows_of(x);
   void* kept = nullptr;
   if (keep) {
@@ -114,14 +114,14 @@ std::vector<Tensor> run(const char* op, cpu::RowKernel kernel, const RowTask& ta
 RowTask norm_task(const char* op, Tensor& x, std::optional<Tensor>& residual,
                   std::optional<Tensor>& weight, double eps, ScalarType dtype,
                   std::vector<Tensor>& results) {
-  STD_TORCH_CHECK(x.dim() > 0, "micromix::", op, ": x needs at least one dimension, the channels");
+  MICROMIX_CHECK(x.dim() > 0, "micromix::", op, ": x needs at least one dimension, the channels");
   RowTask task;
   task.k = x.size(x.dim() - 1);
   task.x = rows_where_they_are(op, "x", x);
   if (residual) {
     check_same_sizes(op, "residual", x, *residual);
-    STD_TORCH_CHECK(residual->scalar_type() == x.scalar_type(), "micromix::", op,
-                    ": residual must have x's type");
+    MICROMIX_CHECK(residual->scalar_type() == x.scalar_type(), "micromix::", op,
+                   ": residual must have x's type");
     task.second = rows_where_they_are(op, "residual", *residual);
     results.push_back(empty_rows(x, task.k, shim_dtype(x.scalar_type())));
     task.sum = results.back().mutable_data_ptr();
@@ -138,8 +138,7 @@ std::vector<Tensor> rms_norm_quantize(Tensor x, std::optional<Tensor> residual,
   constexpr const char* kOp = "rms_norm_quantize";
   std::vector<Tensor> results;
   RowTask task = norm_task(kOp, x, residual, weight, eps, dtype, results);
-  STD_TORCH_CHECK(form >= 0 && form <= 2, "micromix::", kOp, ": form must be 0, 1 or 2; got ",
-                  form);
+  MICROMIX_CHECK(form >= 0 && form <= 2, "micromix::", kOp, ": form must be 0, 1 or 2; got ", form);
   task.form = static_cast<cpu::RmsForm>(form);
   return run(kOp, row_kernels().rms_norm, task, x, dtype, keep, orders, layouts,
              std::move(results));
@@ -161,15 +160,15 @@ std::vector<Tensor> pointwise_quantize(Tensor x, std::optional<Tensor> other, in
                                        ScalarType dtype, bool keep, Orders orders,
                                        Layouts layouts) {
   constexpr const char* kOp = "pointwise_quantize";
-  STD_TORCH_CHECK(x.dim() > 0, "micromix::", kOp, ": x needs at least one dimension, the channels");
-  STD_TORCH_CHECK(function >= 0 && function <= 5, "micromix::", kOp,
-                  ": function must be 0 to 5; got ", function);
+  MICROMIX_CHECK(x.dim() > 0, "micromix::", kOp, ": x needs at least one dimension, the channels");
+  MICROMIX_CHECK(function >= 0 && function <= 5, "micromix::", kOp,
+                 ": function must be 0 to 5; got ", function);
   RowTask task;
   task.k = x.size(x.dim() - 1);
   task.x = rows_where_they_are(kOp, "x", x);
   task.function = static_cast<cpu::Pointwise>(function);
-  STD_TORCH_CHECK(other || task.function != cpu::Pointwise::kAdd, "micromix::", kOp,
-                  ": a sum needs two operands");
+  MICROMIX_CHECK(other || task.function != cpu::Pointwise::kAdd, "micromix::", kOp,
+                 ": a sum needs two operands");
   if (other) {
     check_same_sizes(kOp, "other", x, *other);
     task.second = rows_where_they_are(kOp, "other", *other);

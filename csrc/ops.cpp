@@ -20,7 +20,7 @@ using namespace micromix;
 std::tuple<Tensor, Tensor> quantize(Tensor x, std::optional<Tensor> order, int64_t k4, int64_t k6,
                                     int64_t k8, int64_t format) {
   const mx::MixedLayout layout = checked_layout("quantize", k4, k6, k8, format);
-  STD_TORCH_CHECK(x.dim() > 0, "micromix::quantize: x needs at least one dimension, the channels");
+  MICROMIX_CHECK(x.dim() > 0, "micromix::quantize: x needs at least one dimension, the channels");
   const Dtype dtype = checked_dtype("quantize", "x", x.scalar_type());
   const int64_t k = x.size(x.dim() - 1), rows = rows_of(x);
   x = dense(x);
@@ -48,11 +48,11 @@ Tensor place_weight(Tensor data, Tensor scales, int64_t k4, int64_t k6, int64_t 
   const mx::MixedLayout own = layout.weight();
   check_bytes("place_weight", "data", data);
   check_bytes("place_weight", "scales", scales);
-  STD_TORCH_CHECK(data.dim() == 2 && data.size(1) == own.row_bytes(),
-                  "micromix::place_weight: data must be [N, ", own.row_bytes(), "]; got ",
-                  data.dim(), " dimensions, the last of ",
-                  data.dim() ? data.size(data.dim() - 1) : 0);
-  STD_TORCH_CHECK(
+  MICROMIX_CHECK(data.dim() == 2 && data.size(1) == own.row_bytes(),
+                 "micromix::place_weight: data must be [N, ", own.row_bytes(), "]; got ",
+                 data.dim(), " dimensions, the last of ",
+                 data.dim() ? data.size(data.dim() - 1) : 0);
+  MICROMIX_CHECK(
       scales.dim() == 2 && scales.size(0) == data.size(0) && scales.size(1) == own.blocks(),
       "micromix::place_weight: scales must be [", data.size(0), ", ", own.blocks(), "]");
   data = dense(data);
@@ -81,21 +81,21 @@ Tensor place_weight(Tensor data, Tensor scales, int64_t k4, int64_t k6, int64_t 
 void check_placed(const char* op, const Tensor& weight, const mx::MixedLayout& layout, int64_t n) {
   check_bytes(op, "weight", weight);
   const micromix::cpu::PlacedLayout sizes(layout, n);
-  STD_TORCH_CHECK(weight.dim() == 1 && weight.is_contiguous() && weight.numel() == sizes.bytes(),
-                  "micromix::", op, ": weight must be the flat buffer of ", sizes.bytes(),
-                  " bytes that micromix::place_weight makes on the CPU for these arguments; got ",
-                  weight.numel(), " bytes");
+  MICROMIX_CHECK(weight.dim() == 1 && weight.is_contiguous() && weight.numel() == sizes.bytes(),
+                 "micromix::", op, ": weight must be the flat buffer of ", sizes.bytes(),
+                 " bytes that micromix::place_weight makes on the CPU for these arguments; got ",
+                 weight.numel(), " bytes");
   const auto* header = static_cast<const micromix::cpu::PlacedHeader*>(weight.const_data_ptr());
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(header) % micromix::cpu::kLine == 0, "micromix::", op,
-                  ": the weight's memory must be aligned to 64 bytes, as that of "
-                  "micromix::place_weight is; do not copy a placed weight into a view");
-  STD_TORCH_CHECK(header->magic == micromix::cpu::kPlacedMagic && header->n == n &&
-                      header->k4 == layout.k4 && header->k6 == layout.k6 &&
-                      header->k8 == layout.k8 &&
-                      header->weight_code == micromix::cpu::weight_code(layout),
-                  "micromix::", op,
-                  ": weight was not placed by micromix::place_weight on the CPU with "
-                  "these n, k4, k6, k8 and format; place it again");
+  MICROMIX_CHECK(reinterpret_cast<uintptr_t>(header) % micromix::cpu::kLine == 0, "micromix::", op,
+                 ": the weight's memory must be aligned to 64 bytes, as that of "
+                 "micromix::place_weight is; do not copy a placed weight into a view");
+  MICROMIX_CHECK(header->magic == micromix::cpu::kPlacedMagic && header->n == n &&
+                     header->k4 == layout.k4 && header->k6 == layout.k6 &&
+                     header->k8 == layout.k8 &&
+                     header->weight_code == micromix::cpu::weight_code(layout),
+                 "micromix::", op,
+                 ": weight was not placed by micromix::place_weight on the CPU with "
+                 "these n, k4, k6, k8 and format; place it again");
 }
 
 // Runs `count` products that share their activations and their kernel.
@@ -135,14 +135,14 @@ std::vector<Tensor> products(const char* op, Tensor data, Tensor scales,
   check_bytes(op, "data", data);
   check_bytes(op, "scales", scales);
   const Dtype out_dtype = checked_dtype(op, "dtype", dtype);
-  STD_TORCH_CHECK(data.dim() > 0 && data.size(data.dim() - 1) == layout.row_bytes(),
-                  "micromix::", op, ": data must be [..., ", layout.row_bytes(),
-                  "], the last dimension is ", data.dim() ? data.size(data.dim() - 1) : 0);
+  MICROMIX_CHECK(data.dim() > 0 && data.size(data.dim() - 1) == layout.row_bytes(),
+                 "micromix::", op, ": data must be [..., ", layout.row_bytes(),
+                 "], the last dimension is ", data.dim() ? data.size(data.dim() - 1) : 0);
   const int64_t m = rows_of(data);
-  STD_TORCH_CHECK(scales.dim() == data.dim() && scales.size(scales.dim() - 1) == layout.blocks() &&
-                      rows_of(scales) == m,
-                  "micromix::", op, ": scales must be [..., ", layout.blocks(),
-                  "] with the leading sizes of data");
+  MICROMIX_CHECK(scales.dim() == data.dim() && scales.size(scales.dim() - 1) == layout.blocks() &&
+                     rows_of(scales) == m,
+                 "micromix::", op, ": scales must be [..., ", layout.blocks(),
+                 "] with the leading sizes of data");
   data = dense(data);
   scales = dense(scales);
 
@@ -150,7 +150,7 @@ std::vector<Tensor> products(const char* op, Tensor data, Tensor scales,
   std::vector<Tensor> results;
   std::vector<cpu::LinearTask> tasks;
   for (size_t i = 0; i < weights.size(); ++i) {
-    STD_TORCH_CHECK(n[i] >= 0, "micromix::", op, ": n must not be negative; got ", n[i]);
+    MICROMIX_CHECK(n[i] >= 0, "micromix::", op, ": n must not be negative; got ", n[i]);
     check_placed(op, weights[i], layout, n[i]);
     cpu::LinearTask task{layout, m, n[i]};
     task.data = static_cast<const uint8_t*>(data.const_data_ptr());
@@ -158,8 +158,8 @@ std::vector<Tensor> products(const char* op, Tensor data, Tensor scales,
     task.weight = static_cast<const uint8_t*>(weights[i].const_data_ptr());
     if (biases[i]) {
       task.bias_dtype = checked_dtype(op, "bias", biases[i]->scalar_type());
-      STD_TORCH_CHECK(biases[i]->is_cpu() && biases[i]->dim() == 1 && biases[i]->size(0) == n[i],
-                      "micromix::", op, ": bias must be [", n[i], "] on the CPU");
+      MICROMIX_CHECK(biases[i]->is_cpu() && biases[i]->dim() == 1 && biases[i]->size(0) == n[i],
+                     "micromix::", op, ": bias must be [", n[i], "] on the CPU");
       *biases[i] = dense(*biases[i]);
       task.bias = biases[i]->const_data_ptr();
     }
@@ -189,9 +189,9 @@ std::vector<Tensor> linears(Tensor data, Tensor scales, std::vector<Tensor> weig
                             std::vector<std::optional<Tensor>> biases, std::vector<int64_t> n,
                             int64_t k4, int64_t k6, int64_t k8, int64_t format, ScalarType dtype) {
   const mx::MixedLayout layout = checked_layout("linears", k4, k6, k8, format);
-  STD_TORCH_CHECK(biases.size() == weights.size() && n.size() == weights.size(),
-                  "micromix::linears: weights, biases and n must be of one length; got ",
-                  weights.size(), ", ", biases.size(), " and ", n.size());
+  MICROMIX_CHECK(biases.size() == weights.size() && n.size() == weights.size(),
+                 "micromix::linears: weights, biases and n must be of one length; got ",
+                 weights.size(), ", ", biases.size(), " and ", n.size());
   return products("linears", data, scales, weights, biases, n, layout, dtype);
 }
 
