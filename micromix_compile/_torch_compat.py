@@ -109,13 +109,22 @@ def guard_identity(node: fx.Node) -> None:
     Dynamo guards a parameter's shape and dtype only, so that one graph can serve several equal modules; a
     graph with packed weights belongs to the very parameters it was packed from. Tried on torch 2.13.
     """
+    _guard(node, "ID_MATCH")
+
+
+def guard_value(node: fx.Node) -> None:
+    """Make Dynamo compile anew when the number behind a placeholder has another value. Tried on torch 2.13."""
+    _guard(node, "EQUALS_MATCH")
+
+
+def _guard(node: fx.Node, kind: str) -> None:
     context = torch._guards.TracingContext.try_get()
     source = getattr(node, "_dynamo_source", None)
     if context is None or source is None:
         return
     from torch._dynamo.guards import GuardBuilder
 
-    context.guards_context.dynamo_guards.add(source.make_guard(GuardBuilder.ID_MATCH))
+    context.guards_context.dynamo_guards.add(source.make_guard(getattr(GuardBuilder, kind)))
 
 
 def inductor(
@@ -179,3 +188,72 @@ def fresh_compile_cache() -> contextlib.AbstractContextManager[None]:
     from torch._inductor.utils import fresh_cache
 
     return fresh_cache()
+
+
+def graph_pass(run: Callable[[fx.Graph], None], uuid: Callable[[], str | None]) -> Any:
+    """A pass over Inductor's graph; `uuid` identifies it to Inductor's caches. Tried on torch 2.13."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class Pass(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            run(graph)
+
+        def uuid(self) -> str | None:
+            return uuid()
+
+    return Pass()
+
+
+def trace_inference(function: Callable[..., Any], arguments: Sequence[Any]) -> fx.GraphModule:
+    """The graph that Inductor makes of a function, with its decompositions, as in inference. Tried on torch 2.13."""
+    from torch._inductor.pattern_matcher import fwd_only
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with torch.no_grad(), torch._guards.tracing(None), unset_fake_temporarily():
+        return fwd_only(function, list(arguments))
+
+
+def fake_mode_of(values: Any) -> contextlib.AbstractContextManager[Any]:
+    """The fake-tensor mode of the first fake tensor among nested values. Tried on torch 2.13."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    leaves = torch.utils._pytree.tree_leaves(values)
+    return next(
+        (v.fake_mode for v in leaves if isinstance(v, FakeTensor)), contextlib.nullcontext()
+    )
+
+
+def has_kernel(op: torch._ops.OpOverload, device: torch.device) -> bool:
+    """Whether an operator has a kernel of this kind of device's own. Tried on torch 2.13."""
+    keys = {"cpu": "CPU", "cuda": "CUDA"}
+    key = keys.get(device.type)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key)
+
+
+def count(name: str) -> None:
+    """Add one to a counter that Inductor saves with the graph under compilation. Tried on torch 2.13."""
+    from torch._dynamo.utils import counters
+
+    counters["inductor"][name] += 1
+
+
+def counting(run: Callable[[], Any], prefix: str) -> tuple[Any, dict[str, int]]:
+    """What `run` returns, and how much it added to the counters whose names start with `prefix`.
+
+    A graph from Inductor's cache adds what its compilation added. Tried on torch 2.13.
+    """
+    from torch._dynamo.utils import counters
+
+    before = counters["inductor"].copy()
+    result = run()
+    return result, {
+        name: n - before[name]
+        for name, n in counters["inductor"].items()
+        if name.startswith(prefix) and n > before[name]
+    }
+
+
+def readable(graph: fx.Graph) -> str:
+    """A graph as Python, with the types and sizes of its values. Tried on torch 2.13."""
+    module = graph.owning_module or fx.GraphModule({}, graph)
+    return fx.GraphModule(module, graph).print_readable(print_output=False)

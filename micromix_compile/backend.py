@@ -28,6 +28,7 @@ from micromix_compile.ops import kernel_name
 from micromix_compile.packing import PlacedWeight, placed_weight, state
 from micromix_compile.passes.find_linears import Linear, find_linears
 from micromix_compile.passes.lower_linears import Lowering, lower_linears, unsupported
+from micromix_compile.passes.specialise_floats import specialise_floats
 from micromix_compile.plan import (
     LayerPlan,
     LayerShape,
@@ -208,7 +209,7 @@ def _pack(chosen, options: Options) -> list[Lowering]:
         chosen, "packing weights", delay=2, leave=False, disable=None
     ):
         weight = placed_weight(name, linear.parameter, plan, linear.transposed)
-        lowerings.append(Lowering(linear, plan, weight))
+        lowerings.append(Lowering(name, linear, plan, weight))
         uses[linear.weight] -= 1
         if options.release_weights and not uses[linear.weight]:
             row.released = _release(linear, chosen, weight)
@@ -281,10 +282,23 @@ class _Runner:
         self.run = self.gm.forward
         if options.inductor:
             settings = {**compat.inductor_mode_options(options.mode), **options.settings}
-            self.run = compat.inductor(self.gm, self.inputs, settings)
+            self._compile_with_inductor(settings, options.strict)
         self.states = [weight.state for weight in self.weights]
         # Nothing of the compilation stays alive with the compiled function: not the fake tensors, not the graph.
         del self.gm, self.inputs
+
+    def _compile_with_inductor(self, settings: dict[str, Any], strict: bool) -> None:
+        from micromix_compile.passes.manager import counted, pass_manager  # imports Inductor
+
+        settings = {"post_grad_custom_pre_pass": pass_manager(), **settings}
+        self.run, fused, missed = counted(lambda: compat.inductor(self.gm, self.inputs, settings))
+        self.report.add_fusions(fused)
+        if strict and missed:
+            layers = [
+                f"{', '.join(self.report.readers[quantise])}: {what} comes before, in a form that no pattern matches"
+                for quantise, what in missed.items()
+            ]
+            raise StrictError(layers=layers)
 
     def call(self, *arguments: Any) -> Any:
         if self.changes != attachment_changes():
@@ -301,6 +315,7 @@ def _lower(runner: _Runner, lowerings: list[Lowering]) -> None:
     """Rewrite the runner's graph, with the packed weights as new inputs in place of the float ones."""
     graph = runner.gm.graph
     placeholders = list(graph.find_nodes(op="placeholder"))
+    constants = specialise_floats(graph, runner.inputs, compat.guard_value)
     floats = {}
     for lowering in lowerings:
         if lowering.linear.weight.op == "placeholder":
@@ -321,10 +336,12 @@ def _lower(runner: _Runner, lowerings: list[Lowering]) -> None:
         runner.inputs.append(last.meta["example_value"])
         return last
 
-    runner.report.passes["micromix::quantize"] = lower_linears(graph, lowerings, add_constant)
-    runner.report.passes["micromix::linear"] = len(lowerings)
+    for quantised in lower_linears(graph, lowerings, add_constant):
+        products = [[lowering.name for lowering in product] for product in quantised.products]
+        runner.report.add_products(quantised.number, products)
 
-    # A float weight that nothing reads any more is no input of the lowered graph.
+    # A weight or a float that nothing reads any more is no input of the lowered graph.
+    floats |= dict.fromkeys(constants)
     unread = {i for i, node in enumerate(placeholders) if node in floats and not node.users}
     runner.kept = [i for i in runner.kept if i not in unread]
     runner.inputs = [value for i, value in enumerate(runner.inputs) if i not in unread]

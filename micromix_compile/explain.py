@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,7 +20,8 @@ class LayerReport:
     """One linear layer, as the last graph that holds it treats it.
 
     `bits` counts elements and scales of a weight; `bytes_before` and `bytes_after` are those of the weight.
-    `reason` is empty for a layer that was lowered.
+    `fused_with` is what its input's quantise was fused with, `merged_with` are the layers computed in one product
+    with it. `reason` is empty for a layer that was lowered.
     """
 
     name: str
@@ -35,17 +36,44 @@ class LayerReport:
     bytes_after: int = 0
     kernel: str = ""
     fused_with: str = ""
+    merged_with: list[str] = field(default_factory=list)
     reason: str = ""
     released: bool = False
 
 
 @dataclass(eq=False)
 class GraphReport:
-    """One compiled graph: its layers, and how often each pass matched. `number` counts up in a process."""
+    """One compiled graph: its layers, and how often each pass matched. `number` counts up in a process.
+
+    `passes` counts the layers `lowered`, the quantises and products they share, and the quantises that were fused
+    with what comes before them, by its name.
+    """
 
     number: int = field(default_factory=itertools.count(1).__next__)
     layers: list[LayerReport] = field(default_factory=list)
     passes: Counter[str] = field(default_factory=Counter)
+    readers: dict[int, list[str]] = field(default_factory=dict)
+
+    def add_products(self, quantise: int, products: list[list[str]]) -> None:
+        """A quantise, by its number, and the names of the layers that read it, those of one product together."""
+        self.readers[quantise] = [name for product in products for name in product]
+        self.passes["lowered"] += len(self.readers[quantise])
+        self.passes["micromix::quantize"] += 1
+        self.passes["micromix::linear"] += len(products)
+        for product in products:
+            for row in self._rows(product):
+                row.merged_with = [name for name in product if name != row.name]
+
+    def add_fusions(self, fused: Mapping[int, str]) -> None:
+        """What each quantise was fused with, by its number."""
+        for quantise, what in fused.items():
+            self.passes[what] += 1
+            for row in self._rows(self.readers.get(quantise, ())):
+                row.fused_with = what
+
+    def _rows(self, names: Iterable[str]) -> list[LayerReport]:
+        wanted = set(names)
+        return [row for row in self.layers if row.name in wanted]
 
 
 @dataclass(frozen=True)
@@ -124,6 +152,13 @@ def explain(compiled: Any) -> Explanation:
     return Explanation(layers, len(graphs), dict(passes))
 
 
+def _note(row: LayerReport) -> str:
+    merged = ", ".join(name.rpartition(".")[2] for name in row.merged_with)
+    return "; ".join(
+        [*filter(None, [row.fused_with]), *([f"merged with {merged}"] if merged else [])]
+    )
+
+
 def _table(layers: Iterable[LayerReport]) -> str:
     header = (
         "layer",
@@ -142,7 +177,7 @@ def _table(layers: Iterable[LayerReport]) -> str:
     for r in layers:
         split = ("", "", "", "") if r.reason else (str(r.k4), str(r.k6), str(r.k8), f"{r.bits:.2f}")
         after = "" if r.reason else f"{r.bytes_after:,}"
-        note = f"left alone: {r.reason}" if r.reason else r.fused_with
+        note = f"left alone: {r.reason}" if r.reason else _note(r)
         rows.append(
             (r.name, str(r.K), str(r.N), *split, f"{r.bytes_before:,}", after, r.kernel, note)
         )

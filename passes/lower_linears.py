@@ -1,6 +1,6 @@
 """Lower linear layers to `micromix::quantize` + `micromix::linear`.
 
-Layers that read one value under one plan share one quantise.
+Layers that read one value under one plan share one quantise, and are one product, `micromix::linears`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True, eq=False)
 class Lowering:
-    """One layer to lower: what it is, how its channels are split, and its weight."""
+    """One layer to lower: its name for the user, what it is, how its channels are split, and its weight."""
 
+    name: str
     linear: Linear
     plan: LayerPlan
     weight: PlacedWeight
@@ -52,18 +53,31 @@ def unsupported(linear: Linear) -> str | None:
     return None
 
 
+@dataclass(frozen=True, eq=False)
+class Quantised:
+    """One quantise of the lowered graph: the layers that read it, those of one product together.
+
+    `number` is that of `fuse_quantize.number_quantises`, which knows the quantise again in Inductor's graph.
+    """
+
+    number: int
+    products: list[list[Lowering]]
+
+
 def lower_linears(
     graph: fx.Graph,
     lowerings: Sequence[Lowering],
     add_constant: Callable[[str, torch.Tensor], fx.Node],
-) -> int:
-    """Rewrite `graph` in place; returns the number of quantises it now holds.
+) -> list[Quantised]:
+    """Rewrite `graph` in place; returns the quantises that it now holds.
 
     `add_constant(name, tensor)` gives the node that stands for a packed tensor: a placeholder for Dynamo's
-    graphs, an attribute for exported ones.
+    graphs, an attribute for exported ones. Layers that read one value under one plan share its quantise, and
+    are one product where their results have one type.
     """
     lowering_of = {lowering.linear: lowering for lowering in lowerings}
     constants: dict[object, fx.Node] = {}
+    numbers: dict[fx.Node, int] = {}  # of the packed weights, in the order of their nodes
 
     def constant(key: object, name: str, tensor: torch.Tensor) -> fx.Node:
         if key not in constants:
@@ -71,29 +85,51 @@ def lower_linears(
         return constants[key]
 
     lowered: dict[fx.Node, fx.Node] = {}  # a layer may read what another layer gives
-    quantises = 0
+    quantised = []
     for group in shared_inputs(graph, list(lowering_of)):
-        quantised: dict[LayerPlan, tuple[fx.Node, fx.Node]] = {}
-        for linear in group:
-            lowering = lowering_of[linear]
-            plan, node, device = lowering.plan, linear.node, linear.parameter.device
-            tag = linear.name.replace(".", "_")
+        for plan, of_plan in _grouped(group, lambda linear: lowering_of[linear].plan).items():
+            device = of_plan[0].parameter.device
             order = plan.order
             if order is not None:
-                order = constant((plan, device), f"{tag}_order", order.to(device))
-            weight = constant(lowering.weight, f"{tag}_packed", lowering.weight.buffer)
-            if plan not in quantised:
-                # Before the group's first layer: what is written in place after it does not concern the group.
-                with graph.inserting_before(node):
-                    x = lowered.get(linear.input, linear.input)
-                    quantised[plan] = _quantise(graph, linear, x, order, plan)
-                quantises += 1
-            with graph.inserting_before(node):
-                product = _product(graph, linear, quantised[plan], weight, lowering)
-            lowered[node] = product
-            node.replace_all_uses_with(product)
-            graph.erase_node(node)
-    return quantises
+                order = constant((plan, device), f"{_tag(of_plan[0])}_order", order.to(device))
+            # Before the group's first layer: what is written in place after it does not concern the group.
+            with graph.inserting_before(of_plan[0].node):
+                x = lowered.get(of_plan[0].input, of_plan[0].input)
+                operands = _quantise(graph, of_plan[0], x, order, plan)
+            used, products = [], []
+            for layers in _grouped(of_plan, _product_key).values():
+                product = [lowering_of[linear] for linear in layers]
+                weights = [
+                    constant(p.weight, f"{_tag(p.linear)}_packed", p.weight.buffer) for p in product
+                ]
+                used += [numbers.setdefault(weight, len(numbers)) for weight in weights]
+                with graph.inserting_before(layers[0].node):
+                    results = _products(graph, product, operands, weights)
+                for linear, result in zip(layers, results):
+                    lowered[linear.node] = result
+                    linear.node.replace_all_uses_with(result)
+                    graph.erase_node(linear.node)
+                products.append(product)
+            quantised.append(Quantised(min(used), products))
+    return quantised
+
+
+def _grouped(layers: Sequence[Linear], key: Callable[[Linear], object]) -> dict:
+    groups: dict = {}
+    for linear in layers:
+        groups.setdefault(key(linear), []).append(linear)
+    return groups
+
+
+def _product_key(linear: Linear) -> object:
+    """Layers with one key can be computed where the first of them is."""
+    if linear.bias is not None and linear.bias.op not in ("placeholder", "get_attr"):
+        return linear
+    return value_of(linear.node).dtype
+
+
+def _tag(linear: Linear) -> str:
+    return linear.name.replace(".", "_")
 
 
 def _quantise(
@@ -104,18 +140,32 @@ def _quantise(
     pair = graph.call_function(torch.ops.micromix.quantize.default, arguments)
     data, scales = (graph.call_function(operator.getitem, (pair, i)) for i in (0, 1))
     for new in (pair, data, scales):
-        new.meta = {k: v for k, v in linear.node.meta.items() if k not in ("example_value", "val")}
+        new.meta = _meta_without_value(linear)
     return data, scales
 
 
-def _product(
-    graph: fx.Graph, linear: Linear, operands, weight: fx.Node, lowering: Lowering
-) -> fx.Node:
-    layout = lowering.plan.layout
-    counts = (layout.k4, layout.k6, layout.k8)
-    n, dtype = lowering.weight.out_features, value_of(linear.node).dtype
-    arguments = (*operands, weight, linear.bias, n, *counts, lowering.plan.format_code, dtype)
-    product = graph.call_function(torch.ops.micromix.linear.default, arguments)
-    # The value's meta stays: AOTAutograd's cache takes only graphs whose method calls are on known tensors.
-    product.meta = dict(linear.node.meta)
-    return product
+def _products(
+    graph: fx.Graph, product: Sequence[Lowering], operands, weights: Sequence[fx.Node]
+) -> list[fx.Node]:
+    """The results of one product, a node for each layer."""
+    first = product[0]
+    layout, dtype = first.plan.layout, value_of(first.linear.node).dtype
+    rest = (layout.k4, layout.k6, layout.k8, first.plan.format_code, dtype)
+    biases = [lowering.linear.bias for lowering in product]
+    n = [lowering.weight.out_features for lowering in product]
+    if len(product) == 1:
+        arguments = (*operands, weights[0], biases[0], n[0], *rest)
+        results = [graph.call_function(torch.ops.micromix.linear.default, arguments)]
+    else:
+        arguments = (*operands, list(weights), biases, n, *rest)
+        both = graph.call_function(torch.ops.micromix.linears.default, arguments)
+        both.meta = _meta_without_value(first.linear)
+        results = [graph.call_function(operator.getitem, (both, i)) for i in range(len(product))]
+    for lowering, result in zip(product, results):
+        # The value's meta stays: AOTAutograd's cache takes only graphs whose method calls are on known tensors.
+        result.meta = dict(lowering.linear.node.meta)
+    return results
+
+
+def _meta_without_value(linear: Linear) -> dict:
+    return {k: v for k, v in linear.node.meta.items() if k not in ("example_value", "val")}

@@ -1,0 +1,160 @@
+"""Fuse a value and every `micromix::quantize` that reads it into one operator."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from micromix_compile import _torch_compat as compat
+from micromix_compile.passes.patterns import Call, Pattern, same_sizes
+
+aten = torch.ops.aten
+QUANTIZE = torch.ops.micromix.quantize.default
+_PRODUCTS = (torch.ops.micromix.linear.default, torch.ops.micromix.linears.default)
+_VIEWS = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
+
+
+def fuse_quantize(graph: fx.Graph, patterns: Sequence[Pattern]) -> dict[int, str]:
+    """Rewrite `graph` in place where the input of a quantise matches one of `patterns`, the first that does.
+
+    Returns what was fused: the name of the pattern for each quantise's number (`numbered`). A value that others
+    read too is returned by the operator beside its quantised form, and so is the sum that a norm normalises.
+    """
+    fused: dict[int, str] = {}
+    done: set[fx.Node] = set()
+    for node in list(graph.find_nodes(op="call_function", target=QUANTIZE)):
+        value = quantised_value(node)
+        if node in done or not isinstance(value.meta.get("val"), torch.Tensor):
+            continue
+        for pattern in patterns:
+            inputs = pattern.match(value)
+            if inputs is None:
+                continue
+            call = pattern.replacement(inputs, value.meta["val"].dtype)
+            if not compat.has_kernel(call.op, value.meta["val"].device):
+                continue
+            consumers = _consumers(value)
+            call, total = _with_residual(graph, call)
+            name = pattern.name if total is None else f"add_{pattern.name}"
+            fused |= {consumer.meta["micromix"]: name for consumer in consumers}
+            done.update(consumers)
+            _replace(graph, call, value, total, consumers)
+            break
+    graph.eliminate_dead_code()
+    return fused
+
+
+def number_quantises(graph: fx.Graph) -> None:
+    """Give each quantise its number: that of the first packed weight, in the order of the graph's inputs, it meets.
+
+    The order of inputs is the same in Dynamo's graph and in Inductor's; that of the operators is not.
+    """
+    weights: dict[fx.Node, set[fx.Node]] = {}
+    for quantise in graph.find_nodes(op="call_function", target=QUANTIZE):
+        products = {user for getitem in quantise.users for user in getitem.users}
+        found = [p.args[2] for p in products if p.target in _PRODUCTS]
+        weights[quantise] = {w for ws in found for w in (ws if isinstance(ws, list) else [ws])}
+    ordered = sorted(set().union(*weights.values())) if weights else []
+    number = {weight: i for i, weight in enumerate(ordered)}
+    for quantise, own in weights.items():
+        quantise.meta["micromix"] = min((number[weight] for weight in own), default=-1)
+
+
+def quantised_value(quantise: fx.Node) -> fx.Node:
+    """What a quantise reads, before a reshape that leaves the channels alone."""
+    value = quantise.args[0]
+    while value.op == "call_function" and value.target in _VIEWS and _keeps_channels(value):
+        value = value.args[0]
+    return value
+
+
+def _keeps_channels(view: fx.Node) -> bool:
+    before, after = view.args[0].meta["val"].shape, view.meta["val"].shape
+    return len(before) > 0 and len(after) > 0 and same_sizes(before[-1:], after[-1:])
+
+
+def _consumers(value: fx.Node) -> list[fx.Node]:
+    """The quantises of a value, directly or through reshapes, in graph order."""
+    found: list[fx.Node] = []
+    for user in value.users:
+        if user.target is QUANTIZE:
+            found.append(user)
+        elif user.target in _VIEWS and _keeps_channels(user):
+            found += _consumers(user)
+    return sorted(found)
+
+
+def _with_residual(graph: fx.Graph, call: Call) -> tuple[Call, fx.Node | None]:
+    """The call with the sum that it normalises taken in, and the node of that sum; or as it is, and None."""
+    x = call.arguments[0]
+    if not call.takes_residual or x.target is not aten.add.Tensor or len(x.args) != 2 or x.kwargs:
+        return call, None
+    for operand in x.args:
+        value = operand.meta.get("val") if isinstance(operand, fx.Node) else None
+        if not isinstance(value, torch.Tensor) or value.dtype != x.meta["val"].dtype:
+            return call, None
+        if not same_sizes(value.shape, x.meta["val"].shape):
+            return call, None
+    others = [a for a in call.arguments[1:] if isinstance(a, fx.Node)]
+    if any(x < other for other in others):  # the sum's readers may come before the norm's weight
+        return call, None
+    return Call(call.op, (*x.args, *call.arguments[2:])), x
+
+
+def _replace(
+    graph: fx.Graph, call: Call, value: fx.Node, total: fx.Node | None, quantises: list[fx.Node]
+) -> None:
+    keep = any(user not in quantises and not _only_quantised(user) for user in value.users)
+    orders = [quantise.args[1] for quantise in quantises]
+    layouts = [number for quantise in quantises for number in quantise.args[2:]]
+    arguments = (*call.arguments, keep, orders, layouts)
+    operands = [a for a in (*call.arguments, *orders) if isinstance(a, fx.Node)]
+    with _inserting_after(graph, max(operands)):
+        node = _call(graph, call.op, arguments)
+        results = [_call(graph, operator.getitem, (node, i)) for i in range(len(node.meta["val"]))]
+    if total is not None:
+        total.replace_all_uses_with(results.pop(0))
+    if keep:
+        kept = results.pop(0)
+        value.replace_all_uses_with(kept, delete_user_cb=lambda u: u not in quantises)
+    for quantise, pair in zip(quantises, zip(results[::2], results[1::2])):
+        shape = quantise.args[0]
+        for getitem in list(quantise.users):
+            result = pair[getitem.args[1]]
+            if shape is not value:
+                with graph.inserting_before(getitem):
+                    result = _reshaped(graph, result, shape)
+            getitem.replace_all_uses_with(result)
+            graph.erase_node(getitem)
+        graph.erase_node(quantise)
+
+
+def _only_quantised(node: fx.Node) -> bool:
+    return node.target in _VIEWS and all(
+        u.target is QUANTIZE or _only_quantised(u) for u in node.users
+    )
+
+
+def _reshaped(graph: fx.Graph, rows: fx.Node, like: fx.Node) -> fx.Node:
+    sizes = [*like.args[1][:-1], rows.meta["val"].shape[-1]]
+    return _call(graph, aten.reshape.default, (rows, sizes))
+
+
+def _inserting_after(graph: fx.Graph, node: fx.Node):
+    """After `node`, and after all placeholders."""
+    while node.next.op == "placeholder":
+        node = node.next
+    return graph.inserting_before(node.next)
+
+
+def _call(graph: fx.Graph, target: Any, arguments: tuple[Any, ...]) -> fx.Node:
+    """A new node, with the fake value that Inductor wants on it."""
+    node = graph.call_function(target, arguments)
+    values = fx.node.map_arg(arguments, lambda n: n.meta["val"])
+    with compat.fake_mode_of(values):
+        node.meta["val"] = target(*values)
+    return node
