@@ -6,28 +6,49 @@
 namespace micromix::cpu {
 namespace {
 
-// Writes the codes of one row's block into its tile, which starts as zeros. Returns the scale byte
-// that the block gets.
-uint8_t place_block(const uint8_t* packed, uint8_t scale, mx::ElementFormat format, int row,
-                    uint8_t* tile) {
-  uint8_t codes[mx::kBlock];
-  mx::unpack_block(packed, format.bits, codes);
-  const uint8_t magnitude_mask = static_cast<uint8_t>((1 << (format.bits - 1)) - 1);
-  uint8_t any = 0;
-  bool nan = false;
-  for (int k = 0; k < mx::kBlock; ++k) {
-    any |= codes[k];
-    nan |= mx::is_nan(codes[k], format);
-    const TilePosition at = tile_position(format.bits, row, k);
-    if (format.bits == 8) {
-      tile[at.low] = codes[k];
-    } else {
-      tile[at.low] |= (codes[k] & 0xF) << at.low_shift;
-      if (format.bits == 6) tile[at.high] |= (codes[k] >> 4) << at.high_shift;
+// Four codes, one a byte, of a packed half-word or of three packed bytes, little-endian.
+uint32_t spread4(uint32_t packed) {
+  packed = (packed | packed << 8) & 0x00FF00FF;
+  return (packed | packed << 4) & 0x0F0F0F0F;
+}
+uint32_t spread6(uint32_t packed) {
+  packed = (packed & 0xFFF) | (packed & 0xFFF000) << 4;
+  return (packed & 0x003F003F) | (packed & 0x0FC00FC0) << 2;
+}
+
+// Writes four codes, one a byte, of channels 4 * quad and on: tile_position, four at a time. A tile
+// starts as zeros.
+void place_codes(uint32_t codes, int bits, int row, int quad, uint8_t* tile) {
+  const auto merge = [](uint8_t* bytes, uint32_t more) {
+    uint32_t word;
+    std::memcpy(&word, bytes, sizeof(word));
+    word |= more;
+    std::memcpy(bytes, &word, sizeof(word));
+  };
+  const TilePosition at = tile_position(bits, row, 4 * quad);
+  if (bits == 8) return merge(tile + at.low, codes);
+  merge(tile + at.low, (codes & 0x0F0F0F0F) << at.low_shift);
+  if (bits == 6) merge(tile + at.high, (codes >> 4 & 0x03030303) << at.high_shift);
+}
+
+// Writes one row's block into its tile. Returns the scale byte that the block gets.
+template <int kBits>
+uint8_t place_block(const uint8_t* packed, uint8_t scale, int row, uint8_t* tile) {
+  constexpr uint32_t kMagnitude = 0x01010101u * ((1 << (kBits - 1)) - 1);
+  uint32_t any = 0, nan = 0;
+  for (int quad = 0; quad < mx::kBlock / 4; ++quad) {
+    uint32_t codes = 0;
+    for (int i = 0; i < kBits / 2; ++i) {
+      codes |= static_cast<uint32_t>(packed[quad * kBits / 2 + i]) << (8 * i);
     }
+    if (kBits == 4) codes = spread4(codes);
+    if (kBits == 6) codes = spread6(codes);
+    any |= codes & kMagnitude;
+    if (kBits == 8) nan |= ((codes & kMagnitude) + 0x01010101) & 0x80808080;  // a byte was 0x7F
+    place_codes(codes, kBits, row, quad, tile);
   }
   if (nan || scale == mx::kNanScale) return mx::kNanScale;
-  return any & magnitude_mask ? scale : kNeutralScale;
+  return any ? scale : kNeutralScale;
 }
 
 }  // namespace
@@ -41,16 +62,20 @@ bool place_panels(const mx::MixedLayout& layout, int64_t n, const uint8_t* data,
     uint8_t* const panel = placed + kLine + p * sizes.panel_bytes;
     std::memset(panel, 0, sizes.panel_bytes);
     std::memset(panel, kNeutralScale, sizes.scale_bytes);  // rows beyond N
-    for (int row = 0; row < kTileRows && p * kTileRows + row < n; ++row) {
-      const int64_t source = p * kTileRows + row;
-      for (const mx::Segment& segment : own.segments()) {
-        const int64_t bytes = mx::block_bytes(segment.format);
-        for (int64_t b = 0; b < segment.blocks; ++b) {
-          const int64_t block = segment.first_block + b;
-          const int64_t at = segment.byte_start + b * bytes;
-          const uint8_t scale = place_block(data + source * own.row_bytes() + at,
-                                            scales[source * own.blocks() + block], segment.format,
-                                            row, panel + sizes.scale_bytes + kTileRows * at);
+    const int64_t first_row = p * kTileRows;
+    const int rows = static_cast<int>(n - first_row < kTileRows ? n - first_row : kTileRows);
+    for (const mx::Segment& segment : own.segments()) {
+      const int64_t bytes = mx::block_bytes(segment.format);
+      const auto place = segment.format.bits == 4   ? place_block<4>
+                         : segment.format.bits == 6 ? place_block<6>
+                                                    : place_block<8>;
+      for (int64_t b = 0; b < segment.blocks; ++b) {
+        const int64_t block = segment.first_block + b, at = segment.byte_start + b * bytes;
+        for (int row = 0; row < rows; ++row) {
+          const int64_t source = first_row + row;
+          const uint8_t scale =
+              place(data + source * own.row_bytes() + at, scales[source * own.blocks() + block],
+                    row, panel + sizes.scale_bytes + kTileRows * at);
           panel[block * kTileRows + row] = scale;
           wide |= scale < kSmallestPlainScale || scale > kLargestPlainScale;
         }
