@@ -38,11 +38,12 @@ def fuse_quantize(graph: fx.Graph, patterns: Sequence[Pattern]) -> dict[int, str
             if not compat.has_kernel(call.op, value.meta["val"].device):
                 continue
             consumers = _consumers(value)
-            call, total = _with_residual(graph, call)
+            x = call.arguments[0]
+            call, total = _with_residual(call)
             name = pattern.name if total is None else f"add_{pattern.name}"
             fused |= {consumer.meta["micromix"]: name for consumer in consumers}
             done.update(consumers)
-            _replace(graph, call, value, total, consumers)
+            _replace(graph, call, x, value, total, consumers)
             break
     graph.eliminate_dead_code()
     return fused
@@ -88,26 +89,36 @@ def _consumers(value: fx.Node) -> list[fx.Node]:
     return sorted(found)
 
 
-def _with_residual(graph: fx.Graph, call: Call) -> tuple[Call, fx.Node | None]:
+def _with_residual(call: Call) -> tuple[Call, fx.Node | None]:
     """The call with the sum that it normalises taken in, and the node of that sum; or as it is, and None."""
     x = call.arguments[0]
-    if not call.takes_residual or x.target is not aten.add.Tensor or len(x.args) != 2 or x.kwargs:
+    total = x.args[0] if x.target in _VIEWS and _keeps_channels(x) else x
+    if not call.takes_residual or total.target is not aten.add.Tensor or len(total.args) != 2:
         return call, None
-    for operand in x.args:
+    sizes, dtype = total.meta["val"].shape, total.meta["val"].dtype
+    for operand in total.args:
         value = operand.meta.get("val") if isinstance(operand, fx.Node) else None
-        if not isinstance(value, torch.Tensor) or value.dtype != x.meta["val"].dtype:
+        if not isinstance(value, torch.Tensor) or value.dtype != dtype or total.kwargs:
             return call, None
-        if not same_sizes(value.shape, x.meta["val"].shape):
+        if not same_sizes(value.shape, sizes):
             return call, None
     others = [a for a in call.arguments[1:] if isinstance(a, fx.Node)]
-    if any(x < other for other in others):  # the sum's readers may come before the norm's weight
+    if any(
+        total < other for other in others
+    ):  # the sum's readers may come before the norm's weight
         return call, None
-    return Call(call.op, (*x.args, *call.arguments[2:])), x
+    return Call(call.op, (*total.args, *call.arguments[2:])), total
 
 
 def _replace(
-    graph: fx.Graph, call: Call, value: fx.Node, total: fx.Node | None, quantises: list[fx.Node]
+    graph: fx.Graph,
+    call: Call,
+    x: fx.Node,
+    value: fx.Node,
+    total: fx.Node | None,
+    quantises: list[fx.Node],
 ) -> None:
+    """Put `call` in the place of `value`, which is computed from `x`, of its quantises, and of the sum."""
     keep = any(user not in quantises and not _only_quantised(user) for user in value.users)
     orders = [quantise.args[1] for quantise in quantises]
     layouts = [number for quantise in quantises for number in quantise.args[2:]]
@@ -120,28 +131,31 @@ def _replace(
         total.replace_all_uses_with(results.pop(0))
     if keep:
         kept = results.pop(0)
-        value.replace_all_uses_with(kept, delete_user_cb=lambda u: u not in quantises)
+        with graph.inserting_before(value):
+            kept = _in_rows_of(graph, kept, value, x)
+        value.replace_all_uses_with(kept, delete_user_cb=lambda user: user not in quantises)
     for quantise, pair in zip(quantises, zip(results[::2], results[1::2])):
-        shape = quantise.args[0]
         for getitem in list(quantise.users):
-            result = pair[getitem.args[1]]
-            if shape is not value:
-                with graph.inserting_before(getitem):
-                    result = _reshaped(graph, result, shape)
+            with graph.inserting_before(getitem):
+                result = _in_rows_of(graph, pair[getitem.args[1]], quantise.args[0], x)
             getitem.replace_all_uses_with(result)
             graph.erase_node(getitem)
         graph.erase_node(quantise)
+
+
+def _in_rows_of(graph: fx.Graph, result: fx.Node, like: fx.Node, x: fx.Node) -> fx.Node:
+    """`result` with the leading sizes of `like`, which it differs from where one of the two is a reshape."""
+    if same_sizes(result.meta["val"].shape[:-1], like.meta["val"].shape[:-1]):
+        return result
+    view = like if like.target in _VIEWS else x
+    last = result.meta["val"].shape[-1]
+    return _call(graph, aten.reshape.default, (result, [*view.args[1][:-1], last]))
 
 
 def _only_quantised(node: fx.Node) -> bool:
     return node.target in _VIEWS and all(
         u.target is QUANTIZE or _only_quantised(u) for u in node.users
     )
-
-
-def _reshaped(graph: fx.Graph, rows: fx.Node, like: fx.Node) -> fx.Node:
-    sizes = [*like.args[1][:-1], rows.meta["val"].shape[-1]]
-    return _call(graph, aten.reshape.default, (rows, sizes))
 
 
 def _inserting_after(graph: fx.Graph, node: fx.Node):
