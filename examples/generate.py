@@ -22,13 +22,15 @@ def main() -> None:
     if arguments.plan:
         micromix.load_plan(arguments.plan).attach(model)
 
-    # Not torch.compile(model): its generate() would run the model uncompiled. One dynamic graph serves every length.
+    # Not torch.compile(model): its generate() would run the model uncompiled. dynamic: no new graph for each length.
     model.compile(backend="micromix", dynamic=True)
     inputs = tokenizer(arguments.prompt, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=arguments.tokens, do_sample=False)
 
     print(tokenizer.decode(output[0], skip_special_tokens=True))
-    print(micromix.explain(model))
+    print(
+        *str(micromix.explain(model)).splitlines()[-3:], sep="\n"
+    )  # the totals, without a row for each layer
 
 
 if __name__ == "__main__":

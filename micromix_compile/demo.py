@@ -108,6 +108,12 @@ def run(prompt: str = PROMPT, output: str | Path = "demo-output") -> list[Varian
     console.print()
     console.print(table(variants))
     console.print(_NOTE, style="dim")
+    rates = variants[0].speed.rates
+    if max(rates) > 1.5 * min(rates):
+        console.print(
+            f"This machine was busy with other work: bf16 decode varied from {min(rates):.1f} to "
+            f"{max(rates):.1f} tok/s between rounds. Run it again on an idle one for speeds."
+        )
     console.print(f"written: {output}/plan.png, results.json, smollm2.micromix.safetensors")
     console.print(f"the whole demo took {time.perf_counter() - began:.0f} s")
     return variants
