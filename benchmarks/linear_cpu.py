@@ -1,0 +1,246 @@
+"""The products of micromix on this CPU beside those of its peers, and beside the machine's limits.
+
+    python benchmarks/linear_cpu.py                  # every shape, mix and row count; an hour
+    python benchmarks/linear_cpu.py --shapes 4096x4096 --rows 1 512 --mixes 4.5
+    python benchmarks/linear_cpu.py --quick          # the smallest shape: does it run?
+
+All contenders run in one process, in turn; a figure is the median of its runs, a ratio is of medians
+of the same rounds. With one thread the time is that thread's CPU time, so that other work on the
+machine is not counted; with more it is the clock's. "rotated": each run takes another copy of the weight, more copies than the caches
+hold; "hot": always the same one. micromix is the time of quantise and linear together. The memory of
+every contender is in huge pages where the system gives them. Prints a table; writes it as JSON, and a
+roofline picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import peers
+import torch
+
+from micromix_compile import ops
+from micromix_compile.mx import MixedLayout
+
+SHAPES = ("4096x4096", "4096x14336", "14336x4096", "576x1536", "1536x576")  # K x N
+ROWS = (1, 4, 8, 16, 64, 512, 2048)
+PEERS = ("eager bf16", "inductor bf16", "torchao int8", "ggml q4_0")
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "THP_MEM_ALLOC_ENABLE": "1"}
+
+
+def mix(name: str, k: int) -> MixedLayout:
+    """The layout of a mix: "4.5" and "5.5" are element bits of a 4/6/8 split."""
+    shares = {"mxfp4": (0, 0), "mxfp8": (0, 1), "4.5": (1 / 8, 1 / 16), "5.5": (1 / 4, 1 / 4)}
+    k6, k8 = (int(k * share / 32 + 0.5) * 32 for share in shares[name])
+    return MixedLayout(k - k6 - k8, k6, k8)
+
+
+def machine_limits(directory: Path) -> dict[str, float]:
+    """GB/s read by one thread, GB/s moved by torch's copy, TFLOP/s of AMX from registers."""
+    source = torch.ones(1 << 27, dtype=torch.int64)  # 1 GiB
+    target = torch.empty_like(source)
+    limits = {}
+    target.copy_(source)
+    seconds = []
+    for _ in range(5):
+        start = time.thread_time()
+        target.copy_(source)
+        seconds.append(time.thread_time() - start)
+    limits["copy GB/s"] = 2 * source.nbytes / min(seconds) / 1e9
+    library = directory / "machine_limits.so"
+    code = Path(__file__).with_name("machine_limits.cpp")
+    command = [
+        "g++",
+        "-O3",
+        "-mavx2",
+        "-shared",
+        "-fPIC",
+        "-std=c++17",
+        str(code),
+        "-o",
+        str(library),
+    ]
+    if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+        probe = ctypes.CDLL(str(library))
+        probe.read_rate.restype = probe.amx_rate.restype = ctypes.c_double
+        words = ctypes.c_int64(source.numel())
+        address = ctypes.c_void_p(source.data_ptr())
+        limits["read GB/s"] = max(probe.read_rate(address, words) for _ in range(5)) / 1e9
+        limits["AMX TFLOP/s"] = probe.amx_rate() / 1e12
+    return limits
+
+
+def micromix(weights, x: torch.Tensor, layout: MixedLayout) -> list[peers.Product]:
+    counts = (layout.k4, layout.k6, layout.k8, layout.code)
+    quantize, linear = torch.ops.micromix.quantize.default, torch.ops.micromix.linear.default
+    n = weights[0].shape[0]
+    data, scales = quantize(weights[0], None, *counts)
+    placed = [torch.ops.micromix.place_weight(data, scales, *counts) for _ in weights]
+
+    def product(weight: torch.Tensor) -> torch.Tensor:
+        return linear(*quantize(x, None, *counts), weight, None, n, *counts, torch.bfloat16)
+
+    return [lambda weight=weight: product(weight) for weight in placed]
+
+
+def run_times(contenders: dict[str, list[peers.Product]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run; in every round each contender runs once, on its next weight."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    with torch.inference_mode():
+        for products in contenders.values():
+            for product in products[:2]:
+                product()
+        gc.disable()
+        for i in range(rounds):
+            for name, products in contenders.items():
+                product = products[i % len(products)]
+                start = clock()
+                product()
+                times[name].append(clock() - start)
+        gc.enable()
+    return times
+
+
+def measure(arguments: argparse.Namespace) -> list[dict]:
+    results = []
+    for shape, rows, hot in itertools.product(
+        arguments.shapes, arguments.rows, (False, True) if arguments.hot else (False,)
+    ):
+        k, n = map(int, shape.split("x"))
+        x = torch.randn(rows, k, dtype=torch.bfloat16)
+        # More copies than the caches hold where memory sets the speed; compute-bound runs need few.
+        copies = 1 if hot else max(2, int(arguments.rotate * 2**20 / (2 * n * k)) + 1)
+        copies = min(copies, 2 if rows > 16 else 400)
+        weight = (torch.randn(n, k) * 0.02).bfloat16()
+        weights = [weight] + [weight.clone() for _ in range(copies - 1)]
+        contenders = {
+            f"micromix {name}": micromix(weights, x, mix(name, k)) for name in arguments.mixes
+        }
+        for name, make in peers.available(arguments.peers).items():
+            # A compiled graph for every copy takes minutes: compiled peers get a few copies.
+            few = 4 if name in ("inductor bf16", "torchao int8") else 64
+            contenders[name] = make(weights[:few], x)
+        rounds = max(5, min(arguments.rounds, int(arguments.rounds * 64 / (rows + 63))))
+        for name, times in run_times(contenders, rounds).items():
+            seconds = statistics.median(times)
+            if name.startswith("micromix"):
+                stored = n * k * mix(name.split()[1], k).total_bits / 8
+            else:
+                bits = {"torchao int8": 8, "ggml q4_0": 4.5}.get(name, 16)
+                stored = n * k * bits / 8
+            results.append(
+                {
+                    "shape": shape,
+                    "rows": rows,
+                    "hot": hot,
+                    "name": name,
+                    "microseconds": seconds * 1e6,
+                    "GB/s": stored / seconds / 1e9,
+                    "GFLOP/s": 2 * rows * n * k / seconds / 1e9,
+                    "flop/byte": 2 * rows * n * k / stored,
+                }
+            )
+        report([r for r in results if (r["shape"], r["rows"], r["hot"]) == (shape, rows, hot)])
+    return results
+
+
+def report(group: list[dict]) -> None:
+    """A table of the contenders on one shape; ratios over each bf16 peer."""
+    bf16 = {r["name"]: r["microseconds"] for r in group if r["name"].endswith("bf16")}
+    head = group[0]
+    title = f"{head['shape']}  M={head['rows']}  {'hot' if head['hot'] else 'rotated'}"
+    print(f"\n{title:<34}{'us':>10}{'GB/s':>8}{'GFLOP/s':>9}", *(f"{'x ' + p:>16}" for p in bf16))
+    for r in group:
+        ratios = (f"{time / r['microseconds']:>16.2f}" for time in bf16.values())
+        numbers = f"{r['microseconds']:>10.1f}{r['GB/s']:>8.1f}{r['GFLOP/s']:>9.0f}"
+        print(f"  {r['name']:<32}{numbers}", *ratios, flush=True)
+
+
+def draw(results: list[dict], limits: dict[str, float], path: Path) -> None:
+    """The roofline: speed over the operations done for each byte of the weight."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 6))
+    names = sorted({r["name"] for r in results})
+    for marker, name in zip(itertools.cycle("osv^D*PX"), names, strict=False):
+        points = [r for r in results if r["name"] == name]
+        xs, ys = [r["flop/byte"] for r in points], [r["GFLOP/s"] for r in points]
+        axes.scatter(xs, ys, s=28, marker=marker, label=name, alpha=0.8)
+    low, high = min(r["flop/byte"] for r in results), max(r["flop/byte"] for r in results)
+    for limit, style in (("read GB/s", "-"), ("copy GB/s", ":")):
+        if limit in limits:
+            line = [
+                min(b * limits[limit], limits.get("AMX TFLOP/s", 0) * 1e3 or 1e9)
+                for b in (low, high)
+            ]
+            axes.plot((low, high), line, "k" + style, lw=1, label=f"{limit}: {limits[limit]:.0f}")
+    if limits.get("AMX TFLOP/s"):
+        peak = limits["AMX TFLOP/s"]
+        axes.axhline(
+            peak * 1e3, color="k", ls="--", lw=1, label=f"AMX from registers: {peak:.1f} TFLOP/s"
+        )
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte of weight", ylabel="GFLOP/s")
+    threads = torch.get_num_threads()
+    axes.set_title(f"linear layers, {threads} thread(s), {ops.kernel_name('cpu')}")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="KxN")
+    parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument("--mixes", nargs="+", default=("4.5", "5.5", "mxfp4", "mxfp8"))
+    parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=50, help="at most so many runs of each")
+    parser.add_argument(
+        "--rotate", type=int, default=1024, help="MiB of bf16 weights to rotate over"
+    )
+    parser.add_argument("--hot", action="store_true", help="also without rotation")
+    parser.add_argument("--isa", help="portable, avx2, avx512 or amx; default: the best here")
+    parser.add_argument("--output", type=Path, default=Path("linear_cpu"), help="of .json and .png")
+    parser.add_argument("--quick", action="store_true", help="the smallest shape, few runs")
+    arguments = parser.parse_args(argv)
+    if arguments.quick:
+        arguments.shapes, arguments.rows, arguments.peers = ("576x1536",), (1, 16), ("eager bf16",)
+        arguments.rounds, arguments.rotate = 10, 8
+    if arguments.isa:
+        ops.set_cpu_isa(arguments.isa)
+    torch.set_num_threads(arguments.threads)
+
+    with tempfile.TemporaryDirectory() as directory:
+        limits = machine_limits(Path(directory))
+    print(f"{ops.kernel_name('cpu')}, {arguments.threads} thread(s), torch {torch.__version__}")
+    print(
+        "one thread's limits:", ", ".join(f"{name} {value:.1f}" for name, value in limits.items())
+    )
+    results = measure(arguments)
+    document = {"kernel": ops.kernel_name("cpu"), "limits": limits, "results": results}
+    arguments.output.with_suffix(".json").write_text(json.dumps(document, indent=1))
+    draw(results, limits, arguments.output.with_suffix(".png"))
+    print(f"\nwrote {arguments.output}.json and {arguments.output}.png")
+
+
+if __name__ == "__main__":
+    if any(os.environ.get(name) != value for name, value in HUGE_PAGES.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **HUGE_PAGES})
+    main()
