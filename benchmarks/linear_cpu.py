@@ -7,7 +7,7 @@
 All contenders run in one process, in turn; a figure is the median of its runs, a ratio is of medians
 of the same rounds. With one thread the time is that thread's CPU time, so that other work on the
 machine is not counted; with more it is the clock's. "rotated": each run takes another copy of the weight, more copies than the caches
-hold; "hot": always the same one. micromix is the time of quantise and linear together. The memory of
+hold; "hot": five runs in a row of the same one, after one that is not counted. micromix is the time of quantise and linear together. The memory of
 every contender is in huge pages where the system gives them. Prints a table; writes it as JSON, and a
 roofline picture.
 """
@@ -94,8 +94,10 @@ def micromix(weights, x: torch.Tensor, layout: MixedLayout) -> list[peers.Produc
     return [lambda weight=weight: product(weight) for weight in placed]
 
 
-def run_times(contenders: dict[str, list[peers.Product]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run; in every round each contender runs once, on its next weight."""
+def run_times(
+    contenders: dict[str, list[peers.Product]], rounds: int, hot: bool
+) -> dict[str, list[float]]:
+    """Seconds of each run; in every round each contender has its turn, on its next weight."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     with torch.inference_mode():
@@ -106,9 +108,12 @@ def run_times(contenders: dict[str, list[peers.Product]], rounds: int) -> dict[s
         for i in range(rounds):
             for name, products in contenders.items():
                 product = products[i % len(products)]
-                start = clock()
-                product()
-                times[name].append(clock() - start)
+                if hot:
+                    product()
+                for _ in range(5 if hot else 1):
+                    start = clock()
+                    product()
+                    times[name].append(clock() - start)
         gc.enable()
     return times
 
@@ -133,7 +138,7 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
             few = 4 if name in ("inductor bf16", "torchao int8") else 64
             contenders[name] = make(weights[:few], x)
         rounds = max(5, min(arguments.rounds, int(arguments.rounds * 64 / (rows + 63))))
-        for name, times in run_times(contenders, rounds).items():
+        for name, times in run_times(contenders, rounds, hot).items():
             seconds = statistics.median(times)
             if name.startswith("micromix"):
                 stored = n * k * mix(name.split()[1], k).total_bits / 8
