@@ -1,0 +1,259 @@
+"""The operators that quantise what they compute: the value against float64, its quantised form bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from micromix_compile import ops
+from micromix_compile.ops.fused import Pointwise, RmsForm
+
+from .cases import DTYPES, arguments, mix_name, rows
+from .cases import MIXES as ALL_MIXES
+
+micromix = torch.ops.micromix
+MIXES = [layout for layout in ALL_MIXES if layout.channels >= 128]
+EPS = 1e-5
+
+
+def step(y: torch.Tensor) -> torch.Tensor:
+    """The distance from y to its neighbour in its type that is further from zero."""
+    return (torch.nextafter(y.abs(), torch.full_like(y, torch.inf)) - y.abs()).double()
+
+
+def assert_value(y: torch.Tensor, exact: torch.Tensor) -> None:
+    """y is `exact` (float64) rounded to its type, with float32 arithmetic before that."""
+    slack = 2**-20 * exact.abs() + 1e-30
+    assert ((y.double() - exact).abs() <= 0.5001 * step(y) + slack).all()
+
+
+def assert_quantised(y: torch.Tensor, results: list[torch.Tensor], orders, layouts) -> None:
+    """What the operator quantised is bit for bit what `micromix::quantize` makes of the value it returned."""
+    for i, order in enumerate(orders):
+        expected = micromix.quantize(y, order, *layouts[4 * i : 4 * i + 4])
+        assert torch.equal(results[2 * i], expected[0])
+        assert torch.equal(results[2 * i + 1], expected[1])
+
+
+def two_quantises(layout):
+    """Two orders and layouts, so that an operator computes its value once for both."""
+    channels = layout.channels
+    generator = torch.Generator().manual_seed(1)
+    order = torch.randperm(channels, generator=generator).int()
+    return [order, None], [*arguments(layout), channels, 0, 0, arguments(layout)[3]]
+
+
+@pytest.mark.parametrize("form", RmsForm)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", MIXES, ids=mix_name)
+def test_rms_norm(isa, form, dtype, layout):
+    k = layout.channels
+    x, weight = rows(5, k, dtype), rows(1, k, dtype, 3)[0]
+    orders, layouts = two_quantises(layout)
+    y, *quantised = micromix.rms_norm_quantize(
+        x, None, weight, EPS, form, dtype, True, orders, layouts
+    )
+    wide = x.double()
+    normalised = wide / (wide.pow(2).mean(-1, keepdim=True) + EPS).sqrt()
+    if form == RmsForm.WEIGHT_AFTER_CAST and dtype != torch.float32:
+        # Rounded twice, and a value next to a midpoint may be rounded to either side.
+        exact = normalised * weight.double()
+        assert (
+            (y.double() - exact).abs() <= 1.01 * torch.finfo(dtype).eps * exact.abs() + 1e-6
+        ).all()
+        eager = (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS)).to(
+            dtype
+        ) * weight
+        assert (y != eager).float().mean() <= 0.01
+    else:
+        assert_value(y, normalised * (weight.double() + (form == RmsForm.ONE_PLUS_WEIGHT)))
+    assert_quantised(y, quantised, orders, layouts)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", MIXES[:3], ids=mix_name)
+def test_layer_norm(isa, dtype, layout):
+    k = layout.channels
+    x, weight, bias = rows(5, k, dtype), rows(1, k, dtype, 3)[0], rows(1, k, dtype, 4)[0]
+    orders, layouts = two_quantises(layout)
+    y, *quantised = micromix.layer_norm_quantize(
+        x, None, weight, bias, EPS, dtype, True, orders, layouts
+    )
+    exact = F.layer_norm(x.double(), (k,), weight.double(), bias.double(), EPS)
+    scale = F.layer_norm(x.double(), (k,), weight.double(), None, EPS).abs() + bias.double().abs()
+    assert ((y.double() - exact).abs() <= 0.5001 * step(y) + 2**-20 * scale + 1e-6).all()
+    assert_quantised(y, quantised, orders, layouts)
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "layer_norm"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_return_the_sum_they_normalise(isa, op, dtype):
+    layout = MIXES[0]
+    k = layout.channels
+    x, residual = rows(6, k, dtype).view(2, 3, k), rows(6, k, dtype, 2).view(2, 3, k)
+    weight = rows(1, k, torch.float32, 3)[0]
+    fused = getattr(micromix, f"{op}_quantize")
+    extra = (0,) if op == "rms_norm" else ()
+    bias = () if op == "rms_norm" else (None,)
+    rest = (EPS, *extra, dtype, True, [None], list(arguments(layout)))
+    total, *with_sum = fused(x, residual, weight, *bias, *rest)
+    assert torch.equal(total, x + residual)
+    without = fused(total, None, weight, *bias, *rest)
+    assert all(torch.equal(a, b) for a, b in zip(with_sum, without, strict=True))
+
+
+REFERENCES = {
+    Pointwise.CAST: lambda x: x,
+    Pointwise.RELU: F.relu,
+    Pointwise.SILU: F.silu,
+    Pointwise.GELU: F.gelu,
+    Pointwise.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+@pytest.mark.parametrize("function", REFERENCES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pointwise(isa, function, dtype):
+    layout = MIXES[0]
+    orders, layouts = two_quantises(layout)
+    x, other = rows(40, layout.channels, dtype), rows(40, layout.channels, dtype, 2)
+    y, *quantised = micromix.pointwise_quantize(x, None, function, dtype, True, orders, layouts)
+    exact = REFERENCES[function](x.double())
+    assert ((y.double() - exact).abs() <= 0.5001 * step(y) + 1e-6 * exact.abs() + 1e-9).all()
+    assert_quantised(y, quantised, orders, layouts)
+
+    product, *quantised = micromix.pointwise_quantize(
+        x, other, function, dtype, True, orders, layouts
+    )
+    assert torch.equal(
+        product, y * other
+    )  # the activation is rounded before the product, as in the model
+    assert_quantised(product, quantised, orders, layouts)
+
+
+def test_sum(isa):
+    layout = MIXES[0]
+    x, other = rows(4, layout.channels, torch.bfloat16), rows(4, layout.channels, torch.bfloat16, 2)
+    rest = (torch.bfloat16, True, [None], list(arguments(layout)))
+    y, *quantised = micromix.pointwise_quantize(x, other, Pointwise.ADD, *rest)
+    assert torch.equal(y, x + other)
+    assert_quantised(y, quantised, [None], arguments(layout))
+
+
+def test_all_instruction_sets_give_the_same_bits():
+    layout = MIXES[-1]
+    x, other = rows(9, layout.channels, torch.float32), rows(9, layout.channels, torch.float32, 2)
+    rest = (torch.float32, True, [None], list(arguments(layout)))
+    results = {}
+    before = ops.cpu_isa()
+    for name in ("portable", "avx2", "avx512"):
+        try:
+            ops.set_cpu_isa(name)
+        except RuntimeError:
+            continue
+        results[name] = [
+            *micromix.rms_norm_quantize(x, other, None, EPS, 1, *rest),
+            *(t for f in range(5) for t in micromix.pointwise_quantize(x, other, f, *rest)),
+        ]
+    ops.set_cpu_isa(before)
+    for name, result in results.items():
+        assert all(torch.equal(a, b) for a, b in zip(result, results["portable"])), name
+
+
+@pytest.mark.parametrize("k", [32, 33, 47, 576])
+def test_any_number_of_channels(isa, k):
+    padded = -(-k // 32) * 32
+    x, other = rows(3, k, torch.bfloat16), rows(3, k, torch.bfloat16, 2)
+    layouts = [0, 0, padded, 88]
+    rest = (torch.bfloat16, True, [None], layouts)
+    for results, exact in (
+        (micromix.pointwise_quantize(x, other, 2, *rest), F.silu(x) * other),
+        (micromix.rms_norm_quantize(x, None, None, EPS, 1, *rest), F.rms_norm(x, (k,), None, EPS)),
+    ):
+        assert torch.equal(results[0], exact)
+        assert_quantised(results[0], results[1:], [None], layouts)
+
+
+def test_strided_rows_are_read_where_they_are(isa):
+    layout = MIXES[0]
+    k = layout.channels
+    both = rows(6, 2 * k, torch.bfloat16).view(2, 3, 2 * k)
+    gate, up = both.chunk(2, dim=-1)
+    rest = (torch.bfloat16, True, [None], list(arguments(layout)))
+    expected = micromix.pointwise_quantize(gate.contiguous(), up.contiguous(), 2, *rest)
+    for g, u in ((gate, up), (gate.mT.contiguous().mT, up), (gate[:1].expand(2, 3, k), up)):
+        want = micromix.pointwise_quantize(g.contiguous(), u.contiguous(), 2, *rest)
+        assert all(map(torch.equal, micromix.pointwise_quantize(g, u, 2, *rest), want))
+    assert not torch.equal(expected[0], want[0])
+
+
+def test_no_rows():
+    layout = MIXES[0]
+    x = torch.empty(2, 0, layout.channels)
+    rest = (torch.float32, False, [None], list(arguments(layout)))
+    for data, scales in (
+        micromix.rms_norm_quantize(x, None, None, EPS, 0, *rest),
+        micromix.pointwise_quantize(x, x, 2, *rest),
+    ):
+        assert data.shape == (2, 0, layout.row_bytes) and scales.shape == (2, 0, layout.blocks)
+
+
+def test_wrong_arguments_are_refused():
+    layout = MIXES[0]
+    k = layout.channels
+    x, good = rows(2, k, torch.float32), list(arguments(layout))
+    rest = (torch.float32, False)
+    cases = {
+        "layouts must hold": (x, None, 2, *rest, [None], good[:3]),
+        "have x's sizes": (x, x[:1], 2, *rest, [None], good),
+        "function must be": (x, None, 6, *rest, [None], good),
+        "a sum needs two": (x, None, 5, *rest, [None], good),
+        "order must have": (x, None, 2, *rest, [torch.zeros(3, dtype=torch.int32)], good),
+        "must be bfloat16": (x.long(), None, 2, *rest, [None], good),
+    }
+    for message, wrong in cases.items():
+        with pytest.raises(RuntimeError, match=message):
+            micromix.pointwise_quantize(*wrong)
+    with pytest.raises(RuntimeError, match="weight must be"):
+        micromix.rms_norm_quantize(x, None, torch.ones(k + 1), EPS, 0, *rest, [None], good)
+    with pytest.raises(RuntimeError, match="form must be"):
+        micromix.rms_norm_quantize(x, None, None, EPS, 3, *rest, [None], good)
+    with pytest.raises(RuntimeError, match="residual must have x's type"):
+        micromix.rms_norm_quantize(x, x.bfloat16(), None, EPS, 0, *rest, [None], good)
+
+
+def test_registrations():
+    layout = MIXES[0]
+    k = layout.channels
+    x, weight = rows(2, k, torch.bfloat16), torch.ones(k)
+    rest = (torch.bfloat16, True, [torch.arange(k).int(), None], [*arguments(layout)] * 2)
+    checks = {"test_utils": ("test_schema", "test_faketensor")}
+    torch.library.opcheck(
+        micromix.rms_norm_quantize.default, (x, x, weight, EPS, 0, *rest), **checks
+    )
+    torch.library.opcheck(
+        micromix.layer_norm_quantize.default, (x, None, weight, weight, EPS, *rest), **checks
+    )
+    torch.library.opcheck(micromix.pointwise_quantize.default, (x, x, 2, *rest), **checks)
+
+
+@pytest.mark.parametrize("m", [0, 1, 3, 40])
+@pytest.mark.parametrize("layout", MIXES[:4], ids=mix_name)
+def test_linears_is_linear_of_each_part(isa, m, layout):
+    k, sizes = layout.channels, [48, 16, 5]
+    operands = micromix.quantize(rows(m, k, torch.bfloat16), None, *arguments(layout))
+    weights = [
+        micromix.place_weight(
+            *micromix.quantize(rows(n, k, torch.float32, n), None, *arguments(layout)),
+            *arguments(layout),
+        )
+        for n in sizes
+    ]
+    biases = [None, torch.randn(16), torch.randn(5).bfloat16()]
+    rest = (*arguments(layout), torch.bfloat16)
+    results = micromix.linears(*operands, weights, biases, sizes, *rest)
+    for result, *part in zip(results, weights, biases, sizes, strict=True):
+        assert torch.equal(result, micromix.linear(*operands, *part, *rest))
+    with pytest.raises(RuntimeError, match="of one length"):
+        micromix.linears(*operands, weights, biases, sizes[:2], *rest)
