@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -209,7 +210,9 @@ def trace_inference(function: Callable[..., Any], arguments: Sequence[Any]) -> f
     from torch._inductor.pattern_matcher import fwd_only
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-    with torch.no_grad(), torch._guards.tracing(None), unset_fake_temporarily():
+    quiet = warnings.catch_warnings()
+    with quiet, torch.no_grad(), torch._guards.tracing(None), unset_fake_temporarily():
+        warnings.simplefilter("ignore")  # about the function's own code: that of a pattern, not the user's
         return fwd_only(function, list(arguments))
 
 

@@ -25,8 +25,9 @@ from micromix_compile.errors import (
 )
 from micromix_compile.explain import GraphReport, LayerReport, record
 from micromix_compile.ops import kernel_name
-from micromix_compile.packing import PlacedWeight, placed_weight, state
+from micromix_compile.packing import OrderedBias, PlacedWeight, placed_weight, state
 from micromix_compile.passes.find_linears import Linear, find_linears
+from micromix_compile.passes.fold_order import fold_orders
 from micromix_compile.passes.lower_linears import Lowering, lower_linears, unsupported
 from micromix_compile.passes.specialise_floats import specialise_floats
 from micromix_compile.plan import (
@@ -125,7 +126,7 @@ def _compile(
     linears = find_linears(gm, example_inputs)
     if any(linear.reason is None for linear in linears):
         _check_inference(gm, example_inputs)
-    lowerings = _pack(_choose(linears, options, report), options)
+    lowerings = _pack(gm, example_inputs, _choose(linears, options, report), options)
     runner = _Runner(gm, list(example_inputs), report)
     if options.plan is None and options.recipe is None:
         runner.follow_plan(linears)
@@ -201,15 +202,25 @@ def _checked(plan: ModelPlan, name: str, shape: LayerShape) -> LayerPlan:
     return plan[name]
 
 
-def _pack(chosen, options: Options) -> list[Lowering]:
+def _pack(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], chosen, options: Options
+) -> list[Lowering]:
     """Pack the weights, each once; with `release_weights`, free each float weight as soon as it is packed."""
     lowerings = []
+    folds = fold_orders(gm.graph, {linear: plan for linear, _, plan, _ in chosen})
+    value = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs))
     uses = Counter(linear.weight for linear, *_ in chosen)
     for linear, name, plan, row in tqdm(
         chosen, "packing weights", delay=2, leave=False, disable=None
     ):
-        weight = placed_weight(name, linear.parameter, plan, linear.transposed)
-        lowerings.append(Lowering(name, linear, plan, weight))
+        rows = folds.rows.get(linear)
+        weight = placed_weight(name, linear.parameter, plan, linear.transposed, rows)
+        bias = None
+        if rows is not None and linear.bias is not None:
+            bias = OrderedBias(value[linear.bias], rows)
+        order = None if linear in folds.into else plan.order
+        lowerings.append(Lowering(name, linear, plan, weight, order, bias))
+        row.folded_into = [producer.name for producer in folds.into.get(linear, ())]
         uses[linear.weight] -= 1
         if options.release_weights and not uses[linear.weight]:
             row.released = _release(linear, chosen, weight)
@@ -261,7 +272,7 @@ class _Runner:
         self.kept = list(range(len(inputs)))
         self.packed: list[torch.Tensor] = []
         self.watched: list[int] = []
-        self.weights: list[PlacedWeight] = []
+        self.weights: list[PlacedWeight | OrderedBias] = []
         self.marks: dict[int, Any] = {}
         self.changes = attachment_changes()
 
@@ -323,6 +334,11 @@ def _lower(runner: _Runner, lowerings: list[Lowering]) -> None:
             floats[lowering.linear.weight] = None
             runner.watched.append(placeholders.index(lowering.linear.weight))
             runner.weights.append(lowering.weight)
+        if lowering.bias is not None:
+            compat.guard_identity(lowering.linear.bias)
+            floats[lowering.linear.bias] = None
+            runner.watched.append(placeholders.index(lowering.linear.bias))
+            runner.weights.append(lowering.bias)
 
     last = placeholders[-1] if placeholders else next(iter(graph.nodes)).prev
 

@@ -21,7 +21,7 @@ class LayerReport:
 
     `bits` counts elements and scales of a weight; `bytes_before` and `bytes_after` are those of the weight.
     `fused_with` is what its input's quantise was fused with, `merged_with` are the layers computed in one product
-    with it. `reason` is empty for a layer that was lowered.
+    with it, `folded_into` those whose rows took its channel order. `reason` is empty for a layer that was lowered.
     """
 
     name: str
@@ -37,6 +37,7 @@ class LayerReport:
     kernel: str = ""
     fused_with: str = ""
     merged_with: list[str] = field(default_factory=list)
+    folded_into: list[str] = field(default_factory=list)
     reason: str = ""
     released: bool = False
 
@@ -153,10 +154,15 @@ def explain(compiled: Any) -> Explanation:
 
 
 def _note(row: LayerReport) -> str:
-    merged = ", ".join(name.rpartition(".")[2] for name in row.merged_with)
-    return "; ".join(
-        [*filter(None, [row.fused_with]), *([f"merged with {merged}"] if merged else [])]
-    )
+    def last_parts(names: list[str]) -> str:
+        return ", ".join(name.rpartition(".")[2] for name in names)
+
+    notes = [row.fused_with]
+    if row.merged_with:
+        notes.append(f"merged with {last_parts(row.merged_with)}")
+    if row.folded_into:
+        notes.append(f"order folded into {last_parts(row.folded_into)}")
+    return "; ".join(filter(None, notes))
 
 
 def _table(layers: Iterable[LayerReport]) -> str:

@@ -49,11 +49,17 @@ class PlacedWeight:
     """
 
     def __init__(
-        self, name: str, parameter: torch.Tensor, plan: LayerPlan, transposed: bool
+        self,
+        name: str,
+        parameter: torch.Tensor,
+        plan: LayerPlan,
+        transposed: bool,
+        rows: torch.Tensor | None = None,
     ) -> None:
         self.name = name
         self.plan = plan
         self.transposed = transposed
+        self.rows = rows
         self.released = False
         self.out_features = parameter.shape[1 if transposed else 0]
         self.buffer = self._pack(parameter)
@@ -64,7 +70,7 @@ class PlacedWeight:
         if parameter.untyped_storage().nbytes() == 0 and parameter.numel() > 0:
             raise ReleasedWeightError(layer=self.name)
         _packings += 1
-        return pack_weight(parameter, self.plan, transposed=self.transposed).place()
+        return pack_weight(parameter, self.plan, self.transposed, self.rows).place()
 
     def refresh(self, parameter: torch.Tensor) -> None:
         """Pack again if the parameter was changed in place since; the buffer keeps its address."""
@@ -89,26 +95,67 @@ def state(parameter: torch.Tensor) -> tuple[int, int]:
     return (0 if parameter.is_inference() else parameter._version, parameter.data_ptr())
 
 
-def pack_weight(weight: torch.Tensor, plan: LayerPlan, transposed: bool = False) -> PackedWeight:
-    """Quantise a weight `[N, K]` (`[K, N]` where `transposed`), bf16, f16 or f32, by `plan`."""
+class OrderedBias:
+    """A copy of a bias in the row order of its layer's weight; changes with its parameter as a PlacedWeight does."""
+
+    def __init__(self, parameter: torch.Tensor, rows: torch.Tensor) -> None:
+        self.rows = rows.to(parameter.device)
+        self.buffer = self._ordered(parameter)
+        self.state = state(parameter)
+
+    def _ordered(self, parameter: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            return parameter.detach()[self.rows]
+
+    def refresh(self, parameter: torch.Tensor) -> None:
+        """Order it again if the parameter was changed in place since; the buffer keeps its address."""
+        if state(parameter) != self.state:
+            self.buffer.copy_(self._ordered(parameter))
+            self.state = state(parameter)
+
+
+def pack_weight(
+    weight: torch.Tensor,
+    plan: LayerPlan,
+    transposed: bool = False,
+    rows: torch.Tensor | None = None,
+) -> PackedWeight:
+    """Quantise a weight `[N, K]` (`[K, N]` where `transposed`), bf16, f16 or f32, by `plan`.
+
+    `rows` int64 `[N]`: packed row i is row `rows[i]` of the weight.
+    """
     layout = plan.weight_layout
     with torch.inference_mode(False), torch.no_grad():
-        rows = weight.detach().t() if transposed else weight.detach()
-        order = None if plan.order is None else plan.order.to(rows.device)
+        matrix = weight.detach().t() if transposed else weight.detach()
+        if rows is not None:
+            matrix = matrix[rows.to(matrix.device)]
+        order = None if plan.order is None else plan.order.to(matrix.device)
         data, scales = torch.ops.micromix.quantize(
-            rows, order, layout.k4, layout.k6, layout.k8, layout.code
+            matrix, order, layout.k4, layout.k6, layout.k8, layout.code
         )
     return PackedWeight(data, scales, plan)
 
 
 def placed_weight(
-    name: str, parameter: torch.Tensor, plan: LayerPlan, transposed: bool = False
+    name: str,
+    parameter: torch.Tensor,
+    plan: LayerPlan,
+    transposed: bool = False,
+    rows: torch.Tensor | None = None,
 ) -> PlacedWeight:
-    """The placed form of a parameter under `plan`, packed at the first call and kept with the parameter."""
+    """The placed form of a parameter under `plan`, packed at the first call and kept with the parameter.
+
+    `rows` is as in `pack_weight`; another order of rows is another placed weight.
+    """
     placed = _cache.setdefault(parameter, {})
-    key = (plan.digest, transposed, parameter.device)
+    key = (
+        plan.digest,
+        transposed,
+        parameter.device,
+        None if rows is None else tuple(rows.tolist()),
+    )
     if key not in placed:
-        placed[key] = PlacedWeight(name, parameter, plan, transposed)
+        placed[key] = PlacedWeight(name, parameter, plan, transposed, rows)
     placed[key].refresh(parameter)
     return placed[key]
 

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 import micromix_compile.ops  # noqa: F401  (registers torch.ops.micromix)
-from micromix_compile.packing import PlacedWeight
+from micromix_compile.packing import OrderedBias, PlacedWeight
 from micromix_compile.passes.find_linears import Linear, value_of
 from micromix_compile.passes.shared_inputs import shared_inputs
 from micromix_compile.plan import LayerPlan
@@ -23,12 +23,19 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True, eq=False)
 class Lowering:
-    """One layer to lower: its name for the user, what it is, how its channels are split, and its weight."""
+    """One layer to lower: its name for the user, what it is, how its channels are split, and its weight.
+
+    `order` is what its quantise gathers by: the plan's, or None where it was folded into the layers before
+    (fold_order.py). `bias` takes the place of the layer's own where the order of a later layer was folded into
+    this one.
+    """
 
     name: str
     linear: Linear
     plan: LayerPlan
     weight: PlacedWeight
+    order: torch.Tensor | None
+    bias: OrderedBias | None = None
 
 
 def unsupported(linear: Linear) -> str | None:
@@ -89,7 +96,7 @@ def lower_linears(
     for group in shared_inputs(graph, list(lowering_of)):
         for plan, of_plan in _grouped(group, lambda linear: lowering_of[linear].plan).items():
             device = of_plan[0].parameter.device
-            order = plan.order
+            order = lowering_of[of_plan[0]].order
             if order is not None:
                 order = constant((plan, device), f"{_tag(of_plan[0])}_order", order.to(device))
             # Before the group's first layer: what is written in place after it does not concern the group.
@@ -102,9 +109,15 @@ def lower_linears(
                 weights = [
                     constant(p.weight, f"{_tag(p.linear)}_packed", p.weight.buffer) for p in product
                 ]
+                biases = [
+                    p.linear.bias
+                    if p.bias is None
+                    else constant(p.bias, f"{_tag(p.linear)}_bias", p.bias.buffer)
+                    for p in product
+                ]
                 used += [numbers.setdefault(weight, len(numbers)) for weight in weights]
                 with graph.inserting_before(layers[0].node):
-                    results = _products(graph, product, operands, weights)
+                    results = _products(graph, product, operands, weights, biases)
                 for linear, result in zip(layers, results):
                     lowered[linear.node] = result
                     linear.node.replace_all_uses_with(result)
@@ -145,19 +158,22 @@ def _quantise(
 
 
 def _products(
-    graph: fx.Graph, product: Sequence[Lowering], operands, weights: Sequence[fx.Node]
+    graph: fx.Graph,
+    product: Sequence[Lowering],
+    operands: tuple[fx.Node, fx.Node],
+    weights: list[fx.Node],
+    biases: list[fx.Node | None],
 ) -> list[fx.Node]:
     """The results of one product, a node for each layer."""
     first = product[0]
     layout, dtype = first.plan.layout, value_of(first.linear.node).dtype
     rest = (layout.k4, layout.k6, layout.k8, first.plan.format_code, dtype)
-    biases = [lowering.linear.bias for lowering in product]
     n = [lowering.weight.out_features for lowering in product]
     if len(product) == 1:
         arguments = (*operands, weights[0], biases[0], n[0], *rest)
         results = [graph.call_function(torch.ops.micromix.linear.default, arguments)]
     else:
-        arguments = (*operands, list(weights), biases, n, *rest)
+        arguments = (*operands, weights, biases, n, *rest)
         both = graph.call_function(torch.ops.micromix.linears.default, arguments)
         both.meta = _meta_without_value(first.linear)
         results = [graph.call_function(operator.getitem, (both, i)) for i in range(len(product))]
