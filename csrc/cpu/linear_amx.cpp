@@ -14,9 +14,10 @@ using namespace avx512;
 
 constexpr int64_t kTileBytes = 1024;  // 16 rows of 32 bfloat16
 
-// Up to these rows, sums stay in tiles over all of K. Each block of the weight is decoded a few
-// blocks before it is used, so that the two overlap.
-constexpr int64_t kStreamedRows = 64;
+// Up to these rows, taken 64 at a time, sums stay in tiles over all of K. Each block of the weight
+// is decoded a few blocks before it is used, so that the two overlap.
+constexpr int64_t kStreamedRows = 128;
+constexpr int64_t kRowsAtOnce = 64;
 constexpr int64_t kAhead = 4;
 constexpr int64_t kRing = 8;
 
@@ -318,11 +319,13 @@ void finish_pair(const LinearTask& task, const Sums& sums, int64_t first_row, in
   }
 }
 
-void finish_column(const LinearTask& task, const Sums& sums, int64_t panel) {
+// The end of 3 or 4 row tiles x 1.
+void finish_column(const LinearTask& task, const Sums& sums, int64_t first_row, int64_t panel) {
+  const int64_t rows = task.m - first_row < kRowsAtOnce ? task.m - first_row : kRowsAtOnce;
   const __mmask16 columns = column_mask(task, panel);
-  for (int64_t r = 0; r < task.m; ++r) {
+  for (int64_t r = 0; r < rows; ++r) {
     const float* const row = sums.values[r / kTileRows][r % kTileRows];
-    finish(task, r, panel, columns, _mm512_load_ps(row));
+    finish(task, first_row + r, panel, columns, _mm512_load_ps(row));
   }
 }
 
@@ -341,12 +344,13 @@ struct Context {
   }
 };
 
-// Up to 64 rows.
+// Up to 64 rows, from first_row on.
 template <int kRowTiles>
-void run_streamed(const Context& context, int64_t first_panel) {
+void run_streamed(const Context& context, int64_t first_row, int64_t first_panel) {
   constexpr int kColumns = kColumnTiles<kRowTiles>;
   const LinearTask& task = context.task;
   const int64_t blocks = task.layout.blocks(), rows = blocks * kTileBytes;
+  const uint8_t* const a = context.prepared + first_row / kTileRows * rows;
   const auto ring = [&](int64_t b) { return context.decoded + b % kRing * kColumns * kTileBytes; };
   for (int64_t p = first_panel; p < context.last_panel; p += kColumns) {
     const uint8_t* const panels[2] = {context.panel(p), context.panel(p + 1)};
@@ -359,17 +363,17 @@ void run_streamed(const Context& context, int64_t first_panel) {
                      }
                      asm volatile("" : : : "memory");  // gcc 12: _tile_loadd reads memory
                      if (b < kAhead) return;
-                     multiply<kRowTiles, false>(context.prepared + (b - kAhead) * kTileBytes, rows,
+                     multiply<kRowTiles, false>(a + (b - kAhead) * kTileBytes, rows,
                                                 ring(b - kAhead));
                    });
     for (int64_t b = blocks > kAhead ? blocks - kAhead : 0; b < blocks; ++b) {
-      multiply<kRowTiles, false>(context.prepared + b * kTileBytes, rows, ring(b));
+      multiply<kRowTiles, false>(a + b * kTileBytes, rows, ring(b));
     }
     store_sums(*context.sums);
     if constexpr (kColumns == 2) {
-      finish_pair(task, *context.sums, 0, p, context.last_panel);
+      finish_pair(task, *context.sums, first_row, p, context.last_panel);
     } else {
-      finish_column(task, *context.sums, p);
+      finish_column(task, *context.sums, first_row, p);
     }
   }
 }
@@ -468,16 +472,16 @@ void run(const LinearTask& task, const uint8_t* prepared, int64_t first_panel, i
                         reinterpret_cast<Sums*>(decoded + sizes.decoded),
                         last_panel};
   configure_tiles();
-  if (task.m <= 16) {
-    run_streamed<1>(context, first_panel);
-  } else if (task.m <= 32) {
-    run_streamed<2>(context, first_panel);
-  } else if (task.m <= 48) {
-    run_streamed<3>(context, first_panel);
-  } else if (task.m <= kStreamedRows) {
-    run_streamed<4>(context, first_panel);
-  } else {
+  if (task.m > kStreamedRows) {
     run_blocked(context, first_panel);
+  } else {
+    using Streamed = void (*)(const Context&, int64_t, int64_t);
+    constexpr Streamed kStreamed[] = {run_streamed<1>, run_streamed<2>, run_streamed<3>,
+                                      run_streamed<4>};
+    for (int64_t r = 0; r < task.m; r += kRowsAtOnce) {
+      const int64_t rows = task.m - r < kRowsAtOnce ? task.m - r : kRowsAtOnce;
+      kStreamed[(rows - 1) / kTileRows](context, r, first_panel);
+    }
   }
   _tile_release();
 
