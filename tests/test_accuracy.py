@@ -1,0 +1,36 @@
+"""The perplexity of a real model: calibrated on one half of a text, measured on the other, both ways round."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from micromix_compile import Recipe, calibrate, evaluate, explain, models
+
+WINDOWS, LENGTH = 8, 512
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    model, tokenizer = models.load_smollm2()
+    halves = models.halves(models.builtin_text())
+    return model, [models.token_windows(tokenizer, half, LENGTH, WINDOWS) for half in halves]
+
+
+@pytest.mark.parametrize("seen", [0, 1])
+def test_the_published_setting_and_mxfp8_lose_no_more_than_they_should(smollm2, seen):
+    model, windows = smollm2
+    unseen = windows[1 - seen]
+    calibration = calibrate(model).run([{"input_ids": window[None]} for window in windows[seen]])
+    exact = evaluate.perplexity(model, unseen, label=None)
+    for recipe, bar in ((Recipe.micromix(), 0.22), (Recipe(format="mxfp8"), 0.045)):
+        plan = calibration.plan(recipe)
+        options = {"plan": plan, "strict": True, "inductor": False}
+        compiled = torch.compile(model, backend="micromix", options=options, fullgraph=True)
+        increase, _ = evaluate.perplexity(compiled, unseen, label=None).increase_over(exact)
+        assert 0.005 < increase <= bar
+        rows = [row for row in explain(compiled).layers.values() if not row.reason]
+        assert len(rows) == 7 * model.config.num_hidden_layers
+        size = sum(row.bytes_after for row in rows) / sum(row.bytes_before for row in rows)
+        assert size <= (0.35 if recipe.format is None else 0.53)
+        torch.compiler.reset()
