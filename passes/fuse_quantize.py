@@ -27,8 +27,10 @@ def fuse_quantize(graph: fx.Graph, patterns: Sequence[Pattern]) -> dict[int, str
     fused: dict[int, str] = {}
     done: set[fx.Node] = set()
     for node in list(graph.find_nodes(op="call_function", target=QUANTIZE)):
+        if node in done:
+            continue
         value = quantised_value(node)
-        if node in done or not isinstance(value.meta.get("val"), torch.Tensor):
+        if not isinstance(value.meta.get("val"), torch.Tensor):
             continue
         for pattern in patterns:
             inputs = pattern.match(value)

@@ -49,8 +49,8 @@ PATTERNS = [
         functools.partial(_examples, weight_dtype),
     )
     for pattern, form in (
+        (_gemma, RmsForm.ONE_PLUS_WEIGHT),  # before the others, which would take 1 + w for a weight
         (_llama, RmsForm.WEIGHT_AFTER_CAST),
-        (_gemma, RmsForm.ONE_PLUS_WEIGHT),
         (_torch, RmsForm.WEIGHT_BEFORE_CAST),
         (_t5, RmsForm.WEIGHT_BEFORE_CAST),
     )
