@@ -358,6 +358,7 @@ void run_streamed(const Context& context, int64_t first_row, int64_t first_panel
     for_each_block(task.layout, context.sizes.scale_bytes, 0, blocks,
                    [&]<mx::ElementFormat kFormat>(int64_t b, int64_t tile) [[gnu::always_inline]] {
                      for (int c = 0; c < kColumns; ++c) {
+                       fetch_ahead<kFormat.bits>(panels[c] + tile);
                        decode_tile<kFormat>(panels[c] + tile, panels[c] + b * kTileRows,
                                             ring(b) + c * kTileBytes);
                      }

@@ -188,6 +188,7 @@ template <int kBits, bool kWide, int kRows>
   const float rest = integer_rest(segment.format, kBits == 4 ? mx::E2M1 : mx::E2M3);
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
     __m512i w[8];
+    fetch_ahead<kBits>(tile);
     decode_bytes<kBits>(tile, table, w);
     const __m512i scale = _mm512_cvtepu8_epi32(
         _mm_load_si128(reinterpret_cast<const __m128i*>(scales + b * kTileRows)));
@@ -251,6 +252,7 @@ template <int kBits, bool kWide, int kRows>
   __m512 low[kRows], high[kRows];
   for (int m = 0; m < kRows; ++m) low[m] = high[m] = _mm512_setzero_ps();
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
+    fetch_ahead<kBits>(tile);
     __m512 dot_low[kRows], dot_high[kRows];
     for (int m = 0; m < kRows; ++m) dot_low[m] = dot_high[m] = _mm512_setzero_ps();
     for_each_pair<kBits>(tile, [&](int pair, __m512i words) [[gnu::always_inline]] {
