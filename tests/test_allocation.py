@@ -25,7 +25,7 @@ def fractions(draw):
 @settings(max_examples=300)
 @given(k=st.integers(1, 2000), p=fractions(), multiple=MULTIPLES)
 def test_counts_are_multiples_that_cover_k(k, p, multiple):
-    counts = k4, k6, k8 = split_counts(k, p, multiple)
+    counts = _, k6, k8 = split_counts(k, p, multiple)
     assert sum(counts) == math.ceil(k / multiple) * multiple
     assert all(count >= 0 and count % multiple == 0 for count in counts)
     # No channel gets a narrower format than its fraction says, and at most a block too wide a one.

@@ -53,7 +53,9 @@ def test_digests_differ():
 
 def test_digest_is_the_same_in_another_process():
     program = "from micromix_compile.recipe import Recipe; print(Recipe.micromix().digest)"
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
     assert run.stdout.strip() == Recipe.micromix().digest, run.stderr
 
 
