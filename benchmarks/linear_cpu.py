@@ -6,10 +6,10 @@
 
 All contenders run in one process, in turn; a figure is the median of its runs, a ratio is of medians
 of the same rounds. With one thread the time is that thread's CPU time, so that other work on the
-machine is not counted; with more it is the clock's. "rotated": each run takes another copy of the weight, more copies than the caches
-hold; "hot": five runs in a row of the same one, after one that is not counted. micromix is the time of quantise and linear together. The memory of
-every contender is in huge pages where the system gives them. Prints a table; writes it as JSON, and a
-roofline picture.
+machine is not counted; with more it is the clock's. "rotated": each run takes another copy of the
+weight, more copies than the caches hold; "hot": five runs in a row on one, after one that is not
+counted. micromix is the time of quantise and linear together. The memory of every contender is in
+huge pages where the system gives them. Prints a table; writes it as JSON, and a roofline picture.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import gc
 import itertools
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -106,7 +107,9 @@ def run_times(
                 product()
         gc.disable()
         for i in range(rounds):
-            for name, products in contenders.items():
+            # In another order each time: whoever follows itself finds its code in the caches.
+            for name in random.sample(list(contenders), len(contenders)):
+                products = contenders[name]
                 product = products[i % len(products)]
                 if hot:
                     product()

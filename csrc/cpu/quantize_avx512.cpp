@@ -182,13 +182,16 @@ template <int kBits>
   }
 }
 
-// The last two passes over a segment.
+// The last two passes over a segment. Meanwhile fetches the row at `next`, `block_bytes` a block.
 template <mx::ElementFormat kFormat>
-void quantize_segment(const mx::Segment& segment, const Scratch& scratch, uint8_t* data,
-                      uint8_t* scales) {
+void quantize_segment(const mx::Segment& segment, const Scratch& scratch, const uint8_t* next,
+                      int64_t block_bytes, uint8_t* data, uint8_t* scales) {
   const bool any_nan = find_scales(segment, scratch, scales);
   uint8_t* packed = data + segment.byte_start;
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
+    for (int64_t line = 0; line < block_bytes; line += kLine) {
+      _mm_prefetch(next + b * block_bytes + line, _MM_HINT_T0);
+    }
     const __m512 factor = _mm512_set1_ps(scratch.factor[b]);
     const float* const values = scratch.values + b * mx::kBlock;
     pack<kFormat.bits>(encode<kFormat>(_mm512_mul_ps(_mm512_load_ps(values), factor)),
@@ -230,17 +233,23 @@ void run(const QuantizeTask& task, int64_t first_row, int64_t last_row, void* me
   const Scratch scratch(task, memory);
   const int64_t element = task.x_dtype == Dtype::kFloat32 ? sizeof(float) : sizeof(uint16_t);
   for (int64_t r = first_row; r < last_row; ++r) {
-    const void* const row = static_cast<const uint8_t*>(task.x) + r * task.k * element;
+    const uint8_t* const row = static_cast<const uint8_t*>(task.x) + r * task.k * element;
+    const uint8_t* const next = r + 1 < last_row ? row + task.k * element : row;
+    const int64_t block_bytes = mx::kBlock * element;
     if (task.x_dtype == Dtype::kBFloat16) load_row<Dtype::kBFloat16>(task, row, scratch);
     if (task.x_dtype == Dtype::kFloat16) load_row<Dtype::kFloat16>(task, row, scratch);
     if (task.x_dtype == Dtype::kFloat32) load_row<Dtype::kFloat32>(task, row, scratch);
     uint8_t* const data = task.data + r * layout.row_bytes();
     uint8_t* const scales = task.scales + r * layout.blocks();
     for (const mx::Segment& s : layout.segments()) {
-      if (s.format == mx::E2M1) quantize_segment<mx::E2M1>(s, scratch, data, scales);
-      if (s.format == mx::E2M3) quantize_segment<mx::E2M3>(s, scratch, data, scales);
-      if (s.format == mx::E3M2) quantize_segment<mx::E3M2>(s, scratch, data, scales);
-      if (s.format == mx::E4M3) quantize_segment<mx::E4M3>(s, scratch, data, scales);
+      if (s.format == mx::E2M1)
+        quantize_segment<mx::E2M1>(s, scratch, next, block_bytes, data, scales);
+      if (s.format == mx::E2M3)
+        quantize_segment<mx::E2M3>(s, scratch, next, block_bytes, data, scales);
+      if (s.format == mx::E3M2)
+        quantize_segment<mx::E3M2>(s, scratch, next, block_bytes, data, scales);
+      if (s.format == mx::E4M3)
+        quantize_segment<mx::E4M3>(s, scratch, next, block_bytes, data, scales);
     }
   }
 }
