@@ -1,0 +1,29 @@
+"""benchmarks/linear_cpu.py runs on the smallest shape; its times are not looked at."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from micromix_compile import ops
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "linear_cpu.py"
+
+
+@pytest.mark.skipif(not ops.loaded(), reason="the extension was not built")
+def test_quick_benchmark_writes_a_table_and_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    output = tmp_path / "linear"
+    command = [sys.executable, str(BENCHMARK), "--quick", "--output", str(output)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    document = json.loads(output.with_suffix(".json").read_text())
+    assert document["kernel"] == ops.kernel_name("cpu")
+    measured = {(r["name"], r["rows"]) for r in document["results"] if r["microseconds"] > 0}
+    assert {("micromix 4.5", 1), ("micromix mxfp4", 16), ("eager bf16", 1)} <= measured
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "x eager bf16" in result.stdout
