@@ -161,8 +161,8 @@ std::vector<Tensor> pointwise_quantize(Tensor x, std::optional<Tensor> other, in
                                        Layouts layouts) {
   constexpr const char* kOp = "pointwise_quantize";
   MICROMIX_CHECK(x.dim() > 0, "micromix::", kOp, ": x needs at least one dimension, the channels");
-  MICROMIX_CHECK(function >= 0 && function <= 5, "micromix::", kOp,
-                 ": function must be 0 to 5; got ", function);
+  MICROMIX_CHECK(function >= 0 && function <= 6, "micromix::", kOp,
+                 ": function must be 0 to 6; got ", function);
   RowTask task;
   task.k = x.size(x.dim() - 1);
   task.x = rows_where_they_are(kOp, "x", x);

@@ -22,6 +22,10 @@ def _gelu_written_out(x):
     )
 
 
+def _quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
 def _replacement(function: Pointwise, inputs, dtype) -> Call:
     arguments = (inputs["x"], inputs.get("other"), int(function), dtype)
     return Call(torch.ops.micromix.pointwise_quantize.default, arguments)
@@ -44,6 +48,7 @@ _ACTIVATIONS = (
     ("gelu", F.gelu, Pointwise.GELU),
     ("gelu_tanh", _gelu_tanh, Pointwise.GELU_TANH),
     ("gelu_tanh", _gelu_written_out, Pointwise.GELU_TANH),
+    ("quick_gelu", _quick_gelu, Pointwise.QUICK_GELU),
     ("relu", F.relu, Pointwise.RELU),
 )
 

@@ -24,6 +24,7 @@ enum class Pointwise : int64_t {
   kGelu = 3,
   kGeluTanh = 4,
   kAdd = 5,  // x + second, no activation
+  kQuickGelu = 6,
 };
 
 struct RowTask {

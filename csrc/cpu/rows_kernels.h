@@ -132,6 +132,9 @@ inline Lanes gelu_tanh(Lanes x) {
   return x / (1.0f + exponential(-2.0f * u));
 }
 
+// x times the logistic function of 1.702 x: CLIP's activation.
+inline Lanes quick_gelu(Lanes x) { return x / (1.0f + exponential(-1.702f * x)); }
+
 // x, or x + residual rounded to x's type and stored.
 void load_sum(const RowTask& task, int64_t row, float* out, float* scratch) {
   load_row(task.x, row, task.k, out);
@@ -210,6 +213,9 @@ void pointwise(const RowTask& task, int64_t row, float* out, float* scratch) {
       break;
     case Pointwise::kGeluTanh:
       apply(out, k, [](Lanes x) { return gelu_tanh(x); });
+      break;
+    case Pointwise::kQuickGelu:
+      apply(out, k, [](Lanes x) { return quick_gelu(x); });
       break;
     case Pointwise::kCast:
     case Pointwise::kAdd:

@@ -41,6 +41,7 @@ class Pointwise(enum.IntEnum):
     GELU = 3
     GELU_TANH = 4
     ADD = 5
+    QUICK_GELU = 6  # x times the logistic function of 1.702 x: CLIP
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, form: int, dtype: torch.dtype) -> Tensor:
@@ -64,6 +65,7 @@ def pointwise(x: Tensor, other: Tensor | None, function: int, dtype: torch.dtype
         Pointwise.SILU: F.silu,
         Pointwise.GELU: F.gelu,
         Pointwise.GELU_TANH: lambda v: F.gelu(v, approximate="tanh"),
+        Pointwise.QUICK_GELU: lambda v: v * torch.sigmoid(1.702 * v),
     }
     y = activations[function](x.float())
     if other is not None:

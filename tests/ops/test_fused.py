@@ -109,6 +109,7 @@ REFERENCES = {
     Pointwise.SILU: F.silu,
     Pointwise.GELU: F.gelu,
     Pointwise.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
+    Pointwise.QUICK_GELU: lambda x: x * torch.sigmoid(1.702 * x),
 }
 
 
@@ -207,7 +208,7 @@ def test_wrong_arguments_are_refused():
     cases = {
         "layouts must hold": (x, None, 2, *rest, [None], good[:3]),
         "have x's sizes": (x, x[:1], 2, *rest, [None], good),
-        "function must be": (x, None, 6, *rest, [None], good),
+        "function must be": (x, None, 7, *rest, [None], good),
         "a sum needs two": (x, None, 5, *rest, [None], good),
         "order must have": (x, None, 2, *rest, [torch.zeros(3, dtype=torch.int32)], good),
         "must be bfloat16": (x.long(), None, 2, *rest, [None], good),

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from micromix_compile.passes.manager import run_passes
+from micromix_compile.passes.fuse_quantize import fuse_quantize, number_quantises
+from micromix_compile.passes.manager import PATTERNS, run_passes
+from micromix_compile.passes.missed_fusions import missed_fusions
 
 K = 96
 LAYOUT = (32, 32, 32, 88)
@@ -82,6 +84,7 @@ ACTIVATIONS = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "gelu written out": lambda x: (
         0.5 * x * (1.0 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
     ),
@@ -141,8 +144,8 @@ def test_activations(name, product, dtype):
         a = ACTIVATIONS[name](x)
         return micromix.quantize(y * a if product else a, None, *LAYOUT)
 
-    if name == "gelu written out" and dtype != torch.float32:
-        # Eager rounds each of its steps; fused, they are float32. The numbers are those of the other form.
+    if name in ("gelu written out", "quick_gelu") and dtype != torch.float32:
+        # Eager rounds each of its steps; fused, they are float32, as in Inductor's own code.
         gm = traced(block, *values(dtype, 2))
         run_passes(gm.graph)
         assert calls(gm) == {"pointwise_quantize": 1}
@@ -205,3 +208,27 @@ def test_a_sum_that_broadcasts_stays_outside():
     run_passes(gm.graph)
     assert calls(gm) == {"rms_norm_quantize": 1}
     assert gm.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
+
+
+GATES = {
+    "silu, too large by 2": (lambda x: x * torch.sigmoid(x) * 2.0, "an activation"),
+    "swish 1.5": (lambda x: x / (1 + torch.exp(-1.5 * x)), "an activation"),
+    "gelu with another constant": (
+        lambda x: 0.5 * x * (1 + torch.tanh(0.9 * (x + 0.05 * torch.pow(x, 3.0)))),
+        "an activation",
+    ),
+    "a norm without a mean": (lambda x: x * torch.rsqrt(x.pow(2).sum(-1, True)), "a norm"),
+    "tanh": (torch.tanh, None),
+    "sigmoid": (torch.sigmoid, None),
+    "a gate of another value": (lambda x: (x + 1) * torch.sigmoid(x.flip(-1)), None),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_what_looks_like_a_fused_form_and_is_none_is_reported(name):
+    function, what = GATES[name]
+    gm = traced(lambda x: micromix.quantize(function(x), None, *LAYOUT), values(torch.float32))
+    number_quantises(gm.graph)
+    for patterns in PATTERNS.values():
+        fuse_quantize(gm.graph, patterns)
+    assert list(missed_fusions(gm.graph).values()) == ([] if what is None else [what])
