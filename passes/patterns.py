@@ -24,6 +24,13 @@ EPS = 0.0234375
 
 _CHANNELS = 64
 _COMMUTATIVE = (aten.add.Tensor, aten.mul.Tensor)
+# A number is an operand like any other; a decomposition may write in place where AOTAutograd's graph does not.
+_SAME_AS = {
+    aten.add.Scalar: aten.add.Tensor,
+    aten.add_.Scalar: aten.add.Tensor,
+    aten.add_.Tensor: aten.add.Tensor,
+    aten.mul.Scalar: aten.mul.Tensor,
+}
 _REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList, aten.var_mean.correction)
 
 
@@ -124,13 +131,14 @@ def _unify(
             elif _fits(value, examples[name]):
                 yield {**bound, name: value}
             return
-        if value.op != "call_function" or value.target is not pattern.target:
+        target = _SAME_AS.get(pattern.target, pattern.target)
+        if value.op != "call_function" or _SAME_AS.get(value.target, value.target) is not target:
             return
         ours, theirs = _arguments(pattern), _arguments(value)
         if len(ours) != len(theirs):
             return
         yield from _unify_all(ours, theirs, bound, examples, names)
-        if pattern.target in _COMMUTATIVE:
+        if target in _COMMUTATIVE:
             yield from _unify_all(ours, [theirs[1], theirs[0], *theirs[2:]], bound, examples, names)
     elif isinstance(pattern, (list, tuple)):
         if isinstance(value, (list, tuple)) and len(value) == len(pattern):
