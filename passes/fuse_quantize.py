@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+import micromix_compile.ops  # noqa: F401  (registers torch.ops.micromix)
 from micromix_compile import _torch_compat as compat
 from micromix_compile.passes.patterns import Call, Pattern, same_sizes
 
