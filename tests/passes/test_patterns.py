@@ -178,6 +178,9 @@ def test_two_plans_read_the_input_once_and_the_value_is_kept_for_others():
 
     x, w = values(torch.bfloat16), weight(torch.bfloat16)
     assert fused(block, x, w, order) == {"rms_norm_quantize": 1}
+    gm = traced(block, x, w, order)
+    run_passes(gm.graph)
+    assert not gm.graph.find_nodes(op="call_function", target=torch.ops.aten.rsqrt.default)
 
 
 def test_what_is_no_norm_is_left_alone():
@@ -193,7 +196,10 @@ def test_what_is_no_norm_is_left_alone():
         h = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
         return micromix.quantize(w.expand(7, K).contiguous() * h, None, *LAYOUT)
 
-    for block in (another_axis, cubes, wide_weight):
+    def factor_that_broadcasts(x, w):
+        return micromix.quantize(F.silu(x) * x[:1], None, *LAYOUT)
+
+    for block in (another_axis, cubes, wide_weight, factor_that_broadcasts):
         gm = traced(block, values(torch.float32), weight(torch.float32))
         run_passes(gm.graph)
         assert calls(gm) == {"quantize": 1}, block
