@@ -162,7 +162,7 @@ def _choose(
             elif model_plan is None:
                 plan = uniform_plan({name: shape}, recipe)[name]
             else:
-                reason = f"the plan has no layer {name}"
+                reason = _missing(model_plan, name)
         row = LayerReport(name, linear.in_features, linear.out_features, reason=reason or "")
         row.bytes_before = 0 if linear.parameter is None else linear.parameter.nbytes
         report.layers.append(row)
@@ -193,6 +193,13 @@ def _plan_of(linear: Linear, options: Options) -> tuple[ModelPlan | None, str]:
         ends = [known for known in plan if known.endswith("." + name)]
         name = ends[0] if len(ends) == 1 else name
     return plan, name
+
+
+def _missing(plan: ModelPlan, name: str) -> str:
+    ends = sum(known.endswith("." + name) for known in plan)
+    if ends < 2:
+        return f"the plan has no layer {name}"
+    return f"{ends} layers of the plan end in {name}; plan.attach(model) tells them apart"
 
 
 def _checked(plan: ModelPlan, name: str, shape: LayerShape) -> LayerPlan:

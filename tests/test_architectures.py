@@ -23,10 +23,11 @@ def test_every_linear_is_lowered_and_the_numbers_are_the_references(name):
     expected = [layer for layer in linears_that_run(model, **arguments) if not recipe.skips(layer)]
     assert sorted(plan) == expected
 
+    plan.attach(model)
     with torch.no_grad():
         exact = outputs(model(**arguments))
         reference = outputs(reference_model(model, plan)(**arguments))
-        compiled = torch.compile(model, backend="micromix", options={"plan": plan, "strict": True})
+        compiled = torch.compile(model, backend="micromix", options={"strict": True})
         lowered = outputs(compiled(**arguments))
 
     explanation = explain(compiled)

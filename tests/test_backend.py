@@ -496,3 +496,17 @@ def test_a_graph_is_never_run_with_another_layers_weights():
     assert sorted(explain(compiled).layers) == sorted(plan)
     reference = reference_model(model, plan)(x)
     assert (y - reference).norm() <= 0.1 * (reference - model(x)).norm()
+
+
+def test_a_part_whose_names_are_not_unique_is_said_to_be_so(block):
+    model = nn.ModuleDict({"encoder": block, "decoder": Block().eval()})
+    model.forward = lambda x: model["decoder"](model["encoder"](x))
+    x = torch.randn(4, 96)
+    plan = planned(model, x)
+    with pytest.raises(
+        PlanMismatchError, match=r"gate: 2 layers of the plan end in gate; plan\.attach"
+    ):
+        run(block, x, plan=plan, strict=True)
+    plan.attach(model)
+    _, compiled = run(block, x, strict=True)
+    assert sorted(reasons(compiled)) == ["encoder.down", "encoder.gate", "encoder.up"]
