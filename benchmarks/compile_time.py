@@ -88,7 +88,11 @@ def decode_parts(decoder: Decoder, tokens: int) -> tuple[float, float, float]:
         total = time.perf_counter() - began
     spent = {event.key: event.cpu_time_total for event in profiler.key_averages()}
     products = spent.get("micromix::linear", 0) + spent.get("micromix::linears", 0)
-    others = sum(t for key, t in spent.items() if key in ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"))
+    others = sum(
+        t
+        for key, t in spent.items()
+        if key in ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
+    )
     milliseconds = [1e-3 * t / tokens for t in (products, others)]
     return milliseconds[0], milliseconds[1], 1e3 * total / tokens - sum(milliseconds)
 

@@ -212,7 +212,7 @@ def trace_inference(function: Callable[..., Any], arguments: Sequence[Any]) -> f
 
     quiet = warnings.catch_warnings()
     with quiet, torch.no_grad(), torch._guards.tracing(None), unset_fake_temporarily():
-        warnings.simplefilter("ignore")  # about the function's own code: that of a pattern, not the user's
+        warnings.simplefilter("ignore")  # they are about a pattern's code, not the user's
         return fwd_only(function, list(arguments))
 
 
