@@ -23,14 +23,15 @@ def reference_model(model: torch.nn.Module, plan: ModelPlan) -> torch.nn.Module:
         assert is_linear(module), name
         weight = module.weight.detach()
         weight = weight.t() if isinstance(module, Conv1D) else weight
-        packed = mx.quantize(weight, layer.weight_layout, layer.order)
-        module.forward = _forward(layer, packed, module.bias)
+        order = None if layer.order is None else layer.order.to(weight.device)
+        packed = mx.quantize(weight, layer.weight_layout, order)
+        module.forward = _forward(layer, order, packed, module.bias)
     return model
 
 
-def _forward(layer, packed, bias):
+def _forward(layer, order, packed, bias):
     def forward(x: torch.Tensor) -> torch.Tensor:
-        operands = mx.quantize(x, layer.layout, layer.order)
+        operands = mx.quantize(x, layer.layout, order)
         return mx.linear(*operands, *packed, layer.layout, layer.weight_layout, bias, x.dtype)
 
     return forward
