@@ -19,6 +19,7 @@ import ctypes
 import gc
 import itertools
 import json
+import math
 import os
 import random
 import statistics
@@ -190,13 +191,13 @@ def draw(results: list[dict], limits: dict[str, float], path: Path) -> None:
         xs, ys = [r["flop/byte"] for r in points], [r["GFLOP/s"] for r in points]
         axes.scatter(xs, ys, s=28, marker=marker, label=name, alpha=0.8)
     low, high = min(r["flop/byte"] for r in results), max(r["flop/byte"] for r in results)
+    roof = limits.get("AMX TFLOP/s", 0) * 1e3 or math.inf
     for limit, style in (("read GB/s", "-"), ("copy GB/s", ":")):
         if limit in limits:
-            line = [
-                min(b * limits[limit], limits.get("AMX TFLOP/s", 0) * 1e3 or 1e9)
-                for b in (low, high)
-            ]
-            axes.plot((low, high), line, "k" + style, lw=1, label=f"{limit}: {limits[limit]:.0f}")
+            rate = limits[limit]
+            xs = (low, min(max(roof / rate, low), high), high)  # memory, the bend, the tile unit
+            ys = [min(x * rate, roof) for x in xs]
+            axes.plot(xs, ys, "k" + style, lw=1, label=f"{limit}: {rate:.0f}")
     if limits.get("AMX TFLOP/s"):
         peak = limits["AMX TFLOP/s"]
         axes.axhline(
