@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,21 +24,19 @@ def inductor(weights: list[Tensor], x: Tensor) -> list[Product]:
     for weight in weights:
         layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
         layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-        torch.compiler.reset()
-        with freezing():
-            compiled = torch.compile(layer.eval())
-            with torch.inference_mode():
-                compiled(x)
-        products.append(lambda compiled=compiled: compiled(x))
+        products.append(_frozen(layer, x))
     return products
 
 
-@contextlib.contextmanager
-def freezing() -> Iterator[None]:
+def _frozen(layer: torch.nn.Module, x: Tensor) -> Product:
+    """The layer compiled by Inductor with freezing, and run once."""
     from torch._inductor import config
 
-    with config.patch(freezing=True):
-        yield
+    torch.compiler.reset()
+    with config.patch(freezing=True), torch.inference_mode():
+        compiled = torch.compile(layer.eval())
+        compiled(x)
+    return lambda: compiled(x)
 
 
 def torchao_int8(weights: list[Tensor], x: Tensor) -> list[Product]:
@@ -51,12 +48,7 @@ def torchao_int8(weights: list[Tensor], x: Tensor) -> list[Product]:
         layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
         layer.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
         quantize_(layer, Int8DynamicActivationInt8WeightConfig())
-        torch.compiler.reset()
-        with freezing():
-            compiled = torch.compile(layer.eval())
-            with torch.inference_mode():
-                compiled(x)
-        products.append(lambda compiled=compiled: compiled(x))
+        products.append(_frozen(layer, x))
     return products
 
 

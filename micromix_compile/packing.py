@@ -70,7 +70,9 @@ class PlacedWeight:
         if parameter.untyped_storage().nbytes() == 0 and parameter.numel() > 0:
             raise ReleasedWeightError(layer=self.name)
         _packings += 1
-        return pack_weight(parameter, self.plan, self.transposed, self.rows).place()
+        # A buffer made under inference_mode could not be packed again outside of it.
+        with torch.inference_mode(False):
+            return pack_weight(parameter, self.plan, self.transposed, self.rows).place()
 
     def refresh(self, parameter: torch.Tensor) -> None:
         """Pack again if the parameter was changed in place since; the buffer keeps its address."""

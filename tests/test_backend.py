@@ -510,3 +510,15 @@ def test_a_part_whose_names_are_not_unique_is_said_to_be_so(block):
     plan.attach(model)
     _, compiled = run(block, x, strict=True)
     assert sorted(reasons(compiled)) == ["encoder.down", "encoder.gate", "encoder.up"]
+
+
+def test_a_weight_packed_under_inference_mode_is_packed_again_outside_of_it(block):
+    x = torch.randn(4, 96)
+    compiled = torch.compile(
+        block, backend="micromix", options={**QUICK, "plan": planned(block, x)}
+    )
+    with torch.inference_mode():
+        first = compiled(x).clone()
+    with torch.no_grad():
+        block.gate.weight.mul_(2)
+        assert not torch.equal(compiled(x), first)
