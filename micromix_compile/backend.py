@@ -26,6 +26,7 @@ from micromix_compile.errors import (
 from micromix_compile.explain import GraphReport, LayerReport, record
 from micromix_compile.ops import kernel_name
 from micromix_compile.packing import OrderedBias, PlacedWeight, placed_weight, state
+from micromix_compile.passes.contiguous_cats import contiguous_cats
 from micromix_compile.passes.find_linears import Linear, find_linears
 from micromix_compile.passes.fold_order import fold_orders
 from micromix_compile.passes.lower_linears import Lowering, lower_linears, unsupported
@@ -122,6 +123,8 @@ def _compile(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
 ) -> Callable[..., Any]:
     gm = compat.copy_graph_module(gm)
+    if contiguous_cats(gm.graph):
+        gm.recompile()
     report = GraphReport()
     linears = find_linears(gm, example_inputs)
     if any(linear.reason is None for linear in linears):
