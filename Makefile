@@ -11,9 +11,9 @@ BIN     := $(VENV)/bin
 STAMPS  := $(VENV)/.stamps
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(PIP_ARGS)
-SOURCES := $(shell find csrc -type f 2>/dev/null) $(wildcard CMakeLists.txt setup.py pyproject.toml)
+SOURCES := $(shell find csrc cmake -type f 2>/dev/null) $(wildcard CMakeLists.txt setup.py pyproject.toml)
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test cuda test-gpu lint format clean
 .DELETE_ON_ERROR:
 
 install: $(STAMPS)/built
@@ -23,6 +23,12 @@ demo: install
 
 test: install $(STAMPS)/test
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+# The CUDA kernels, with the compiler from PyPI; needs no GPU. CUDACXX and MICROMIX_CUDA_ARCHITECTURES: see setup.py.
+cuda: $(STAMPS)/cuda-built
+
+test-gpu: cuda $(STAMPS)/test
+	$(BIN)/python -m pytest -m gpu $(TEST_ARGS)
 
 lint: $(STAMPS)/test
 	$(BIN)/ruff check .
@@ -58,6 +64,17 @@ $(STAMPS)/packages: requirements/build.txt requirements/runtime.txt requirements
 $(STAMPS)/test: requirements/test.txt $(STAMPS)/packages
 	@echo 'installing the test tools into $(VENV) ...'
 	@$(INSTALL) -r requirements/test.txt
+	@touch $@
+
+# --no-deps: nvidia-cutlass is here for its headers, and what its Python part needs is large.
+$(STAMPS)/cuda: requirements/cuda.txt $(STAMPS)/packages
+	@echo 'installing the CUDA compiler into $(VENV) ...'
+	@$(INSTALL) --no-deps -r requirements/cuda.txt
+	@touch $@
+
+$(STAMPS)/cuda-built: $(SOURCES) $(STAMPS)/built $(STAMPS)/cuda
+	@echo 'building the CUDA kernels ...'
+	@PATH="$(CURDIR)/$(BIN):$$PATH" MICROMIX_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 
 $(STAMPS)/built: $(SOURCES) $(STAMPS)/packages

@@ -1,14 +1,21 @@
-"""Builds csrc/ with CMake into micromix_compile/_C/libmicromix.so; all else is in pyproject.toml.
+"""Builds csrc/ with CMake into micromix_compile/_C/; all else is in pyproject.toml.
 
-The library uses the LibTorch stable ABI and no Python API, so one wheel serves every CPython and
+libmicromix.so has the operators and the CPU kernels. libmicromix_cuda.so has the CUDA kernels; it is
+built where the environment says MICROMIX_CUDA=1, for the architectures MICROMIX_CUDA_ARCHITECTURES
+(default: all of cmake/cuda.cmake), with the nvcc that CUDACXX names, that of the package
+nvidia-cuda-nvcc, or that of the system. It needs no GPU.
+
+The libraries use the LibTorch stable ABI and no Python API, so one wheel serves every CPython and
 every torch from 2.11 on.
 """
 
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -20,39 +27,66 @@ except ImportError:  # setuptools before 70.1
     from wheel.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).parent.resolve()
-LIBRARY = "libmicromix.so"
+PACKAGES = Path(sysconfig.get_path("purelib"))
+CUDA = os.environ.get("MICROMIX_CUDA", "0") not in ("", "0")
 
 
 def build_id() -> str:
     """A hash of everything that the library is built from."""
     digest = hashlib.sha256()
-    sources = [ROOT / "CMakeLists.txt", *(ROOT / "csrc").rglob("*")]
+    sources = [ROOT / "CMakeLists.txt", *(ROOT / "cmake").rglob("*"), *(ROOT / "csrc").rglob("*")]
     for path in sorted(p for p in sources if p.is_file()):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
+def cuda_arguments() -> list[str]:
+    """CMake's arguments for the CUDA library."""
+    candidates = (
+        os.environ.get("CUDACXX"),
+        PACKAGES / "nvidia" / "cu13" / "bin" / "nvcc",
+        shutil.which("nvcc"),
+        "/usr/local/cuda/bin/nvcc",
+    )
+    nvcc = next((Path(c) for c in candidates if c and Path(c).exists()), None)
+    if nvcc is None:
+        sys.exit(
+            "error: MICROMIX_CUDA=1 needs nvcc; run `make cuda`, which installs it, or set CUDACXX"
+        )
+    architectures = os.environ.get("MICROMIX_CUDA_ARCHITECTURES", "").replace(",", " ").split()
+    cutlass = PACKAGES / "cutlass_library" / "source" / "include"
+    return [
+        "-DMICROMIX_CUDA=ON",
+        f"-DNVCC={nvcc}",
+        f"-DCUTLASS_INCLUDE={cutlass if cutlass.exists() else ''}",
+        *([f"-DMICROMIX_CUDA_ARCHITECTURES={';'.join(architectures)}"] if architectures else []),
+    ]
+
+
 class CMakeBuild(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
-        return str(Path(*fullname.split(".")[:-1], LIBRARY))
+        *directories, name = fullname.split(".")
+        return str(Path(*directories, f"lib{name}.so"))
 
     def build_extension(self, ext: Extension) -> None:
         torch = importlib.util.find_spec("torch")  # found, not imported: seconds saved
         if torch is None or torch.origin is None:
             sys.exit("error: torch is needed to build; pip install torch, or see README.md")
-        build = Path(self.build_temp, "cmake").absolute()
+        name = ext.name.split(".")[-1]
+        build = Path(self.build_temp, name).absolute()
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         subprocess.run(
             [
                 *("cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build)),
                 f"-DTORCH_ROOT={Path(torch.origin).parent}",
                 f"-DMICROMIX_BUILD_ID={build_id()}",
+                *(cuda_arguments() if name == "micromix_cuda" else []),
                 *os.environ.get("MICROMIX_CMAKE_ARGS", "").split(),
             ],
             check=True,
         )
-        subprocess.run(["cmake", "--build", str(build)], check=True)
-        replace(build / LIBRARY, target)
+        subprocess.run(["cmake", "--build", str(build), "--target", name], check=True)
+        replace(build / f"lib{name}.so", target)
 
     def copy_extensions_to_source(self) -> None:
         """An editable install: the library goes into the checkout."""
@@ -78,6 +112,9 @@ class PlatformWheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension("micromix_compile._C.micromix", sources=[])],
+    ext_modules=[
+        Extension(f"micromix_compile._C.{name}", sources=[])
+        for name in ("micromix", *(["micromix_cuda"] if CUDA else []))
+    ],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
 )

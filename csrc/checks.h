@@ -8,12 +8,13 @@
 
 #include <optional>
 
-#include "cpu/kernels.h"
+#include "dtype.h"
 #include "error.h"
+#include "mx/layout.h"
 
 namespace micromix {
 
-using cpu::Dtype;
+using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -47,10 +48,12 @@ inline Dtype checked_dtype(const char* op, const char* what, ScalarType dtype) {
   }
 }
 
-inline void check_bytes(const char* op, const char* what, const Tensor& t) {
+inline void check_bytes(const char* op, const char* what, const Tensor& t,
+                        DeviceType device = DeviceType::CPU) {
   MICROMIX_CHECK(t.scalar_type() == ScalarType::Byte, "micromix::", op, ": ", what,
                  " must be uint8; got ", torch::headeronly::toString(t.scalar_type()));
-  MICROMIX_CHECK(t.is_cpu(), "micromix::", op, ": ", what, " must be on the CPU, as its data is");
+  MICROMIX_CHECK(t.device().type() == device, "micromix::", op, ": ", what, " must be on the ",
+                 device == DeviceType::CPU ? "CPU" : "GPU", ", as its data is");
 }
 
 inline Tensor dense(const Tensor& t) {
@@ -64,7 +67,7 @@ inline int64_t rows_of(const Tensor& t) {
   return rows;
 }
 
-// A new CPU tensor with the sizes of `like`, the last one replaced.
+// A new tensor with the sizes of `like`, on its device, the last size replaced.
 inline Tensor empty_rows(const Tensor& like, int64_t last, int32_t dtype) {
   const int64_t dims = like.dim();
   MICROMIX_CHECK(dims <= kMaxDims, "micromix: at most ", kMaxDims, " dimensions, got ", dims);
@@ -76,8 +79,10 @@ inline Tensor empty_rows(const Tensor& like, int64_t last, int32_t dtype) {
     stride *= sizes[i] > 0 ? sizes[i] : 1;
   }
   AtenTensorHandle result;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &result));
+  int32_t device;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, device,
+                                                  like.get_device_index(), &result));
   return Tensor(result);
 }
 

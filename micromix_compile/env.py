@@ -44,7 +44,8 @@ def collect() -> dict[str, Any]:
                 for i in range(torch.cuda.device_count())
             },
         },
-        "extension": {"loaded": ops.loaded(), "build_id": ops.build_id(), **ops.build_info()},
+        "extension": {"loaded": ops.loaded(), **ops.build_info(), "build_id": ops.build_id()},
+        "cuda extension": {"loaded": bool(ops.cuda_build_info()), **ops.cuda_build_info()},
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("MICROMIX_")},
     }
 

@@ -78,14 +78,14 @@ def test_python_and_cpp_agree_on_the_abi():
 def test_another_abi_is_refused(monkeypatch):
     monkeypatch.setattr(_extension, "ABI", _extension.ABI + 1)
     with pytest.raises(ExtensionError, match="ABI version .* come from different sources"):
-        _extension._check_abi()
+        _extension._checked_info(_extension.LIBRARY, "build_info")
 
 
 @needs_extension
 def test_another_schema_is_refused(monkeypatch):
     monkeypatch.setitem(_extension.SCHEMAS, "place_weight", "(Tensor data) -> Tensor")
     with pytest.raises(ExtensionError, match="its operator is micromix::place_weight"):
-        _extension._check_abi()
+        _extension._check_schemas()
 
 
 def test_a_broken_library_is_a_clear_error(tmp_path):

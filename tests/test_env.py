@@ -20,6 +20,7 @@ def test_json_names_versions_devices_and_kernels(capsys):
     assert facts["devices"]["cpu"] == ops.kernel_name("cpu")
     assert facts["extension"]["loaded"] == ops.loaded()
     assert facts["extension"]["build_id"] == ops.build_id()
+    assert facts["cuda extension"]["loaded"] == bool(ops.cuda_build_info())
 
 
 def test_table_has_the_same_facts(capsys):

@@ -2,11 +2,12 @@
 // and run kernels over ranges on torch's threads; kernels know nothing of torch.
 #pragma once
 
+#include "../dtype.h"
 #include "placed.h"
 
 namespace micromix::cpu {
 
-enum class Dtype : int { kBFloat16, kFloat16, kFloat32 };
+using micromix::Dtype;
 
 // Reorders, pads and casts rows of `x`. `order` may be null: the identity, then zeros.
 struct QuantizeTask {

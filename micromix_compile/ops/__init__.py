@@ -13,8 +13,17 @@ there is no kernel they are the pure-torch reference, with one warning per devic
 """
 
 from . import _extension, _fakes, _reference, fused
-from ._extension import build_id, build_info, cpu_isa, kernel_name, loaded, set_cpu_isa
+from ._extension import (
+    build_id,
+    build_info,
+    cpu_isa,
+    cuda_build_info,
+    kernel_name,
+    loaded,
+    set_cpu_isa,
+)
 from ._fakes import placed_bytes
+from ._schemas import EMULATED
 
 _extension.load()
 _reference.register()
@@ -22,9 +31,11 @@ _fakes.register()
 fused.register()
 
 __all__ = [
+    "EMULATED",
     "build_id",
     "build_info",
     "cpu_isa",
+    "cuda_build_info",
     "kernel_name",
     "loaded",
     "placed_bytes",

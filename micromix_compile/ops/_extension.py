@@ -1,4 +1,4 @@
-"""Loads the compiled extension and says what it is."""
+"""Loads the compiled extension (and, with a torch for CUDA, its CUDA kernels) and says what it is."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ ABI = 1
 """What this Python code expects of the library: MICROMIX_ABI of csrc/abi.h."""
 
 LIBRARY = Path(__file__).parent.parent / "_C" / "libmicromix.so"
+CUDA_LIBRARY = LIBRARY.with_name("libmicromix_cuda.so")
 
 _library: torch.library.Library | None = None  # holds the Python definitions, without the extension
 _info: dict[str, str] = {}
+_cuda_info: dict[str, str] = {}
 
 
 def load() -> None:
     """Loads the extension, or defines the operators in Python where it was not built.
 
-    Raises ExtensionError if the library is there and cannot be used.
+    The CUDA kernels are a second library, which only a torch for CUDA can load.
+    Raises ExtensionError if a library is there and cannot be used.
     """
     global _library
     if not LIBRARY.exists():
@@ -32,28 +35,41 @@ def load() -> None:
         for name, schema in SCHEMAS.items():
             _library.define(name + schema)
         return
+    _load_library(LIBRARY)
+    _info.update(_checked_info(LIBRARY, "build_info"))
+    _check_schemas()
+    if torch.version.cuda and CUDA_LIBRARY.exists():
+        _load_library(CUDA_LIBRARY)
+        _cuda_info.update(_checked_info(CUDA_LIBRARY, "cuda_build_info"))
+
+
+def _load_library(path: Path) -> None:
     try:
-        torch.ops.load_library(str(LIBRARY))
+        torch.ops.load_library(str(path))
     except OSError as error:
         reason = (
             f"it does not load into torch {torch.__version__} ({error.__cause__ or error}); "
             "it needs torch 2.11 or newer and the CPU architecture that it was built for"
         )
-        raise ExtensionError(path=LIBRARY, reason=reason) from error
-    _check_abi()
+        raise ExtensionError(path=path, reason=reason) from error
 
 
-def _check_abi() -> None:
+def _checked_info(path: Path, function: str) -> dict[str, str]:
     """A library from other sources is refused before it is called with arguments it misreads."""
     ops = getattr(torch.ops, NAMESPACE)
-    text = ops.build_info() if hasattr(ops, "build_info") else ""
-    _info.update(line.split("=", 1) for line in text.splitlines())
-    if _info.get("abi") != str(ABI):
+    text = getattr(ops, function)() if hasattr(ops, function) else ""
+    info = dict(line.split("=", 1) for line in text.splitlines())
+    if info.get("abi") != str(ABI):
         reason = (
-            f"it has ABI version {_info.get('abi', 'unknown')} and this package needs {ABI}: "
+            f"it has ABI version {info.get('abi', 'unknown')} and this package needs {ABI}: "
             "they come from different sources"
         )
-        raise ExtensionError(path=LIBRARY, reason=reason)
+        raise ExtensionError(path=path, reason=reason)
+    return info
+
+
+def _check_schemas() -> None:
+    ops = getattr(torch.ops, NAMESPACE)
     for name, schema in SCHEMAS.items():
         built = getattr(ops, name).default._schema
         expected = torch._C.parse_schema(f"{NAMESPACE}::{name}{schema}")
@@ -72,13 +88,19 @@ def build_info() -> dict[str, str]:
     return dict(_info)
 
 
+def cuda_build_info() -> dict[str, str]:
+    """What the CUDA kernels were built from and for; empty where they are not loaded."""
+    return dict(_cuda_info)
+
+
 def build_id() -> str:
     """Identifies the kernels, for cache keys: a hash of the sources that were built in.
 
     Without the extension, a hash of the reference.
     """
     if loaded():
-        return _info["build_id"]
+        cuda = [_cuda_info["build_id"], _cuda_info["architectures"]] if _cuda_info else []
+        return "-".join((_info["build_id"], *cuda))
     digest = hashlib.sha256(torch.__version__.encode())
     for path in sorted((LIBRARY.parent.parent / "mx").glob("*.py")):
         digest.update(path.read_bytes())

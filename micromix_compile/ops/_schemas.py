@@ -2,6 +2,9 @@
 
 NAMESPACE = "micromix"
 
+EMULATED = 1 << 8
+"""Bit of `format` of place_weight, linear and linears on CUDA: the Blackwell kernel in software."""
+
 SCHEMAS = {
     "quantize": (
         "(Tensor x, Tensor? order, int k4, int k6, int k8, int format)"
