@@ -60,6 +60,8 @@ inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
+inline bool same_device(const Tensor& a, const Tensor& b) { return a.device() == b.device(); }
+
 // The number of rows: the product of all sizes but the last.
 inline int64_t rows_of(const Tensor& t) {
   int64_t rows = 1;
@@ -98,20 +100,22 @@ void parallel(int64_t count, int64_t grain, const F& f) {
 
 // The channel order of a quantise of k channels as the kernels take it, null for the identity.
 // `order` is made dense in place.
-inline const int32_t* checked_order(const char* op, std::optional<Tensor>& order,
+inline const int32_t* checked_order(const char* op, const Tensor& x, std::optional<Tensor>& order,
                                     const mx::MixedLayout& layout, int64_t k) {
   if (!order) {
     MICROMIX_CHECK(layout.channels() >= k, "micromix::", op,
                    ": the layout has k4 + k6 + k8 = ", layout.channels(), " channels, x has ", k);
     return nullptr;
   }
-  MICROMIX_CHECK(order->scalar_type() == ScalarType::Int && order->is_cpu(), "micromix::", op,
-                 ": order must be an int32 tensor on the CPU, as x is");
+  MICROMIX_CHECK(order->scalar_type() == ScalarType::Int && same_device(*order, x),
+                 "micromix::", op, ": order must be an int32 tensor on the device of x");
   MICROMIX_CHECK(order->dim() == 1 && order->size(0) == layout.channels(), "micromix::", op,
                  ": order must have k4 + k6 + k8 = ", layout.channels(), " entries; got ",
                  order->numel());
   *order = dense(*order);
   const auto* const channels = static_cast<const int32_t*>(order->const_data_ptr());
+  // On a GPU the check would have to wait for the device: its kernels read NaN for such a channel.
+  if (!order->is_cpu()) return channels;
   int32_t least = 0, greatest = -1;
   for (int64_t i = 0; i < layout.channels(); ++i) {
     least = channels[i] < least ? channels[i] : least;

@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor> quantize(Tensor x, std::optional<Tensor> order, int64
   x = dense(x);
 
   micromix::cpu::QuantizeTask task{layout, x.const_data_ptr(), dtype, k, nullptr, nullptr, nullptr};
-  task.order = checked_order("quantize", order, layout, k);
+  task.order = checked_order("quantize", x, order, layout, k);
 
   Tensor data = empty_rows(x, layout.row_bytes(), aoti_torch_dtype_uint8());
   Tensor scales = empty_rows(x, layout.blocks(), aoti_torch_dtype_uint8());

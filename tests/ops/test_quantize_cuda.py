@@ -1,0 +1,416 @@
+"""The CUDA quantise kernels: bit for bit against the reference of micromix_compile.mx, and values against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from micromix_compile import mx
+from micromix_compile._torch_compat import has_kernel
+from micromix_compile.mx import MixedLayout
+from micromix_compile.ops.fused import Pointwise, RmsForm
+
+from .cases import DTYPES, MIXES, RULES, arguments, mix_name, rows
+from .test_fused import EPS, REFERENCES, assert_value, step
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+micromix = torch.ops.micromix
+
+FORMATS = {
+    "mxfp4": lambda k, rules: MixedLayout(k, 0, 0, rules=rules),
+    "mxfp6_e2m3": lambda k, rules: MixedLayout(0, k, 0, "e2m3", rules),
+    "mxfp6_e3m2": lambda k, rules: MixedLayout(0, k, 0, "e3m2", rules),
+    "mxfp8": lambda k, rules: MixedLayout(0, 0, k, rules=rules),
+}
+
+
+@pytest.fixture(autouse=True)
+def kernels():
+    """A device whose kernels were not built is a failure, not a run of the reference."""
+    for op in (micromix.quantize, micromix.pointwise_quantize):
+        assert has_kernel(op.default, torch.device("cuda")), "run `make cuda`"
+
+
+def mixed(k: int, format6: str = "e2m3", extra: int = 0) -> MixedLayout:
+    """About half MXFP4, a quarter of each other format, and `extra` blocks of padding."""
+    blocks = -(-k // 32) + extra
+    k6, k8 = (32 * (blocks // 4) for _ in range(2))
+    return MixedLayout(32 * blocks - k6 - k8, k6, k8, format6)
+
+
+def random_order(k: int, layout: MixedLayout, seed: int = 2) -> torch.Tensor:
+    """A permutation of k channels, with the padding anywhere between them."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.full((layout.channels,), -1, dtype=torch.int32)
+    places = torch.randperm(layout.channels, generator=generator)[:k]
+    order[places] = torch.randperm(k, generator=generator).int()
+    return order.cuda()
+
+
+def assert_same(found, expected) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def check(x: torch.Tensor, layout: MixedLayout, order: torch.Tensor | None = None) -> None:
+    assert_same(micromix.quantize(x, order, *arguments(layout)), mx.quantize(x, layout, order))
+
+
+def check_quantised(y, results, orders, layouts) -> None:
+    for i, (order, layout) in enumerate(zip(orders, layouts, strict=True)):
+        assert_same(results[2 * i : 2 * i + 2], mx.quantize(y, layout, order))
+
+
+def flat(layouts) -> list[int]:
+    return [number for layout in layouts for number in arguments(layout)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_random_bits(name, rule, dtype):
+    """2^17 blocks of each format, rule and type: 1.2 million of each format, half of them of wild exponents."""
+    k = 1024
+    layout = FORMATS[name](k, (rule,) * 3)
+    generator = torch.Generator("cuda").manual_seed(1)
+    integer = torch.int16 if dtype.itemsize == 2 else torch.int32
+    limits = torch.iinfo(integer)
+    x = torch.randint(
+        limits.min, limits.max + 1, (4096, k), generator=generator, device="cuda", dtype=torch.int64
+    )
+    x = x.to(integer).view(dtype)
+    usual = torch.randn(2048, k, generator=generator, device="cuda")
+    x[2048:] = (usual * torch.rand(2048, 1, generator=generator, device="cuda")).to(dtype)
+    check(x, layout)
+    check(x, layout, random_order(k, layout))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_bfloat16_as_amax(name, rule):
+    """A block whose largest element is each bfloat16, the others fractions of it with ties."""
+    layout = FORMATS[name](64, (rule,) * 3)
+    amax = torch.arange(0x7F80, dtype=torch.int16).view(torch.bfloat16)
+    fractions = torch.linspace(-1, 1, 64)
+    for x in (amax[:, None].float() * fractions, amax[:, None].float() / 2 ** (fractions * 8)):
+        for dtype in DTYPES:
+            check(x.to(dtype).cuda(), layout)
+
+
+@pytest.mark.parametrize("layout", MIXES, ids=mix_name)
+def test_mixes_orders_and_padding(layout):
+    channels = layout.channels - 7
+    x = rows(5, channels, torch.bfloat16).cuda()
+    check(x, layout)
+    order = random_order(channels, layout)
+    check(x, layout, order)
+    check(x, layout, torch.full_like(order, channels - 1))  # one channel everywhere
+    check(x, layout, torch.full_like(order, -1))  # padding only
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "k", [32, 33, 47, 64, 100, 576, 1000, 1536, 4096, 4097, 11008, 14336, 16384, 65535, 65536]
+)
+def test_any_number_of_channels(k, dtype):
+    """Rows that begin anywhere, and, in float32, rows too long for shared memory."""
+    layout = mixed(k, "e3m2", extra=1)
+    x = rows(3, k, dtype).cuda()
+    check(x, layout)
+    check(x, layout, random_order(k, layout))
+
+
+def test_rows_longer_than_shared_memory():
+    k = 120_000
+    layout = mixed(k)
+    x, residual = rows(2, k, torch.bfloat16).cuda(), rows(2, k, torch.bfloat16, 1).cuda()
+    weight = rows(1, k, torch.float32, 2)[0].cuda()
+    order = random_order(k, layout)
+    check(x, layout, order)
+    rest = (torch.bfloat16, True, [order, None], flat([layout, layout]))
+    for norm, form in (("rms_norm", (1,)), ("layer_norm", ())):
+        bias = () if form else (weight,)
+        op = getattr(micromix, f"{norm}_quantize")
+        total, y, *quantised = op(x, residual, weight, *bias, EPS, *form, *rest)
+        assert torch.equal(total, x + residual)
+        check_quantised(y, quantised, [order, None], [layout, layout])
+    y, *quantised = micromix.pointwise_quantize(x, residual, Pointwise.SILU, *rest)
+    check_quantised(y, quantised, [order, None], [layout, layout])
+
+
+def test_special_values():
+    x = rows(9, 192, torch.float32)
+    x[0, 5], x[1, 70], x[2, 190] = float("nan"), float("inf"), float("-inf")
+    x[3], x[4], x[5] = float("nan"), float("inf"), -0.0
+    x[6] = torch.finfo(torch.float32).tiny / 8
+    x[7] = torch.finfo(torch.float32).max
+    layout = MixedLayout(64, 96, 32)
+    for dtype in DTYPES:
+        for order in (None, random_order(192, layout)):
+            check(x.to(dtype).cuda(), layout, order)
+
+
+def test_a_channel_out_of_range_is_nan():
+    """An order cannot be checked without waiting for the device; a wrong one must not go unseen."""
+    x, layout = rows(4, 64, torch.bfloat16).cuda(), MixedLayout(32, 0, 32)
+    order = torch.arange(64, dtype=torch.int32)
+    order[3], order[40] = 64, -2
+    _, scales = micromix.quantize(x, order.cuda(), *arguments(layout))
+    assert (scales == mx.NAN_SCALE).all()
+
+
+def test_strided_and_unaligned_inputs():
+    k, layout = 192, MixedLayout(64, 96, 32)
+    whole = rows(6, 2 * k + 8, torch.bfloat16).cuda()
+    orders = torch.cat((torch.zeros(1, device="cuda").int(), random_order(k, layout)))
+    for x in (
+        whole[:, :k],
+        whole[:, 1 : k + 1],
+        whole[::2, k : 2 * k],
+        whole[:1, :k].expand(6, k),
+        whole[:, :k].mT.contiguous().mT,
+        whole[:, : 2 * k : 2],
+        whole.view(2, 3, -1)[..., 8 : 8 + k],
+        whole[0, :k],
+    ):
+        check(x, layout)
+        check(x, layout, orders[1:])
+        y = micromix.pointwise_quantize(
+            x, x, Pointwise.ADD, torch.bfloat16, True, [None], flat([layout])
+        )
+        assert torch.equal(y[0], x + x)
+        check_quantised(y[0], y[1:], [None], [layout])
+
+
+def test_many_outputs():
+    """More than one launch takes."""
+    k = 256
+    layouts = [mixed(k, ("e2m3", "e3m2")[i % 2], extra=i % 3) for i in range(35)]
+    orders = [None if i % 4 == 0 else random_order(k, l, i) for i, l in enumerate(layouts)]
+    x, residual = rows(7, k, torch.bfloat16).cuda(), rows(7, k, torch.bfloat16, 1).cuda()
+    results = micromix.rms_norm_quantize(
+        x, residual, None, EPS, 0, torch.bfloat16, True, orders, flat(layouts)
+    )
+    assert torch.equal(results[0], x + residual)
+    check_quantised(results[1], results[2:], orders, layouts)
+
+
+def test_no_rows_and_no_outputs():
+    layout = MixedLayout(64, 96, 32)
+    x = torch.empty(2, 0, layout.channels, device="cuda")
+    data, scales = micromix.quantize(x, None, *arguments(layout))
+    assert data.shape == (2, 0, layout.row_bytes) and scales.shape == (2, 0, layout.blocks)
+    x = rows(3, 192, torch.float32).cuda()
+    (y,) = micromix.pointwise_quantize(x, None, Pointwise.RELU, torch.float32, True, [], [])
+    assert torch.equal(y, F.relu(x))
+    (total,) = micromix.rms_norm_quantize(x, x, None, EPS, 0, torch.float32, False, [], [])
+    assert torch.equal(total, x + x)
+
+
+@pytest.mark.parametrize("form", RmsForm)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [32, 47, 576, 4096, 16384])
+def test_rms_norm(k, dtype, form):
+    x, residual = rows(9, k, dtype).cuda(), rows(9, k, dtype, 2).cuda()
+    weight = rows(1, k, dtype, 3)[0].cuda()
+    layouts = [mixed(k), mixed(k, "e3m2", extra=1)]
+    orders = [random_order(k, layouts[0]), None]
+    rest = (EPS, form, dtype, True, orders, flat(layouts))
+    y, *quantised = micromix.rms_norm_quantize(x, None, weight, *rest)
+    wide = x.double()
+    normalised = wide / (wide.pow(2).mean(-1, keepdim=True) + EPS).sqrt()
+    if form == RmsForm.WEIGHT_AFTER_CAST and dtype != torch.float32:
+        # Rounded twice, and a value next to a midpoint may be rounded to either side.
+        exact = normalised * weight.double()
+        allowed = 1.01 * torch.finfo(dtype).eps * exact.abs() + 1e-6
+        assert ((y.double() - exact).abs() <= allowed).all()
+        eager = (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS)).to(
+            dtype
+        ) * weight
+        assert (y != eager).float().mean() <= 0.01
+    else:
+        assert_value(y, normalised * (weight.double() + (form == RmsForm.ONE_PLUS_WEIGHT)))
+    check_quantised(y, quantised, orders, layouts)
+
+    total, *with_sum = micromix.rms_norm_quantize(x, residual, weight, *rest)
+    assert torch.equal(total, x + residual)
+    assert_same(with_sum, micromix.rms_norm_quantize(total, None, weight, *rest))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [32, 47, 576, 4096, 16384])
+def test_layer_norm(k, dtype):
+    x, residual = rows(9, k, dtype).cuda(), rows(9, k, dtype, 2).cuda()
+    weight, bias = rows(1, k, dtype, 3)[0].cuda(), rows(1, k, dtype, 4)[0].cuda()
+    layouts = [mixed(k), mixed(k, "e3m2", extra=1)]
+    orders = [random_order(k, layouts[0]), None]
+    rest = (EPS, dtype, True, orders, flat(layouts))
+    y, *quantised = micromix.layer_norm_quantize(x, None, weight, bias, *rest)
+    exact = F.layer_norm(x.double(), (k,), weight.double(), bias.double(), EPS)
+    scale = F.layer_norm(x.double(), (k,), weight.double(), None, EPS).abs() + bias.double().abs()
+    assert ((y.double() - exact).abs() <= 0.5001 * step(y) + 2**-20 * scale + 1e-6).all()
+    check_quantised(y, quantised, orders, layouts)
+
+    total, *with_sum = micromix.layer_norm_quantize(x, residual, weight, None, *rest)
+    assert torch.equal(total, x + residual)
+    assert_same(with_sum, micromix.layer_norm_quantize(total, None, weight, None, *rest))
+
+
+@pytest.mark.parametrize("function", REFERENCES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pointwise(function, dtype):
+    k = 4096
+    layouts = [mixed(k), mixed(k, "e3m2")]
+    orders = [random_order(k, layouts[0]), None]
+    rest = (dtype, True, orders, flat(layouts))
+    x, other = rows(40, k, dtype).cuda(), rows(40, k, dtype, 2).cuda()
+    y, *quantised = micromix.pointwise_quantize(x, None, function, *rest)
+    check_quantised(y, quantised, orders, layouts)
+    product, *quantised = micromix.pointwise_quantize(x, other, function, *rest)
+    assert torch.equal(product, y * other)  # the activation is rounded before the product
+    check_quantised(product, quantised, orders, layouts)
+
+
+@pytest.mark.parametrize("function", REFERENCES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activations_of_every_number(function, dtype):
+    """Every finite bfloat16 and float16, and as many float32 numbers: as accurate as on the CPU."""
+    if dtype == torch.float32:
+        x = torch.randn(1 << 16, device="cuda") * torch.logspace(-6, 2, 1 << 16, device="cuda")
+    else:
+        x = torch.arange(-(1 << 15), 1 << 15, device="cuda").to(torch.int16).view(dtype)
+        x = x.where(x.isfinite(), 0)
+    (y,) = micromix.pointwise_quantize(x, None, function, dtype, True, [], [])
+    exact = REFERENCES[function](x.double())
+    assert ((y.double() - exact).abs() <= 0.5001 * step(y) + 1e-6 * exact.abs() + 1e-9).all()
+    assert torch.equal(y.isfinite(), exact.to(dtype).isfinite())
+
+
+def test_activations_of_nan_and_infinity():
+    x = torch.tensor([float("nan"), float("inf"), float("-inf"), -0.0], device="cuda")
+    for function, reference in REFERENCES.items():
+        (y,) = micromix.pointwise_quantize(x, None, function, x.dtype, True, [], [])
+        expected = reference(x)
+        expected[2] = y[2] if function in (Pointwise.GELU, Pointwise.GELU_TANH) else expected[2]
+        torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("other_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_types_in_any_mix(x_dtype, other_dtype, dtype):
+    k = 576
+    layouts = [mixed(k), mixed(k, extra=1)]
+    orders = [random_order(k, layouts[0]), None]
+    rest = (dtype, True, orders, flat(layouts))
+    x, other = rows(8, k, x_dtype).cuda(), rows(8, k, other_dtype, 2).cuda()
+    y, *quantised = micromix.pointwise_quantize(x, other, Pointwise.ADD, *rest)
+    assert torch.equal(y, (x.float() + other.float()).to(dtype))
+    check_quantised(y, quantised, orders, layouts)
+    y, *quantised = micromix.rms_norm_quantize(x, x, other[0], EPS, 1, *rest)[1:]
+    wide = (x + x).double()
+    exact = wide / (wide.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * other[0].double()
+    assert_value(y, exact)
+    check_quantised(y, quantised, orders, layouts)
+
+
+def test_wrong_arguments_are_refused():
+    layout = MixedLayout(64, 96, 32)
+    x, good = rows(2, 192, torch.float32).cuda(), arguments(layout)
+    cases = {
+        "int32 tensor on the device of x": (x, torch.arange(192).int(), *good),
+        "order must have": (x, torch.zeros(3, dtype=torch.int32, device="cuda"), *good),
+        "must be bfloat16": (x.long(), None, *good),
+        "has k4 ": (x.repeat(1, 2), None, *good),
+        "not a format code": (x, None, *good[:3], 300),
+    }
+    for message, wrong in cases.items():
+        with pytest.raises(RuntimeError, match=message):
+            micromix.quantize(*wrong)
+    rest = (torch.float32, False, [None], list(good))
+    with pytest.raises(RuntimeError, match="weight must be"):
+        micromix.rms_norm_quantize(x, None, torch.ones(192), EPS, 0, *rest)
+    with pytest.raises(RuntimeError, match="have x's sizes"):
+        micromix.pointwise_quantize(x, x.cpu(), Pointwise.SILU, *rest)
+
+
+def test_registrations():
+    layout = MixedLayout(64, 96, 32)
+    k = layout.channels
+    x, weight = rows(2, k, torch.bfloat16).cuda(), torch.ones(k, device="cuda")
+    order = torch.arange(k, device="cuda").int()
+    rest = (torch.bfloat16, True, [order, None], flat([layout, layout]))
+    checks = {"test_utils": ("test_schema", "test_faketensor")}
+    for op, args in (
+        (micromix.quantize, (x, order, *arguments(layout))),
+        (micromix.rms_norm_quantize, (x, x, weight, EPS, 0, *rest)),
+        (micromix.layer_norm_quantize, (x, None, weight, weight, EPS, *rest)),
+        (micromix.pointwise_quantize, (x, x, 2, *rest)),
+    ):
+        torch.library.opcheck(op.default, args, **checks)
+
+
+def test_results_do_not_change_from_run_to_run():
+    k = 16384
+    layout = mixed(k)
+    x, order = rows(64, k, torch.bfloat16).cuda(), random_order(k, layout)
+    rest = (torch.bfloat16, True, [order], flat([layout]))
+    first = micromix.layer_norm_quantize(x, x, None, None, EPS, *rest)
+    for _ in range(20):
+        assert_same(micromix.layer_norm_quantize(x, x, None, None, EPS, *rest), first)
+
+
+def test_runs_on_the_current_stream():
+    k, layout = 4096, MixedLayout(4096, 0, 0)
+    x = torch.zeros(2048, k, device="cuda", dtype=torch.bfloat16)
+    value = torch.randn_like(x)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        x.copy_(value)  # a kernel on another stream would read the zeros
+        found = micromix.quantize(x, None, *arguments(layout))
+    stream.synchronize()
+    assert_same(found, mx.quantize(value, layout))
+
+
+def test_in_a_cuda_graph():
+    k = 4096
+    layout = mixed(k)
+    x, residual = (rows(32, k, torch.bfloat16, i).cuda() for i in range(2))
+    order = random_order(k, layout)
+    rest = (torch.bfloat16, True, [order, None], flat([layout, layout]))
+
+    def run():
+        return [
+            *micromix.quantize(x, order, *arguments(layout)),
+            *micromix.rms_norm_quantize(x, residual, residual[0], EPS, 0, *rest),
+            *micromix.pointwise_quantize(x, residual, Pointwise.SILU, *rest),
+        ]
+
+    graph = torch.cuda.CUDAGraph()
+    run()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for seed in (5, 6):
+        x.copy_(rows(32, k, torch.bfloat16, seed))
+        graph.replay()
+        assert_same(captured, run())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_runs_where_its_input_is():
+    k = 120 * 1024 // 2  # more shared memory than a kernel has without asking for it
+    layout = mixed(k)
+    with torch.cuda.device(0):
+        for device in ("cuda:1", "cuda:0"):
+            x = rows(64, k, torch.bfloat16).to(device)
+            order = random_order(k, layout).to(device)
+            found = micromix.quantize(x, order, *arguments(layout))
+            assert all(t.device == x.device for t in found)
+            assert_same(found, mx.quantize(x, layout, order))
+        assert torch.cuda.current_device() == 0
