@@ -98,6 +98,29 @@ void check_placed(const char* op, const Tensor& weight, const mx::MixedLayout& l
                  "these n, k4, k6, k8 and format; place it again");
 }
 
+std::tuple<Tensor, Tensor> unplace_weight(Tensor weight, int64_t n, int64_t k4, int64_t k6,
+                                          int64_t k8, int64_t format) {
+  const mx::MixedLayout layout = checked_layout("unplace_weight", k4, k6, k8, format);
+  MICROMIX_CHECK(n >= 0, "micromix::unplace_weight: n must not be negative; got ", n);
+  check_placed("unplace_weight", weight, layout, n);
+  const auto rows = [n](int64_t bytes) {
+    const int64_t size[2] = {n, bytes}, stride[2] = {bytes > 0 ? bytes : 1, 1};
+    AtenTensorHandle result;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, size, stride, aoti_torch_dtype_uint8(),
+                                                    aoti_torch_device_type_cpu(), 0, &result));
+    return Tensor(result);
+  };
+  Tensor data = rows(layout.weight().row_bytes()), scales = rows(layout.weight().blocks());
+  const cpu::PlacedLayout sizes(layout, n);
+  const auto* placed = static_cast<const uint8_t*>(weight.const_data_ptr());
+  auto* codes = static_cast<uint8_t*>(data.mutable_data_ptr());
+  auto* scale_bytes = static_cast<uint8_t*>(scales.mutable_data_ptr());
+  parallel(sizes.panels, 1 + (1 << 16) / (sizes.panel_bytes + 1), [&](int64_t first, int64_t last) {
+    cpu::unplace_panels(layout, n, placed, codes, scale_bytes, first, last);
+  });
+  return {data, scales};
+}
+
 // Runs `count` products that share their activations and their kernel.
 void launch(const cpu::LinearKernel& kernel, const cpu::LinearTask* tasks, size_t count) {
   const cpu::LinearTask& any = tasks[0];
@@ -226,6 +249,9 @@ STABLE_TORCH_LIBRARY(micromix, m) {
       "linears(Tensor data, Tensor scales, Tensor[] weights, Tensor?[] biases, int[] n, int k4, "
       "int k6, int k8, int format, ScalarType dtype) -> Tensor[]");
   m.def("place_weight(Tensor data, Tensor scales, int k4, int k6, int k8, int format) -> Tensor");
+  m.def(
+      "unplace_weight(Tensor weight, int n, int k4, int k6, int k8, int format) "
+      "-> (Tensor data, Tensor scales)");
   m.def("build_info() -> str");
   m.def("cpu_isa() -> str");
   m.def("set_cpu_isa(str name) -> str");
@@ -236,6 +262,7 @@ STABLE_TORCH_LIBRARY_IMPL(micromix, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linears", TORCH_BOX(&linears));
   m.impl("place_weight", TORCH_BOX(&place_weight));
+  m.impl("unplace_weight", TORCH_BOX(&unplace_weight));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(micromix, CompositeExplicitAutograd, m) {

@@ -146,15 +146,15 @@ def _choose(
     """Decide for each layer whether and how it is lowered, and write that down."""
     chosen: list[tuple[Linear, str, LayerPlan, LayerReport]] = []
     refused: list[str] = []
-    planless = False
+    planless = 0
     for linear in linears:
         plan, name, reason, by_choice = None, linear.name, unsupported(linear), False
-        if reason is None:
+        if linear.quantised is not None:
+            plan = _own_plan(linear, options)
+        elif reason is None:
             model_plan, name = _plan_of(linear, options)
             recipe = options.recipe or Recipe(format="mxfp8")
-            if model_plan is None:
-                planless = True
-            else:
+            if model_plan is not None:
                 recipe = Recipe.from_dict(model_plan.recipe)  # an empty one skips the output head
             shape = LayerShape(linear.out_features, linear.in_features, linear.transposed)
             by_choice = recipe.skips(name)
@@ -164,6 +164,7 @@ def _choose(
                 reason = "the recipe skips it"
             elif model_plan is None:
                 plan = uniform_plan({name: shape}, recipe)[name]
+                planless += 1
             else:
                 reason = _missing(model_plan, name)
         row = LayerReport(name, linear.in_features, linear.out_features, reason=reason or "")
@@ -177,9 +178,34 @@ def _choose(
         raise PlanMismatchError(differences=refused)
     if options.strict and refused:
         raise StrictError(layers=refused)
-    if planless and options.recipe is None and chosen:
-        warnings.warn(NoPlanWarning(layers=len(chosen)), stacklevel=2)
+    if planless and options.recipe is None:
+        warnings.warn(NoPlanWarning(layers=planless), stacklevel=2)
     return chosen
+
+
+def _own_plan(linear: Linear, options: Options) -> LayerPlan:
+    """The plan that a layer was quantised by before, which no option can change."""
+    plan, name = linear.quantised.plan, linear.name
+    if options.recipe is not None:
+        reason = f"cannot be given: {name} is quantised already"
+        raise OptionError(
+            option="recipe",
+            reason=reason,
+            valid="those of a quantised model: strict, mode, inductor, and settings of Inductor",
+        )
+    if options.plan is not None and name in options.plan:
+        other = options.plan[name]
+        if (other.layout, other.weights) != (plan.layout, plan.weights) or not _same_order(
+            other.order, plan.order
+        ):
+            raise PlanMismatchError(
+                differences=[f"{name}: the model is quantised already, by another plan"]
+            )
+    return plan
+
+
+def _same_order(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
 
 
 def _plan_of(linear: Linear, options: Options) -> tuple[ModelPlan | None, str]:
@@ -224,7 +250,9 @@ def _pack(
         chosen, "packing weights", delay=2, leave=False, disable=None
     ):
         rows = folds.rows.get(linear)
-        weight = placed_weight(name, linear.parameter, plan, linear.transposed, rows)
+        weight = None
+        if linear.quantised is None:
+            weight = placed_weight(name, linear.parameter, plan, linear.transposed, rows)
         bias = None
         if rows is not None and linear.bias is not None:
             bias = OrderedBias(value[linear.bias], rows)
@@ -232,7 +260,7 @@ def _pack(
         lowerings.append(Lowering(name, linear, plan, weight, order, bias))
         row.folded_into = [producer.name for producer in folds.into.get(linear, ())]
         uses[linear.weight] -= 1
-        if options.release_weights and not uses[linear.weight]:
+        if options.release_weights and weight is not None and not uses[linear.weight]:
             row.released = _release(linear, chosen, weight)
         layout = plan.weight_layout
         row.k4, row.k6, row.k8, row.format6 = (
@@ -241,7 +269,8 @@ def _pack(
             plan.layout.k8,
             plan.layout.format6,
         )
-        row.bits, row.bytes_after = layout.total_bits, weight.buffer.nbytes
+        placed = linear.parameter if weight is None else weight.buffer
+        row.bits, row.bytes_after = layout.total_bits, placed.nbytes
         row.kernel = kernel_name(linear.parameter.device)
     return lowerings
 
@@ -290,7 +319,11 @@ class _Runner:
         """Remember the plan that is attached to the layers: another one is another compilation."""
         position = {node: i for i, node in enumerate(self.gm.graph.find_nodes(op="placeholder"))}
         for linear in linears:
-            if linear.parameter is not None and linear.weight in position:
+            if (
+                linear.quantised is None
+                and linear.parameter is not None
+                and linear.weight in position
+            ):
                 self.marks[position[linear.weight]] = (linear.name, attached(linear.parameter))
 
     def _check_plan(self, arguments: Sequence[Any]) -> None:
@@ -339,7 +372,7 @@ def _lower(runner: _Runner, lowerings: list[Lowering]) -> None:
     constants = specialise_floats(graph, runner.inputs, compat.guard_value)
     floats = {}
     for lowering in lowerings:
-        if lowering.linear.weight.op == "placeholder":
+        if lowering.weight is not None and lowering.linear.weight.op == "placeholder":
             compat.guard_identity(lowering.linear.weight)
             floats[lowering.linear.weight] = None
             runner.watched.append(placeholders.index(lowering.linear.weight))

@@ -89,7 +89,8 @@ class Calibration:
     def _observe(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """The Dynamo backend of the context: the same graph, with observers."""
         gm = compat.copy_graph_module(gm)
-        linears = [linear for linear in find_linears(gm, example_inputs) if linear.reason is None]
+        found = find_linears(gm, example_inputs)
+        linears = [l for l in found if l.reason is None and l.quantised is None]
         observe_linears(gm.graph, linears, self._observer)
         gm.recompile()
         return gm.forward

@@ -18,7 +18,11 @@ import torch
 from torch import fx
 from torch.utils.weak import WeakIdKeyDictionary
 
+import micromix_compile.ops  # noqa: F401  (registers torch.ops.micromix)
 from micromix_compile._torch_compat import is_static_input, source_name
+from micromix_compile.mx import MixedLayout
+from micromix_compile.mx.layout import WEIGHT_IS_MXFP4
+from micromix_compile.plan import LayerPlan
 
 aten = torch.ops.aten
 
@@ -37,6 +41,8 @@ _MATMUL = {
 _TRANSPOSE = {torch.t, aten.t.default, "t"}
 _SWAP = {torch.transpose, torch.swapaxes, aten.transpose.int, "transpose"}
 _PERMUTE = {torch.permute, aten.permute.default, "permute"}
+_QUANTIZE = torch.ops.micromix.quantize.default
+_QUANTISED = torch.ops.micromix.linear.default
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +50,8 @@ class Linear:
     """One linear layer of a graph.
 
     `parameter` is the real tensor behind `weight`: `[N, K]`, or `[K, N]` where `transposed`. `reason` says why
-    the layer can never be lowered; then `parameter` may be None and the sizes 0.
+    the layer can never be lowered; then `parameter` may be None and the sizes 0. A layer that is `quantised`
+    already (a QuantizedLinear of the model) has a placed weight as its `parameter`.
     """
 
     name: str
@@ -55,14 +62,28 @@ class Linear:
     transposed: bool
     parameter: torch.Tensor | None
     reason: str | None = None
+    quantised: Quantised | None = None
 
     @property
     def in_features(self) -> int:
+        if self.quantised is not None:
+            return self.quantised.plan.in_features
         return 0 if self.parameter is None else self.parameter.shape[0 if self.transposed else 1]
 
     @property
     def out_features(self) -> int:
+        if self.quantised is not None:
+            return self.quantised.out_features
         return 0 if self.parameter is None else self.parameter.shape[1 if self.transposed else 0]
+
+
+@dataclass(frozen=True, eq=False)
+class Quantised:
+    """What a graph says of a layer that is quantised already: its plan, N, and the node of its channel order."""
+
+    plan: LayerPlan
+    out_features: int
+    order: fx.Node | None
 
 
 def find_linears(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> list[Linear]:
@@ -137,6 +158,8 @@ def _match(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> Linear | No
         x, weight = _arguments(node, "input", "weight")
         bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
         return _linear(node, x, weight, bias, False, constants)
+    if node.target is _QUANTISED:
+        return _quantised(node, constants)
     if node.target in _ADDMM:
         bias, x, weight = _arguments(node, "input", "mat1", "mat2")
         weight, transposed = _untransposed(weight, constants)
@@ -172,6 +195,28 @@ def _linear(node, x, weight, bias, transposed, constants, reason=None) -> Linear
         reason = f"its weight has {parameter.dim()} dimensions"
         parameter = None
     return Linear(_name(node, weight), node, x, weight, bias, transposed, parameter, reason)
+
+
+def _quantised(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> Linear | None:
+    """A QuantizedLinear's quantise and product; None where they are not as that module makes them."""
+    data, _, weight, bias, n, k4, k6, k8, code, _ = node.args
+    quantize = data.args[0] if data.target is operator.getitem else None
+    if quantize is None or quantize.target is not _QUANTIZE or weight not in constants:
+        return None
+    x, order, *layout = quantize.args
+    if tuple(layout) != (k4, k6, k8, code & ~WEIGHT_IS_MXFP4) or value_of(x) is None:
+        return None
+    if order is not None and order not in constants:
+        return None
+    plan = LayerPlan(
+        in_features=int(value_of(x).shape[-1]),
+        layout=MixedLayout.from_code(k4, k6, k8, code),
+        order=None if order is None else constants[order].detach().cpu(),
+        weights="mxfp4" if code & WEIGHT_IS_MXFP4 else "match",
+    )
+    name = _name(node, weight).removesuffix(".placed")
+    quantised = Quantised(plan, n, order)
+    return Linear(name, node, x, weight, bias, False, constants[weight], None, quantised)
 
 
 def _arguments(node: fx.Node, *names: str) -> list[Any]:

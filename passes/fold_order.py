@@ -61,10 +61,16 @@ def fold_orders(graph: fx.Graph, plans: Mapping[Linear, LayerPlan]) -> Folds:
             continue
         if any(plans[linear] != plan for linear in group):
             continue
+        # A model that is quantised already keeps its weights as they are: in another order they would be there twice.
+        if group[0].quantised is not None:
+            continue
         producers = _producers(group, of_node)
         # A weight that serves several layers would have to be packed in several orders.
         if producers is None or not all(
-            uses[producer.weight] == 1 and _has_constant_bias(producer) for producer in producers
+            uses[producer.weight] == 1
+            and producer.quantised is None
+            and _has_constant_bias(producer)
+            for producer in producers
         ):
             continue
         order = plan.order[:k].to(torch.int64)

@@ -25,6 +25,7 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 class Lowering:
     """One layer to lower: its name for the user, what it is, how its channels are split, and its weight.
 
+    `weight` is None for a layer that is quantised already: the graph holds its packed weight.
     `order` is what its quantise gathers by: the plan's, or None where it was folded into the layers before
     (fold_order.py). `bias` takes the place of the layer's own where the order of a later layer was folded into
     this one.
@@ -33,7 +34,7 @@ class Lowering:
     name: str
     linear: Linear
     plan: LayerPlan
-    weight: PlacedWeight
+    weight: PlacedWeight | None
     order: torch.Tensor | None
     bias: OrderedBias | None = None
 
@@ -43,6 +44,8 @@ def unsupported(linear: Linear) -> str | None:
     if linear.reason is not None:
         return linear.reason
     weight, x, y = linear.parameter, value_of(linear.input), value_of(linear.node)
+    if linear.quantised is not None:
+        return None
     if type(weight) not in (torch.Tensor, torch.nn.Parameter):
         return f"its weight is a {type(weight).__name__}, not a plain tensor"
     if weight.layout is not torch.strided:
@@ -84,7 +87,6 @@ def lower_linears(
     """
     lowering_of = {lowering.linear: lowering for lowering in lowerings}
     constants: dict[object, fx.Node] = {}
-    numbers: dict[fx.Node, int] = {}  # of the packed weights, in the order of their nodes
 
     def constant(key: object, name: str, tensor: torch.Tensor) -> fx.Node:
         if key not in constants:
@@ -92,22 +94,27 @@ def lower_linears(
         return constants[key]
 
     lowered: dict[fx.Node, fx.Node] = {}  # a layer may read what another layer gives
-    quantised = []
+    found: list[tuple[set[fx.Node], list[list[Lowering]]]] = []
     for group in shared_inputs(graph, list(lowering_of)):
         for plan, of_plan in _grouped(group, lambda linear: lowering_of[linear].plan).items():
             device = of_plan[0].parameter.device
-            order = lowering_of[of_plan[0]].order
-            if order is not None:
+            order, known = lowering_of[of_plan[0]].order, of_plan[0].quantised
+            if known is not None:
+                order = known.order
+            elif order is not None:
                 order = constant((plan, device), f"{_tag(of_plan[0])}_order", order.to(device))
             # Before the group's first layer: what is written in place after it does not concern the group.
             with graph.inserting_before(of_plan[0].node):
                 x = lowered.get(of_plan[0].input, of_plan[0].input)
                 operands = _quantise(graph, of_plan[0], x, order, plan)
-            used, products = [], []
+            used, products = set(), []
             for layers in _grouped(of_plan, _product_key).values():
                 product = [lowering_of[linear] for linear in layers]
                 weights = [
-                    constant(p.weight, f"{_tag(p.linear)}_packed", p.weight.buffer) for p in product
+                    p.linear.weight
+                    if p.weight is None
+                    else constant(p.weight, f"{_tag(p.linear)}_packed", p.weight.buffer)
+                    for p in product
                 ]
                 biases = [
                     p.linear.bias
@@ -115,16 +122,21 @@ def lower_linears(
                     else constant(p.bias, f"{_tag(p.linear)}_bias", p.bias.buffer)
                     for p in product
                 ]
-                used += [numbers.setdefault(weight, len(numbers)) for weight in weights]
+                used.update(weights)
                 with graph.inserting_before(layers[0].node):
                     results = _products(graph, product, operands, weights, biases)
                 for linear, result in zip(layers, results):
                     lowered[linear.node] = result
                     linear.node.replace_all_uses_with(result)
+                    operands_before = linear.node.args[:2]
                     graph.erase_node(linear.node)
+                    if linear.quantised is not None:
+                        _erase_unread(graph, operands_before)
                 products.append(product)
-            quantised.append(Quantised(min(used), products))
-    return quantised
+            found.append((used, products))
+    ordered = sorted(set().union(*(used for used, _ in found))) if found else []
+    number = {weight: i for i, weight in enumerate(ordered)}
+    return [Quantised(min(number[weight] for weight in used), parts) for used, parts in found]
 
 
 def _grouped(layers: Sequence[Linear], key: Callable[[Linear], object]) -> dict:
@@ -168,7 +180,7 @@ def _products(
     first = product[0]
     layout, dtype = first.plan.layout, value_of(first.linear.node).dtype
     rest = (layout.k4, layout.k6, layout.k8, first.plan.format_code, dtype)
-    n = [lowering.weight.out_features for lowering in product]
+    n = [lowering.linear.out_features for lowering in product]
     if len(product) == 1:
         arguments = (*operands, weights[0], biases[0], n[0], *rest)
         results = [graph.call_function(torch.ops.micromix.linear.default, arguments)]
@@ -181,6 +193,14 @@ def _products(
         # The value's meta stays: AOTAutograd's cache takes only graphs whose method calls are on known tensors.
         result.meta = dict(lowering.linear.node.meta)
     return results
+
+
+def _erase_unread(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
+    """The parts of a quantise that nothing reads any more, and the quantise."""
+    quantize = nodes[0].args[0]
+    for node in (*nodes, quantize):
+        if not node.users:
+            graph.erase_node(node)
 
 
 def _meta_without_value(linear: Linear) -> dict:

@@ -71,4 +71,8 @@ extern const LinearKernel kLinearAmx;
 bool place_panels(const mx::MixedLayout& layout, int64_t n, const uint8_t* data,
                   const uint8_t* scales, uint8_t* placed, int64_t first_panel, int64_t last_panel);
 
+// The way back. A block of zeros gets scale byte 0, as quantise gives it.
+void unplace_panels(const mx::MixedLayout& layout, int64_t n, const uint8_t* placed, uint8_t* data,
+                    uint8_t* scales, int64_t first_panel, int64_t last_panel);
+
 }  // namespace micromix::cpu

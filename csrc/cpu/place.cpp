@@ -1,4 +1,4 @@
-// Placing a weight: from device-neutral rows into the panels that the kernels read.
+// Placing a weight, from device-neutral rows into the panels that the kernels read, and back.
 #include <cstring>
 
 #include "kernels.h"
@@ -83,6 +83,36 @@ bool place_panels(const mx::MixedLayout& layout, int64_t n, const uint8_t* data,
     }
   }
   return wide;
+}
+
+void unplace_panels(const mx::MixedLayout& layout, int64_t n, const uint8_t* placed, uint8_t* data,
+                    uint8_t* scales, int64_t first_panel, int64_t last_panel) {
+  const mx::MixedLayout own = layout.weight();
+  const PlacedLayout sizes(layout, n);
+  for (int64_t p = first_panel; p < last_panel; ++p) {
+    const uint8_t* const panel = placed + kLine + p * sizes.panel_bytes;
+    const int64_t first_row = p * kTileRows;
+    const int rows = static_cast<int>(n - first_row < kTileRows ? n - first_row : kTileRows);
+    for (const mx::Segment& segment : own.segments()) {
+      const int bits = segment.format.bits;
+      const int64_t bytes = mx::block_bytes(segment.format);
+      for (int64_t b = 0; b < segment.blocks; ++b) {
+        const int64_t block = segment.first_block + b, at = segment.byte_start + b * bytes;
+        const uint8_t* const tile = panel + sizes.scale_bytes + kTileRows * at;
+        for (int row = 0; row < rows; ++row) {
+          uint8_t codes[mx::kBlock], any = 0;
+          for (int i = 0; i < mx::kBlock; ++i) {
+            codes[i] = tile_code(tile, bits, row, i);
+            any |= codes[i] & ((1 << (bits - 1)) - 1);
+          }
+          const int64_t target = first_row + row;
+          mx::pack_block(codes, bits, data + target * own.row_bytes() + at);
+          const uint8_t scale = panel[block * kTileRows + row];
+          scales[target * own.blocks() + block] = any || scale == mx::kNanScale ? scale : 0;
+        }
+      }
+    }
+  }
 }
 
 }  // namespace micromix::cpu

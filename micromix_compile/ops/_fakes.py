@@ -21,6 +21,7 @@ def register() -> None:
         ("linear", _linear),
         ("linears", _linears),
         ("place_weight", _place_weight),
+        ("unplace_weight", _unplace_weight),
     ):
         torch.library.register_fake(f"{NAMESPACE}::{name}", function)
 
@@ -78,3 +79,10 @@ def _linears(
 
 def _place_weight(data: Tensor, scales: Tensor, k4: int, k6: int, k8: int, format: int) -> Tensor:
     return data.new_empty(placed_bytes(data.shape[0], k4, k6, k8, format, data.device))
+
+
+def _unplace_weight(
+    weight: Tensor, n: int, k4: int, k6: int, k8: int, format: int
+) -> tuple[Tensor, Tensor]:
+    layout = MixedLayout.weight_from_code(k4, k6, k8, format)
+    return weight.new_empty((n, layout.row_bytes)), weight.new_empty((n, layout.blocks))

@@ -24,6 +24,7 @@ def register() -> None:
         ("linear", linear),
         ("linears", linears),
         ("place_weight", place_weight),
+        ("unplace_weight", unplace_weight),
     ):
         _library.impl(name, function, "CompositeExplicitAutograd")
 
@@ -45,6 +46,25 @@ def place_weight(data: Tensor, scales: Tensor, k4: int, k6: int, k8: int, format
     return torch.cat((data.flatten(), scales.flatten()))
 
 
+def unplace_weight(
+    weight: Tensor, n: int, k4: int, k6: int, k8: int, format: int
+) -> tuple[Tensor, Tensor]:
+    data, scales = _rows(weight, n, mx.MixedLayout.weight_from_code(k4, k6, k8, format))
+    return data.clone(), scales.clone()
+
+
+def _rows(weight: Tensor, n: int, layout: mx.MixedLayout) -> tuple[Tensor, Tensor]:
+    """The data and scales, views, of a placed weight."""
+    sizes = (n * layout.row_bytes, n * layout.blocks)
+    if weight.shape != (sum(sizes),):
+        raise ValueError(
+            f"weight must be the flat buffer of {sum(sizes)} bytes that micromix::place_weight makes "
+            f"on {weight.device} for these arguments, got {tuple(weight.shape)}"
+        )
+    data, scales = weight.split(sizes)
+    return data.view(n, layout.row_bytes), scales.view(n, layout.blocks)
+
+
 def linear(
     data: Tensor,
     scales: Tensor,
@@ -60,23 +80,8 @@ def linear(
     _warn(data.device)
     layout = mx.MixedLayout.from_code(k4, k6, k8, format)
     weight_layout = mx.MixedLayout.weight_from_code(k4, k6, k8, format)
-    sizes = (n * weight_layout.row_bytes, n * weight_layout.blocks)
-    if weight.shape != (sum(sizes),):
-        raise ValueError(
-            f"weight must be the flat buffer of {sum(sizes)} bytes that micromix::place_weight makes "
-            f"on {data.device} for these arguments, got {tuple(weight.shape)}"
-        )
-    weight_data, weight_scales = weight.split(sizes)
-    return mx.linear(
-        data,
-        scales,
-        weight_data.view(n, weight_layout.row_bytes),
-        weight_scales.view(n, weight_layout.blocks),
-        layout,
-        weight_layout,
-        bias,
-        dtype,
-    )
+    rows = _rows(weight, n, weight_layout)
+    return mx.linear(data, scales, *rows, layout, weight_layout, bias, dtype)
 
 
 def linears(

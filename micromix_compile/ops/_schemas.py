@@ -31,4 +31,7 @@ SCHEMAS = {
         " Tensor?[] orders, int[] layouts) -> Tensor[]"
     ),
     "place_weight": ("(Tensor data, Tensor scales, int k4, int k6, int k8, int format) -> Tensor"),
+    "unplace_weight": (
+        "(Tensor weight, int n, int k4, int k6, int k8, int format) -> (Tensor data, Tensor scales)"
+    ),
 }

@@ -1,0 +1,192 @@
+"""QuantizedLinear: a linear layer that holds its weight packed, for models that are loaded quantised.
+
+It runs eagerly through the operators. Under `torch.compile(backend="micromix")` the operators in its graph are what
+`find_linears` knows a quantised layer by, so that layers which share an input share a quantise, and norms are fused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import micromix_compile.ops  # noqa: F401  (registers torch.ops.micromix)
+from micromix_compile.errors import GradientError
+from micromix_compile.mx.layout import WEIGHT_IS_MXFP4
+from micromix_compile.packing import PackedWeight
+from micromix_compile.plan import LayerPlan, LayerShape
+
+__all__ = ["QuantizedLinear", "linear_shape"]
+
+
+class QuantizedLinear(nn.Module):
+    """y = x Wᵀ + b with W packed: x `[..., K]` bf16, f16 or f32 -> `[..., N]` of the same dtype.
+
+    A state dict holds the device-neutral layout of docs/numerics.md: `weight` uint8 `[N, row bytes]`,
+    `weight_scales` uint8 `[N, Kp/32]`, `bias` if there is one, and `order` int32 `[Kp]` where `owns_order`: layers
+    that read one input have one order, which is saved with the first of them. In memory the weight is `placed`
+    (`place()`), in the one layout that the device's kernel reads, and the neutral one is gone.
+    """
+
+    def __init__(self, shape: LayerShape, plan: LayerPlan, *, owns_order: bool = True) -> None:
+        super().__init__()
+        self.in_features, self.out_features = shape.in_features, shape.out_features
+        self.transposed = shape.transposed
+        self.owns_order = owns_order and plan.order is not None
+        self._layout, self._weights, self._weight_rules = (
+            plan.layout,
+            plan.weights,
+            plan.weight_rules,
+        )
+        self._counts = (plan.layout.k4, plan.layout.k6, plan.layout.k8, plan.format_code)
+        sizes = (plan.weight_layout.row_bytes, plan.weight_layout.blocks)
+        for name, size in zip(("weight", "weight_scales"), sizes):
+            self.register_parameter(name, _bytes(torch.empty(0, size, dtype=torch.uint8)))
+        self.register_parameter("bias", None)
+        self.register_buffer("order", plan.order, persistent=False)
+        self.register_buffer("placed", None, persistent=False)
+
+    @classmethod
+    def empty(
+        cls, shape: LayerShape, plan: LayerPlan, bias: Tensor | None, *, owns_order: bool = False
+    ) -> QuantizedLinear:
+        """A layer for a loader to fill: weight and scales on the meta device.
+
+        `plan` is without an order; with `owns_order` there is an `order`, on the meta device too.
+        """
+        result = cls(shape, plan)
+        for name in ("weight", "weight_scales"):
+            size = (shape.out_features, getattr(result, name).shape[1])
+            setattr(result, name, _bytes(torch.empty(size, dtype=torch.uint8, device="meta")))
+        if owns_order:
+            result.owns_order = True
+            result.order = torch.empty(plan.layout.channels, dtype=torch.int32, device="meta")
+        if bias is not None:
+            result.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return result
+
+    @classmethod
+    def from_packed(
+        cls, packed: PackedWeight, bias: Tensor | None, transposed: bool = False, owns_order=True
+    ) -> QuantizedLinear:
+        """The layer of a packed weight `[N, row bytes]`, placed on the device of its data."""
+        shape = LayerShape(len(packed.data), packed.plan.in_features, transposed)
+        result = cls(shape, packed.plan, owns_order=owns_order)
+        result.weight, result.weight_scales = _bytes(packed.data), _bytes(packed.scales)
+        if packed.plan.order is not None:
+            result.order = packed.plan.order.to(packed.data.device)
+        if bias is not None:
+            result.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return result.place()
+
+    @property
+    def plan(self) -> LayerPlan:
+        """The layer's plan. Raises InvalidPlanError if the order that was loaded is none."""
+        order = None if self.order is None else self.order.detach().cpu()
+        return LayerPlan(self.in_features, self._layout, order, self._weights, self._weight_rules)
+
+    @property
+    def shape(self) -> LayerShape:
+        return LayerShape(self.out_features, self.in_features, self.transposed)
+
+    @property
+    def device(self) -> torch.device:
+        return (self.weight if self.placed is None else self.placed).device
+
+    def place(self) -> QuantizedLinear:
+        """Turn the loaded weight into what the device's kernel reads, and drop the loaded one; returns self."""
+        if self.placed is None:
+            with torch.inference_mode(False):
+                self.placed = self._place()
+            self.weight = self.weight_scales = None
+        return self
+
+    def packed(self) -> PackedWeight:
+        """The weight in the device-neutral layout, on the layer's device."""
+        data, scales = self._neutral()
+        return PackedWeight(data, scales, self.plan)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise GradientError(
+                reason="gradients are enabled and a quantised layer's input has one"
+            )
+        data, scales = torch.ops.micromix.quantize.default(
+            x, self.order, *self._counts[:3], self._code
+        )
+        placed = (
+            self._place() if self.placed is None else self.placed
+        )  # offloaded: placed for the call
+        return torch.ops.micromix.linear.default(
+            data, scales, placed, self.bias, self.out_features, *self._counts, x.dtype
+        )
+
+    def extra_repr(self) -> str:
+        k4, k6, k8, _ = self._counts
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, k4={k4}, k6={k6}, k8={k8}"
+        )
+
+    @property
+    def _code(self) -> int:
+        return self._counts[3] & ~WEIGHT_IS_MXFP4
+
+    def _place(self) -> Tensor:
+        return torch.ops.micromix.place_weight(self.weight, self.weight_scales, *self._counts)
+
+    def _neutral(self) -> tuple[Tensor, Tensor]:
+        if self.placed is None:
+            return self.weight.detach(), self.weight_scales.detach()
+        return torch.ops.micromix.unplace_weight(self.placed, self.out_features, *self._counts)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """A placed weight belongs to one kind of device: it travels in the neutral layout."""
+        placed = self.placed is not None
+        if placed and fn(self.placed[:0]).device == self.placed.device:
+            self.placed, kept = None, self.placed
+            super()._apply(fn, recurse)
+            self.placed = kept
+            return self
+        if placed:
+            self.weight, self.weight_scales = map(_bytes, self._neutral())
+            self.placed = None
+        super()._apply(fn, recurse)
+        return self.place() if placed and self.weight.device.type != "meta" else self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        tensors = dict(zip(("weight", "weight_scales"), self._neutral()))
+        tensors |= {"bias": self.bias, "order": self.order if self.owns_order else None}
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                destination[prefix + name] = tensor if keep_vars else tensor.detach()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata, strict, missing, *rest
+    ) -> None:
+        placed = self.placed is not None
+        if placed and prefix + "weight" in state_dict:
+            self.weight, self.weight_scales = map(_bytes, self._neutral())
+            self.placed = None
+        if prefix + "order" in state_dict:
+            state_dict = dict(state_dict)
+            order = state_dict.pop(prefix + "order")
+            self.order = order.to(self.weight.device, torch.int32)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
+        if placed:
+            self.place()
+
+
+def linear_shape(module: nn.Module) -> LayerShape | None:
+    """The shape of a float linear module: `nn.Linear`, or GPT-2's `Conv1D`; None for any other."""
+    if isinstance(module, nn.Linear):
+        return LayerShape(module.out_features, module.in_features)
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return LayerShape(module.nf, module.weight.shape[0], transposed=True)
+    return None
+
+
+def _bytes(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
