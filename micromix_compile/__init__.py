@@ -1,5 +1,6 @@
 """Mixed MXFP4 / MXFP6 / MXFP8 for the linear layers of a model: `torch.compile(model, backend="micromix")`."""
 
+from micromix_compile import integrations
 from micromix_compile.calibration import Calibration, calibrate
 from micromix_compile.errors import MicroMixError
 from micromix_compile.explain import explain
@@ -19,3 +20,5 @@ __all__ = [
     "load_statistics",
 ]
 __version__ = "0.1.0"
+
+integrations.register()

@@ -60,10 +60,11 @@ class Calibration:
 
         A batch that is a mapping is given as keyword arguments, a tuple or list as positional ones, anything else
         as the one argument; it may nest tensors in any structure. Tensors are moved to `device`, by default the
-        device of the model's first parameter.
+        device of the model's first parameter (where accelerate offloads it: the first that is on a device).
         """
         if device is None:
-            device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+            devices = (p.device for p in self.model.parameters() if p.device.type != "meta")
+            device = next(devices, torch.device("cpu"))
         total = len(batches) if isinstance(batches, Sized) else None
         with self, torch.no_grad():
             for batch in tqdm(batches, "calibrating", total=total, unit="batch", disable=None):

@@ -15,6 +15,9 @@ from functools import partial
 from typing import Any, ClassVar
 
 __all__ = [
+    "CheckpointError",
+    "CheckpointExistsError",
+    "CheckpointVersionError",
     "EmptyCalibrationError",
     "EvaluationError",
     "ExtensionError",
@@ -39,6 +42,7 @@ __all__ = [
     "StatisticsVersionError",
     "StrictError",
     "TextError",
+    "UnsavableLayerError",
 ]
 
 _LISTED = 8
@@ -77,10 +81,10 @@ class RecipeError(MicroMixError, ValueError):
 
 
 class OptionError(MicroMixError, ValueError):
-    """torch.compile was given a backend option that does not exist, or a bad value of one.
+    """An option of the backend, or of another call, does not exist or has a bad value.
     Facts: option, reason, valid (a string that lists the options)."""
 
-    template = 'Backend "micromix": option {option!r} {reason}. The options are: {valid}.'
+    template = "micromix: option {option!r} {reason}. Valid: {valid}."
 
 
 class InvalidPlanError(MicroMixError, ValueError):
@@ -206,6 +210,43 @@ class StrictError(MicroMixError):
     template = (
         "strict=True, and these layers were not lowered:{layers}\n"
         "Mend the reasons, name the layers in Recipe(skip=...), or compile without strict."
+    )
+
+
+class CheckpointError(MicroMixError, ValueError):
+    """A quantised checkpoint is incomplete, damaged, or belongs to another model. Facts: path, reason."""
+
+    template = (
+        "The checkpoint {path} cannot be used: {reason}. Nothing was loaded from it. Copy it again from "
+        "where it came from, or make it again with `micromix quantize` or micromix.save_pretrained."
+    )
+
+
+class CheckpointVersionError(MicroMixError):
+    """A quantised checkpoint has a newer format than this package reads.
+    Facts: path, version, supported."""
+
+    template = (
+        "{path} is a quantised checkpoint of version {version}; this micromix-compile reads up to "
+        "{supported}. Upgrade micromix-compile, or quantise the model again with this version."
+    )
+
+
+class CheckpointExistsError(MicroMixError, FileExistsError):
+    """A checkpoint would be written over something. Facts: path."""
+
+    template = (
+        "{path} exists and is not an empty directory; a checkpoint is never written over anything. "
+        "Give another directory, or remove this one first."
+    )
+
+
+class UnsavableLayerError(MicroMixError):
+    """The plan names layers that a quantised checkpoint has no place for. Facts: layers (a list)."""
+
+    template = (
+        "These layers cannot be saved quantised:{layers}\n"
+        "Only nn.Linear and Conv1D modules can; name the others in Recipe(skip=...), and plan again."
     )
 
 

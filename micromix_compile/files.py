@@ -1,4 +1,6 @@
-"""Reading and writing of the package's own files: safetensors with a JSON document, versioned.
+"""Reading and writing of files: every file is written atomically.
+
+The package's own are safetensors with a JSON document, versioned.
 
 The safetensors metadata holds ``{kind: version, "content": JSON text}``, where ``kind`` says what
 the file is ("micromix_plan"). Nothing is ever unpickled.
@@ -6,10 +8,11 @@ the file is ("micromix_plan"). Nothing is ever unpickled.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-__all__ = ["read_file", "write_file"]
+__all__ = ["file_digest", "read_file", "write_file", "write_tensors", "write_text"]
 
 
 def write_file(
@@ -27,16 +30,44 @@ def write_file(
 
     Raises OSError if the file cannot be written.
     """
-    metadata = {kind: str(version), "content": json.dumps(content)}
+    write_tensors(path, tensors, {kind: str(version), "content": json.dumps(content)})
+
+
+def write_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Writes a safetensors file atomically, as write_file does. Raises OSError."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    blob = safetensors.torch.save(on_cpu, metadata)
-    path = Path(path)
+
+    def write(temporary: Path) -> None:
+        try:
+            safetensors.torch.save_file(on_cpu, temporary, dict(metadata))
+        except safetensors.SafetensorError as error:  # what it makes of an OSError
+            raise OSError(f"{path} cannot be written: {error}") from error
+
+    _atomically(Path(path), write)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a UTF-8 file atomically. Raises OSError."""
+    _atomically(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file: 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _atomically(path: Path, write: Callable[[Path], object]) -> None:
     # A name of its own, in the same folder: renaming is atomic only within one file system.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            file.write(blob)
-            file.flush()
+        write(temporary)
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:

@@ -260,6 +260,14 @@ class ModelPlan(Mapping[str, LayerPlan]):
         for name, weight in found.items():
             if attached(weight) is None:
                 setattr(weight, _ATTRIBUTE, (self, name))
+        return self.attach_rest(model)
+
+    def attach_rest(self, model: nn.Module) -> ModelPlan:
+        """Marks every parameter that has no mark yet as none of the planned layers'; returns self.
+
+        For a model that was loaded quantised, whose planned layers have no float weight.
+        """
+        _count_change()
         for parameter in _named_parameters(model).values():
             if attached(parameter) is None:
                 setattr(parameter, _ATTRIBUTE, (self, None))

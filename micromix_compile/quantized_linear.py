@@ -7,6 +7,7 @@ It runs eagerly through the operators. Under `torch.compile(backend="micromix")`
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,25 +28,22 @@ class QuantizedLinear(nn.Module):
     A state dict holds the device-neutral layout of docs/numerics.md: `weight` uint8 `[N, row bytes]`,
     `weight_scales` uint8 `[N, Kp/32]`, `bias` if there is one, and `order` int32 `[Kp]` where `owns_order`: layers
     that read one input have one order, which is saved with the first of them. In memory the weight is `placed`
-    (`place()`), in the one layout that the device's kernel reads, and the neutral one is gone.
+    (`place()`), in the one layout that the device's kernel reads; the neutral one is gone, or in host memory where
+    the device is no CPU.
     """
 
     def __init__(self, shape: LayerShape, plan: LayerPlan, *, owns_order: bool = True) -> None:
         super().__init__()
         self.in_features, self.out_features = shape.in_features, shape.out_features
         self.transposed = shape.transposed
-        self.owns_order = owns_order and plan.order is not None
-        self._layout, self._weights, self._weight_rules = (
-            plan.layout,
-            plan.weights,
-            plan.weight_rules,
-        )
+        self._plan = replace(plan, order=None)
+        self._host: tuple[Tensor, Tensor] | None = None
         self._counts = (plan.layout.k4, plan.layout.k6, plan.layout.k8, plan.format_code)
         sizes = (plan.weight_layout.row_bytes, plan.weight_layout.blocks)
         for name, size in zip(("weight", "weight_scales"), sizes):
             self.register_parameter(name, _bytes(torch.empty(0, size, dtype=torch.uint8)))
         self.register_parameter("bias", None)
-        self.register_buffer("order", plan.order, persistent=False)
+        self.set_order(plan.order, owns_order and plan.order is not None)
         self.register_buffer("placed", None, persistent=False)
 
     @classmethod
@@ -54,15 +52,17 @@ class QuantizedLinear(nn.Module):
     ) -> QuantizedLinear:
         """A layer for a loader to fill: weight and scales on the meta device.
 
-        `plan` is without an order; with `owns_order` there is an `order`, on the meta device too.
+        `plan` may lack its order; with `owns_order` there is an `order`, on the meta device too. `set_order` is to
+        be called when all is loaded.
         """
         result = cls(shape, plan)
+        result.order = None
         for name in ("weight", "weight_scales"):
             size = (shape.out_features, getattr(result, name).shape[1])
             setattr(result, name, _bytes(torch.empty(size, dtype=torch.uint8, device="meta")))
         if owns_order:
-            result.owns_order = True
-            result.order = torch.empty(plan.layout.channels, dtype=torch.int32, device="meta")
+            order = torch.empty(plan.layout.channels, dtype=torch.int32, device="meta")
+            result.set_order(order, True)
         if bias is not None:
             result.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return result
@@ -75,17 +75,22 @@ class QuantizedLinear(nn.Module):
         shape = LayerShape(len(packed.data), packed.plan.in_features, transposed)
         result = cls(shape, packed.plan, owns_order=owns_order)
         result.weight, result.weight_scales = _bytes(packed.data), _bytes(packed.scales)
-        if packed.plan.order is not None:
-            result.order = packed.plan.order.to(packed.data.device)
+        result.set_order(packed.plan.order, result.owns_order)
         if bias is not None:
             result.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return result.place()
 
+    def set_order(self, order: Tensor | None, owns_order: bool) -> None:
+        """Set the channel order int32 `[Kp]`, and whether a state dict holds it under this layer's name."""
+        self.owns_order = owns_order
+        if order is not None and self.device.type != "meta":
+            order = order.to(self.device)
+        self.register_buffer("order", order, persistent=owns_order)
+
     @property
     def plan(self) -> LayerPlan:
         """The layer's plan. Raises InvalidPlanError if the order that was loaded is none."""
-        order = None if self.order is None else self.order.detach().cpu()
-        return LayerPlan(self.in_features, self._layout, order, self._weights, self._weight_rules)
+        return replace(self._plan, order=None if self.order is None else self.order.detach().cpu())
 
     @property
     def shape(self) -> LayerShape:
@@ -93,18 +98,20 @@ class QuantizedLinear(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return (self.weight if self.placed is None else self.placed).device
+        return (self.placed if self.weight is None else self.weight).device
 
     def place(self) -> QuantizedLinear:
         """Turn the loaded weight into what the device's kernel reads, and drop the loaded one; returns self."""
         if self.placed is None:
             with torch.inference_mode(False):
                 self.placed = self._place()
+            if self.placed.device.type != "cpu":  # only the CPU's layout is read back
+                self._host = (self.weight.detach().cpu(), self.weight_scales.detach().cpu())
             self.weight = self.weight_scales = None
         return self
 
     def packed(self) -> PackedWeight:
-        """The weight in the device-neutral layout, on the layer's device."""
+        """The weight in the device-neutral layout; on the CPU where it is placed."""
         data, scales = self._neutral()
         return PackedWeight(data, scales, self.plan)
 
@@ -137,9 +144,15 @@ class QuantizedLinear(nn.Module):
     def _place(self) -> Tensor:
         return torch.ops.micromix.place_weight(self.weight, self.weight_scales, *self._counts)
 
+    def _unplace(self) -> None:
+        self.weight, self.weight_scales = map(_bytes, self._neutral())
+        self.placed = self._host = None
+
     def _neutral(self) -> tuple[Tensor, Tensor]:
         if self.placed is None:
             return self.weight.detach(), self.weight_scales.detach()
+        if self._host is not None:
+            return self._host
         return torch.ops.micromix.unplace_weight(self.placed, self.out_features, *self._counts)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
@@ -151,8 +164,7 @@ class QuantizedLinear(nn.Module):
             self.placed = kept
             return self
         if placed:
-            self.weight, self.weight_scales = map(_bytes, self._neutral())
-            self.placed = None
+            self._unplace()
         super()._apply(fn, recurse)
         return self.place() if placed and self.weight.device.type != "meta" else self
 
@@ -168,8 +180,7 @@ class QuantizedLinear(nn.Module):
     ) -> None:
         placed = self.placed is not None
         if placed and prefix + "weight" in state_dict:
-            self.weight, self.weight_scales = map(_bytes, self._neutral())
-            self.placed = None
+            self._unplace()
         if prefix + "order" in state_dict:
             state_dict = dict(state_dict)
             order = state_dict.pop(prefix + "order")

@@ -1,0 +1,500 @@
+"""Quantised checkpoints: a Hugging Face directory whose planned layers are packed.
+
+The files are safetensors. A planned layer has `weight` uint8 `[N, row bytes]` and `weight_scales` uint8 `[N, Kp/32]`,
+the device-neutral layout of docs/numerics.md, in the place of its float weight; `order` int32 `[Kp]` is saved with the
+first of the layers that share an input. All else is saved as it is. `quantization_config` of config.json says which
+layers those are and how their channels are split, and holds the digest of each file.
+
+A checkpoint is written in `NAME.partial` beside its place, file by file, and gets its name when it is whole. What was
+begun from the same files and plan is continued.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from micromix_compile.allocation import uniform_plan
+from micromix_compile.errors import (
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointVersionError,
+    InvalidPlanError,
+    OptionError,
+    PlanMismatchError,
+    UnsavableLayerError,
+)
+from micromix_compile.files import file_digest, write_tensors, write_text
+from micromix_compile.mx import MixedLayout
+from micromix_compile.packing import pack_weight
+from micromix_compile.plan import LayerPlan, LayerShape, ModelPlan, attached
+from micromix_compile.quantized_linear import QuantizedLinear, linear_shape
+from micromix_compile.recipe import Recipe
+
+__all__ = ["METHOD", "Description", "linear_shapes", "save_pretrained", "verify_files"]
+
+METHOD = "micromix"
+VERSION = 1
+_PROGRESS = "progress.json"
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass
+class Description:
+    """What config.json says of a quantised checkpoint.
+
+    `groups`: plans without their orders. `layers`: name -> (number of its group, shape). `owners`: for each group the
+    layer that the order is saved with, or None where there is no order. `files`: name -> SHA-256; empty for a
+    checkpoint that transformers wrote itself.
+    """
+
+    groups: list[LayerPlan]
+    layers: dict[str, tuple[int, LayerShape]]
+    owners: list[str | None]
+    digest: str
+    recipe: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, plan: ModelPlan, names: Iterable[str]) -> Description:
+        """The description of a plan whose layers are saved in the order of `names`."""
+        number: dict[LayerPlan, int] = {}
+        groups, owners, layers = [], [], {}
+        for name in names:
+            layer = plan[name]
+            if layer not in number:
+                number[layer] = len(groups)
+                groups.append(replace(layer, order=None))
+                owners.append(None if layer.order is None else name)
+            layers[name] = (number[layer], plan.shapes[name])
+        return cls(groups, layers, owners, plan.digest, plan.recipe)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As values that JSON can hold."""
+        from micromix_compile import __version__
+
+        return {
+            "quant_method": METHOD,
+            "version": VERSION,
+            "library_version": __version__,
+            "plan_digest": self.digest,
+            "recipe": self.recipe,
+            "groups": [
+                group.to_dict() | {"order": owner} for group, owner in zip(self.groups, self.owners)
+            ],
+            "layers": {name: [group, *shape] for name, (group, shape) in self.layers.items()},
+            "files": self.files,
+        }
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any], path: str = "config.json") -> Description:
+        """The inverse of to_dict. Raises CheckpointError and CheckpointVersionError, which name `path`."""
+        try:
+            if int(facts["version"]) > VERSION:
+                raise CheckpointVersionError(path=path, version=facts["version"], supported=VERSION)
+            groups = [_group(group) for group in facts["groups"]]
+            owners = [group["order"] for group in facts["groups"]]
+            layers = {}
+            for name, (group, *shape) in facts["layers"].items():
+                layers[name] = (group, LayerShape(*shape))
+                if groups[group].in_features != layers[name][1].in_features or group < 0:
+                    raise ValueError(f"{name} does not fit its group")
+            if any(owner is not None and layers[owner][0] != i for i, owner in enumerate(owners)):
+                raise ValueError("an order belongs to another group")
+            files = {str(name): str(digest) for name, digest in (facts["files"] or {}).items()}
+            return cls(groups, layers, owners, facts["plan_digest"], dict(facts["recipe"]), files)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            reason = f"its quantization_config is damaged ({type(error).__name__}: {error})"
+            raise CheckpointError(path=path, reason=reason) from error
+
+    def owns_order(self, name: str) -> bool:
+        return self.owners[self.layers[name][0]] == name
+
+    def tensors(self) -> Iterator[tuple[str, list[int], str]]:
+        """Name, shape and safetensors dtype of everything that the planned layers must have."""
+        for name, (group, shape) in self.layers.items():
+            layout = self.groups[group].weight_layout
+            yield f"{name}.weight", [shape.out_features, layout.row_bytes], "U8"
+            yield f"{name}.weight_scales", [shape.out_features, layout.blocks], "U8"
+            if self.owns_order(name):
+                yield f"{name}.order", [layout.channels], "I32"
+
+    def plan(self, orders: Mapping[str, Tensor], path: str = "the model") -> ModelPlan:
+        """The plan, given the order of each layer that owns one. Raises CheckpointError if it is not the one saved."""
+        try:
+            groups = [
+                group if owner is None else replace(group, order=orders[owner].cpu())
+                for group, owner in zip(self.groups, self.owners)
+            ]
+            layers = {name: groups[group] for name, (group, _) in self.layers.items()}
+            plan = ModelPlan(layers, {n: s for n, (_, s) in self.layers.items()}, self.recipe)
+        except InvalidPlanError as error:
+            raise CheckpointError(
+                path=path, reason=f"a channel order is damaged ({error})"
+            ) from error
+        if plan.digest != self.digest:
+            reason = "its layers do not match the digest of the plan they were made by"
+            raise CheckpointError(path=path, reason=reason)
+        return plan
+
+
+def _group(facts: Mapping[str, Any]) -> LayerPlan:
+    return LayerPlan(
+        in_features=facts["in_features"],
+        layout=MixedLayout(*facts["counts"], facts["format6"], tuple(facts["rules"])),
+        weights=facts["weights"],
+        weight_rules=tuple(facts["weight_rules"]),
+        group=facts["group"],
+    )
+
+
+def verify_files(description: Description, files: Iterable[str | os.PathLike]) -> None:
+    """Check the files of a checkpoint before anything is loaded from them.
+
+    Each file must have its digest, and every planned layer's tensors must be there with their shapes and dtypes.
+    Raises CheckpointError.
+    """
+    found: dict[str, tuple[list[int], str]] = {}
+    files = [Path(file) for file in files]
+    missing = description.files.keys() - {file.name for file in files}
+    if missing:
+        raise CheckpointError(
+            path=files[0].parent if files else "", reason=f"{min(missing)} is missing"
+        )
+    for file in files:
+        try:
+            if description.files and file_digest(file) != description.files.get(file.name):
+                reason = "its content does not match the digest that was saved with it"
+                raise CheckpointError(path=file, reason=reason)
+            with safetensors.safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  it is no mapping
+                    tensor = opened.get_slice(name)
+                    found[name] = (list(tensor.get_shape()), tensor.get_dtype())
+        except OSError as error:
+            raise CheckpointError(path=file, reason=error.strerror or str(error)) from error
+        except safetensors.SafetensorError as error:
+            reason = f"it is truncated, or not a safetensors file ({error})"
+            raise CheckpointError(path=file, reason=reason) from error
+    for name, shape, dtype in description.tensors():
+        if found.get(name) != (shape, dtype):
+            there = f"is {found[name]}" if name in found else "is missing"
+            reason = f"{name} must be {(shape, dtype)} and {there}"
+            raise CheckpointError(path=files[0].parent if files else "", reason=reason)
+
+
+def linear_shapes(model: nn.Module) -> dict[str, LayerShape]:
+    """The float linear modules of a model, by name."""
+    shapes = ((name, linear_shape(module)) for name, module in model.named_modules())
+    return {name: shape for name, shape in shapes if shape is not None}
+
+
+def save_pretrained(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    plan: ModelPlan | Recipe | None = None,
+    *,
+    max_shard_size: int | str = "2GB",
+    tokenizer: Any = None,
+    source: str | os.PathLike | None = None,
+) -> None:
+    """Write a transformers model as a quantised checkpoint that `from_pretrained` loads.
+
+    Args:
+        model: a float model, which may be offloaded by accelerate, or one that is quantised already.
+        directory: where to; must not exist, or be empty. Nothing is there before everything is.
+        plan: which layers, and how; by default the plan that is attached to the model. A Recipe will do if it needs
+            no calibration.
+        max_shard_size: bytes of one file, or "500MB". About one file is held in memory.
+        tokenizer: saved beside the model.
+        source: the directory that the model was loaded from. What an earlier call wrote from the same source
+            with the same plan, and did not finish, is then kept.
+
+    Raises CheckpointExistsError, PlanMismatchError, UnsavableLayerError, and OSError.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise CheckpointExistsError(path=directory)
+    plan = _plan_to_save(model, plan)
+    entries = _entries(model, plan)
+    description = Description.of(plan, [e.layer for e in entries if e.layer])
+    shards = _shards(entries, _bytes_of(max_shard_size))
+    partial = directory.with_name(directory.name + ".partial")
+    fingerprint = None
+    if source is not None:
+        fingerprint = {"source": _fingerprint(source), "plan": plan.digest, "shards": len(shards)}
+    done = _begin(partial, fingerprint)
+    weight_map, total = {}, 0
+    for file, shard in tqdm(shards.items(), "writing", unit="file", disable=None):
+        names = [name for entry in shard for name in entry.sizes]
+        weight_map |= dict.fromkeys(names, file)
+        total += sum(size for entry in shard for size in entry.sizes.values())
+        if file not in done:
+            tensors: dict[str, Tensor] = {}
+            for entry in tqdm(shard, file, unit="layer", leave=False, disable=None, delay=2):
+                tensors |= entry.tensors()
+            write_tensors(partial / file, tensors, {"format": "pt"})
+            del tensors
+            done[file] = file_digest(partial / file)
+            _note_progress(partial, fingerprint, done)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_text(partial / _INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+    description.files = {file: done[file] for file in shards}
+    _write_documents(model, partial, description, plan, tokenizer)
+    (partial / _PROGRESS).unlink(missing_ok=True)
+    os.replace(partial, directory)
+
+
+def _plan_to_save(model: nn.Module, plan: ModelPlan | Recipe | None) -> ModelPlan:
+    quantised = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    if quantised:
+        own = attached(next(model.parameters()))
+        recipe = own[0].recipe if own else {}
+        result = ModelPlan(
+            {name: module.plan for name, module in quantised.items()},
+            {name: module.shape for name, module in quantised.items()},
+            recipe,
+        )
+        if isinstance(plan, ModelPlan) and plan != result:
+            raise PlanMismatchError(differences=["the model is quantised already, by another plan"])
+        return result
+    shapes = linear_shapes(model)
+    if plan is None:
+        found = next((a for p in model.parameters() if (a := attached(p))), None)
+        plan = found[0] if found else Recipe(format="mxfp8")
+        if not found:
+            import warnings
+
+            from micromix_compile.errors import NoPlanWarning
+
+            warnings.warn(NoPlanWarning(layers=len(shapes)), stacklevel=3)
+    if isinstance(plan, Recipe):
+        return uniform_plan(shapes, plan)
+    unsavable = [name for name in plan if name not in shapes and _has_weight(model, name)]
+    if unsavable:
+        raise UnsavableLayerError(layers=unsavable)
+    plan.check(shapes)
+    return plan
+
+
+def _has_weight(model: nn.Module, name: str) -> bool:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return name in parameters or f"{name}.weight" in parameters
+
+
+@dataclass(eq=False)
+class _Entry:
+    """Tensors that are made together: those of a planned layer, or one that is saved as it is."""
+
+    sizes: dict[str, int]
+    tensors: Callable[[], dict[str, Tensor]]
+    layer: str = ""
+
+
+def _entries(model: nn.Module, plan: ModelPlan) -> list[_Entry]:
+    """Everything of a model that is saved, in the order of its modules."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    left_out = {name for name in tied if name.removesuffix(".weight") not in plan}
+    left_out.update(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    entries, owned = [], set()
+    for prefix, module in model.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        own = {
+            name: tensor
+            for name, tensor in [*module._parameters.items(), *module._buffers.items()]
+            if tensor is not None
+            and name not in module._non_persistent_buffers_set
+            and dot + name not in left_out
+        }
+        if prefix in plan:
+            layer = plan[prefix]
+            owner = layer.order is not None and layer not in owned
+            owned.add(layer)
+            entries.append(_layer_entry(module, prefix, layer, plan.shapes[prefix], owner))
+            own = {}
+        for name, tensor in own.items():
+            entries.append(_float_entry(module, dot, name, tensor))
+    return entries
+
+
+def _layer_entry(
+    module: nn.Module, name: str, plan: LayerPlan, shape: LayerShape, owner: bool
+) -> _Entry:
+    layout = plan.weight_layout
+    n = shape.out_features
+    sizes = {f"{name}.weight": n * layout.row_bytes, f"{name}.weight_scales": n * layout.blocks}
+    if owner:
+        sizes[f"{name}.order"] = 4 * layout.channels
+    if module.bias is not None:
+        sizes[f"{name}.bias"] = module.bias.nbytes
+
+    def tensors() -> dict[str, Tensor]:
+        with _loaded(module):
+            if isinstance(module, QuantizedLinear):
+                packed = module.packed()
+            else:
+                packed = pack_weight(module.weight, plan, shape.transposed)
+            result = {f"{name}.weight": packed.data, f"{name}.weight_scales": packed.scales}
+            if owner:
+                result[f"{name}.order"] = plan.order
+            if module.bias is not None:
+                result[f"{name}.bias"] = module.bias.detach()
+            return {key: _own_memory(tensor) for key, tensor in result.items()}
+
+    return _Entry(sizes, tensors, name)
+
+
+def _float_entry(module: nn.Module, dot: str, name: str, tensor: Tensor) -> _Entry:
+    def tensors() -> dict[str, Tensor]:
+        with _loaded(module):
+            return {dot + name: _own_memory(getattr(module, name).detach())}
+
+    return _Entry({dot + name: tensor.nbytes}, tensors)
+
+
+def _own_memory(tensor: Tensor) -> Tensor:
+    """Contiguous on the CPU, and no view of a larger tensor."""
+    tensor = tensor.cpu()
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _loaded(module: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """The module's own tensors are there within it, if accelerate offloaded them."""
+    if not hasattr(module, "_hf_hook"):
+        return contextlib.nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)
+
+
+def _shards(entries: list[_Entry], limit: int) -> dict[str, list[_Entry]]:
+    """File name -> what goes into it. The same model and limit always give the same files."""
+    shards: list[list[_Entry]] = []
+    room = 0
+    for entry in entries:
+        size = sum(entry.sizes.values())
+        if not shards or size > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(entry)
+        room -= size
+    if len(shards) < 2:
+        return {_WEIGHTS: shards[0] if shards else []}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": s for i, s in enumerate(shards, 1)}
+
+
+def _bytes_of(size: int | str) -> int:
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    text = str(size).upper().strip()
+    number, unit = (text[:-2], units[text[-2:]]) if text[-2:] in units else (text, 1)
+    try:
+        result = int(float(number) * unit)
+    except ValueError:
+        result = 0
+    if result < 1:
+        raise OptionError(
+            option="max_shard_size", reason=f"cannot be {size!r}", valid='bytes, or as in "500MB"'
+        )
+    return result
+
+
+def _fingerprint(source: str | os.PathLike) -> list[list[Any]]:
+    """What changes when the files of a directory change."""
+    files = sorted(path for path in Path(source).iterdir() if path.is_file())
+    return [[p.name, (stat := p.stat()).st_size, stat.st_mtime_ns] for p in files]
+
+
+def _begin(partial: Path, fingerprint: Any) -> dict[str, str]:
+    """The files that were finished before, with their digests, of the same source and plan; all else is removed."""
+    done: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        progress = json.loads((partial / _PROGRESS).read_text(encoding="utf-8"))
+        if fingerprint is not None and progress["fingerprint"] == fingerprint:
+            done = {
+                file: digest
+                for file, digest in progress["files"].items()
+                if Path(file).name == file and file_digest(partial / file) == digest
+            }
+    if partial.is_dir():
+        for path in partial.iterdir():
+            if path.name not in done:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    partial.mkdir(parents=True, exist_ok=True)
+    _note_progress(partial, fingerprint, done)
+    return done
+
+
+def _note_progress(partial: Path, fingerprint: Any, done: dict[str, str]) -> None:
+    write_text(partial / _PROGRESS, json.dumps({"fingerprint": fingerprint, "files": done}))
+
+
+def _write_documents(
+    model: nn.Module, partial: Path, description: Description, plan: ModelPlan, tokenizer: Any
+) -> None:
+    import copy
+
+    config = copy.deepcopy(model.config)
+    config.quantization_config = description.to_dict()
+    config.architectures = [type(model).__name__]
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    if any(name.removesuffix(".weight") in plan for name in tied):
+        config.tie_word_embeddings = False  # the head has a weight of its own now
+    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
+    config.dtype = next(dtypes, torch.get_default_dtype())
+    config.save_pretrained(partial)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(partial)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
+    write_text(partial / "README.md", model_card(model.config, plan))
+
+
+def model_card(config: Any, plan: ModelPlan) -> str:
+    """The README.md of a checkpoint, in the form that the Hugging Face hub reads."""
+    rows = plan.summary()
+    channels = sum(row["K"] * row["N"] for row in rows)
+    share = {
+        name: sum(row[k] * row["N"] for row in rows) / channels if channels else 0.0
+        for name, k in (("MXFP4", "k4"), ("MXFP6", "k6"), ("MXFP8", "k8"))
+    }
+    name = str(getattr(config, "name_or_path", "") or "")
+    # A path of this machine says nothing to a reader; "owner/name" does.
+    base = name if name.count("/") == 1 and not Path(name).exists() else ""
+    header = ["library_name: transformers", "tags:", "- micromix", "- mxfp4", "- mxfp6", "- mxfp8"]
+    if base:
+        header += [f"base_model: {base}", "base_model_relation: quantized"]
+    shares = ", ".join(f"{name} {part:.0%}" for name, part in share.items())
+    return f"""---
+{chr(10).join(header)}
+---
+
+# {base or getattr(config, "model_type", "model")}, mixed MXFP4 / MXFP6 / MXFP8
+
+{len(rows)} linear layers are packed at {plan.weight_bits:.2f} bits per weight, scales counted ({shares} of the weights).
+All other tensors are as they were.
+
+```python
+import micromix_compile  # makes the format known to transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this/repository")
+model.compile(backend="micromix")  # adds the fusions; the model runs without it too
+```
+
+Without `import micromix_compile` transformers cannot load this checkpoint.
+"""

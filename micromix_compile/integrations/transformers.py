@@ -1,0 +1,175 @@
+"""The quantisation method "micromix" of transformers: `from_pretrained` of quantised checkpoints, and of float ones.
+
+Importing this module, which `import micromix_compile` does, makes the method known to transformers.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from micromix_compile.allocation import uniform_plan
+from micromix_compile.checkpoint import METHOD, Description, linear_shapes, verify_files
+from micromix_compile.errors import CheckpointError, OptionError
+from micromix_compile.packing import pack_weight
+from micromix_compile.plan import ModelPlan, load_plan
+from micromix_compile.quantized_linear import QuantizedLinear, linear_shape
+from micromix_compile.recipe import Recipe
+
+__all__ = ["MicroMixConfig", "MicroMixQuantizer"]
+
+
+@register_quantization_config(METHOD)
+class MicroMixConfig(QuantizationConfigMixin):
+    """What `from_pretrained(..., quantization_config=)` takes to quantise a float checkpoint while it is loaded.
+
+    Args:
+        plan: a ModelPlan, or the path of a saved one.
+        recipe: instead of a plan, a Recipe that needs no calibration; MXFP8 by default.
+        facts: what config.json of a quantised checkpoint holds; not for users.
+    """
+
+    def __init__(
+        self,
+        plan: ModelPlan | str | os.PathLike | None = None,
+        recipe: Recipe | dict | None = None,
+        **facts: Any,
+    ) -> None:
+        self.quant_method = METHOD
+        facts.pop("quant_method", None)
+        self.description = None
+        if facts:
+            self.description = Description.from_dict({**facts, "recipe": recipe or {}})
+            return
+        if plan is not None and recipe is not None:
+            raise OptionError(
+                option="recipe", reason="cannot be given beside a plan", valid="plan, recipe"
+            )
+        self.plan = plan if plan is None or isinstance(plan, ModelPlan) else load_plan(plan)
+        self.recipe = recipe or Recipe(format="mxfp8")
+
+    def to_dict(self) -> dict[str, Any]:
+        if self.description is not None:
+            return self.description.to_dict()
+        return {"quant_method": METHOD}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    def plan_for(self, model: nn.Module) -> ModelPlan:
+        """The plan of a float model. Raises PlanMismatchError or RecipeError."""
+        shapes = linear_shapes(model)
+        if self.plan is None:
+            return uniform_plan(shapes, self.recipe)
+        self.plan.check(shapes)
+        return self.plan
+
+
+@register_quantizer(METHOD)
+class MicroMixQuantizer(HfQuantizer):
+    """Puts QuantizedLinear modules into a model on the meta device, and fills them as the files are read."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        config = self.quantization_config
+        if not self.pre_quantized:
+            self.plan = config.plan_for(model)
+            for name, layer in self.plan.items():
+                module = model.get_submodule(name)
+                shape = self.plan.shapes[name]
+                model.set_submodule(name, QuantizedLinear.empty(shape, layer, module.bias))
+            _untie(model, self.plan)
+            return
+        description = config.description
+        self.path = model.config.name_or_path
+        verify_files(description, checkpoint_files or [])
+        for name, (group, shape) in description.layers.items():
+            module = _submodule(model, name)
+            found = None if module is None else linear_shape(module)
+            if found != shape:
+                has = "no such linear layer" if found is None else str(found)
+                reason = f"it has a layer {name} with {shape}, the model has {has}"
+                raise CheckpointError(path=self.path, reason=reason)
+            empty = QuantizedLinear.empty(
+                shape,
+                description.groups[group],
+                module.bias,
+                owns_order=description.owns_order(name),
+            )
+            model.set_submodule(name, empty)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        config = self.quantization_config
+        if self.pre_quantized:
+            orders = {o: model.get_submodule(o).order for o in config.description.owners if o}
+            self.plan = config.description.plan(orders, self.path)
+        else:
+            config.description = Description.of(self.plan, self.plan)
+        for name, layer in self.plan.items():
+            module = model.get_submodule(name)
+            module.set_order(layer.order, config.description.owns_order(name))
+            if module.weight.device.type != "meta":  # else accelerate keeps it on disk
+                module.place()
+        model.requires_grad_(False)
+        self.plan.attach_rest(model)
+        return model
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
+        name, _, tensor = param_name.rpartition(".")
+        module = _submodule(model, name)
+        return not self.pre_quantized and isinstance(module, QuantizedLinear) and tensor == "weight"
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(self.plan)
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+        # transformers is about to write files of its own, whose digests nobody knows yet.
+        self.quantization_config.description.files = {}
+        return None, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class _Quantize(ConversionOps):
+    """One float weight, as it comes from the file, into the packed weight of its layer."""
+
+    def __init__(self, plan: ModelPlan) -> None:
+        self.plan = plan
+
+    def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, Tensor]:
+        ((key, weight),) = input_dict.items()
+        weight = weight[0] if isinstance(weight, list) else weight
+        name = key.removesuffix(".weight")
+        packed = pack_weight(weight, self.plan[name], self.plan.shapes[name].transposed)
+        return {key: packed.data, f"{name}.weight_scales": packed.scales}
+
+
+def _untie(model: nn.Module, plan: ModelPlan) -> None:
+    """A planned output head that was tied to the embedding has a weight of its own."""
+    tied = {n for n in model.all_tied_weights_keys if n.removesuffix(".weight") in plan}
+    for name in tied:
+        del model.all_tied_weights_keys[name]
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
