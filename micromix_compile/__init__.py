@@ -2,6 +2,7 @@
 
 from micromix_compile import integrations
 from micromix_compile.calibration import Calibration, calibrate
+from micromix_compile.checkpoint import save_pretrained
 from micromix_compile.errors import MicroMixError
 from micromix_compile.explain import explain
 from micromix_compile.plan import LayerPlan, ModelPlan, load_plan
@@ -18,6 +19,7 @@ __all__ = [
     "explain",
     "load_plan",
     "load_statistics",
+    "save_pretrained",
 ]
 __version__ = "0.1.0"
 

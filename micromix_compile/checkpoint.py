@@ -189,6 +189,11 @@ def verify_files(description: Description, files: Iterable[str | os.PathLike]) -
         except safetensors.SafetensorError as error:
             reason = f"it is truncated, or not a safetensors file ({error})"
             raise CheckpointError(path=file, reason=reason) from error
+    for name in found:
+        layer, _, kind = name.rpartition(".")
+        if kind == "weight_scales" and layer not in description.layers:
+            reason = f"{layer} is packed there, and its quantization_config does not have it"
+            raise CheckpointError(path=files[0].parent, reason=reason)
     for name, shape, dtype in description.tensors():
         if found.get(name) != (shape, dtype):
             there = f"is {found[name]}" if name in found else "is missing"

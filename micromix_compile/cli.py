@@ -1,4 +1,4 @@
-"""The command line: `micromix calibrate | plan | eval | demo | env`.
+"""The command line: `micromix calibrate | plan | quantize | eval | demo | env`.
 
 Exit codes: 0 done, 1 the task failed (one line on stderr says why and what to do), 2 wrong usage, 130 interrupted.
 """
@@ -85,6 +85,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--output", type=Path, required=True, metavar="FILE", help="write it here")
 
+    quantize = command(
+        "quantize", _quantize, "write a model as a quantised checkpoint that transformers loads",
+        _text_flags(), recipe,
+    )  # fmt: skip
+    quantize.add_argument("model", metavar="IN", help="Hugging Face directory, or smollm2")
+    quantize.add_argument("output", type=Path, metavar="OUT", help="a directory that is not there")
+    quantize.add_argument(
+        "--plan", type=Path, metavar="FILE",
+        help="a plan instead of a recipe (default: calibrate, and write OUT.plan.safetensors)",
+    )  # fmt: skip
+    quantize.add_argument(
+        "--max-shard-size", default="2GB", metavar="SIZE",
+        help="of one file; about one is held in memory (default: %(default)s)",
+    )  # fmt: skip
+    quantize.add_argument(
+        "--offload", action="store_true",
+        help="keep the float weights on disk: for a model that is larger than memory",
+    )  # fmt: skip
+
     evaluate = command(
         "eval", _eval, "perplexity of a model as it is, and under plans or single formats", model
     )
@@ -116,10 +135,17 @@ def _positive(text: str) -> int:
 
 
 def _model_flags() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(add_help=False, parents=[_text_flags()])
+    flags.add_argument(
+        "--model", required=True, metavar="DIR|smollm2", help="Hugging Face directory, or smollm2"
+    )
+    return flags
+
+
+def _text_flags() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(add_help=False)
     group = flags.add_argument_group("model and text")
     add = group.add_argument
-    add("--model", required=True, metavar="DIR|smollm2", help="Hugging Face directory, or smollm2")
     add("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     add("--device", default="cpu", help="where the model runs, e.g. cuda (default: %(default)s)")
     add("--samples", type=_positive, default=32, help="windows of text, at most (default: 32)")
@@ -205,6 +231,61 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         _save_plan(
             calibration.plan(recipe), arguments.output or Path(f"{name}.micromix.safetensors")
         )
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+    import tempfile
+    import time
+
+    import torch
+
+    from micromix_compile.checkpoint import save_pretrained
+    from micromix_compile.errors import OptionError
+    from micromix_compile.models import load
+    from micromix_compile.plan import load_plan
+    from micromix_compile.recipe import Recipe
+
+    recipe = _recipe(arguments)
+    plan = load_plan(arguments.plan) if arguments.plan else None
+    if plan is not None and recipe != Recipe():
+        reason = "cannot be given beside flags of a recipe"
+        raise OptionError(option="--plan", reason=reason, valid="a plan file, or a recipe")
+    with tempfile.TemporaryDirectory(prefix="micromix-offload-") as folder:
+        start = time.monotonic()
+        offload = Path(folder) if arguments.offload else None
+        model, tokenizer = load(arguments.model, getattr(torch, arguments.dtype), offload)
+        if not arguments.offload:
+            model.to(arguments.device)
+        if plan is None:
+            plan = recipe if recipe.method == "format" else _calibrated(model, tokenizer, arguments)
+        source = Path(arguments.model)
+        save_pretrained(
+            model, arguments.output, plan, tokenizer=tokenizer,
+            max_shard_size=arguments.max_shard_size, source=source if source.is_dir() else None,
+        )  # fmt: skip
+    size = sum(path.stat().st_size for path in arguments.output.glob("*.safetensors"))
+    seconds = time.monotonic() - start
+    print(f"{arguments.output}: {size / 1e6:,.1f} MB of weights, in {seconds:.0f} s")
+
+
+def _calibrated(model, tokenizer, arguments: argparse.Namespace):
+    """The plan of a model, from OUT.plan.safetensors where an earlier run was stopped after calibrating."""
+    import micromix_compile as micromix
+    from micromix_compile.models import builtin_text, halves, read_text, token_windows
+
+    path = arguments.output.with_name(arguments.output.name + ".plan.safetensors")
+    recipe = _recipe(arguments)
+    if path.exists():
+        plan = micromix.load_plan(path)
+        if plan.recipe == recipe.to_dict():
+            print(f"plan: {path}, from an earlier run; remove it to calibrate again")
+            return plan
+    text = read_text(arguments.text) if arguments.text else halves(builtin_text())[0]
+    windows = token_windows(tokenizer, text, arguments.seqlen, arguments.samples)
+    batches = [{"input_ids": window[None]} for window in windows]
+    plan = micromix.calibrate(model).run(batches).plan(recipe)
+    _save_plan(plan, path)
+    return plan
 
 
 def _plan(arguments: argparse.Namespace) -> None:

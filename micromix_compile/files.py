@@ -40,10 +40,13 @@ def write_tensors(
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     def write(temporary: Path) -> None:
+        temporary.touch()  # the errors of the file system, and its permissions for a new file
+        mode = temporary.stat().st_mode
         try:
             safetensors.torch.save_file(on_cpu, temporary, dict(metadata))
         except safetensors.SafetensorError as error:  # what it makes of an OSError
             raise OSError(f"{path} cannot be written: {error}") from error
+        temporary.chmod(mode)
 
     _atomically(Path(path), write)
 

@@ -175,17 +175,11 @@ class QuantizedLinear(nn.Module):
             if tensor is not None:
                 destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata, strict, missing, *rest
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         placed = self.placed is not None
         if placed and prefix + "weight" in state_dict:
             self._unplace()
-        if prefix + "order" in state_dict:
-            state_dict = dict(state_dict)
-            order = state_dict.pop(prefix + "order")
-            self.order = order.to(self.weight.device, torch.int32)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
         if placed:
             self.place()
 

@@ -1,0 +1,448 @@
+"""Quantised checkpoints: what is saved is what is loaded, bit for bit, or a clear error."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from architectures import build
+from tiny_llama import save_tiny
+from transformers import AutoModelForCausalLM
+
+import micromix_compile as micromix
+from micromix_compile import Recipe, calibrate, explain, save_pretrained
+from micromix_compile.cli import main
+from micromix_compile.errors import (
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointVersionError,
+    GradientError,
+    MicroMixError,
+    PlanMismatchError,
+    UnsavableLayerError,
+)
+from micromix_compile.integrations.transformers import MicroMixConfig
+from micromix_compile.packing import pack_weight
+from micromix_compile.plan import LayerShape, ModelPlan
+from micromix_compile.quantized_linear import QuantizedLinear
+
+MIX = Recipe(split=(0.5, 0.25, 0.25))
+SHARD = 40_000  # bytes: the tiny model makes several files
+
+
+def load(directory, **options):
+    return AutoModelForCausalLM.from_pretrained(directory, **options)
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def ids():
+    torch.manual_seed(1)
+    return torch.randint(3, 128, (2, 16))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def plan(source, ids):
+    return calibrate(load(source)).run([ids]).plan(MIX)
+
+
+@pytest.fixture(scope="module")
+def saved(source, plan, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("saved") / "model"
+    save_pretrained(load(source), directory, plan, max_shard_size=SHARD)
+    return directory
+
+
+def lowered(model, plan, ids):
+    """The logits of the float model under the backend, without Inductor: the arithmetic that is to be kept."""
+    plan.attach(model)
+    return logits(torch.compile(model, backend="micromix", options={"inductor": False}), ids)
+
+
+def test_what_is_loaded_computes_what_the_compiled_model_computes(source, saved, plan, ids):
+    model = load(saved)
+    assert torch.equal(logits(model, ids), lowered(load(source), plan, ids))
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    assert len(layers) == len(plan) == 14
+    assert {n: m.plan for n, m in model.named_modules() if n in plan} == dict(plan)
+    assert all(m.weight is None for m in layers), "the weights are there once, placed"
+
+
+def test_the_files_hold_the_packed_layout_and_nothing_twice(source, saved, plan):
+    files = sorted(saved.glob("*.safetensors"))
+    assert len(files) > 2
+    tensors = {k: v for file in files for k, v in safetensors.torch.load_file(file).items()}
+    float_model = load(source)
+    for name, layer in plan.items():
+        packed = pack_weight(float_model.get_submodule(name).weight, layer)
+        assert torch.equal(tensors[f"{name}.weight"], packed.data)
+        assert torch.equal(tensors[f"{name}.weight_scales"], packed.scales)
+    orders = [name for name in tensors if name.endswith(".order")]
+    assert len(orders) == len(set(plan.values()))
+    packed_bytes = sum(row["weight_bytes"] for row in plan.summary())
+    rest = sum(v.nbytes for k, v in float_model.state_dict().items() if k[:-7] not in plan)
+    order_bytes = sum(tensors[name].nbytes for name in orders)
+    assert sum(v.nbytes for v in tensors.values()) == packed_bytes + rest + order_bytes
+
+
+def test_saving_again_gives_the_same_files(saved, tmp_path):
+    save_pretrained(load(saved), tmp_path / "again", max_shard_size=SHARD)
+    assert contents(tmp_path / "again") == contents(saved)
+
+
+def test_transformers_own_save_pretrained(saved, ids, tmp_path):
+    model = load(saved)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again"), ids), logits(model, ids))
+
+
+def test_quantising_while_loading(source, saved, plan, ids, tmp_path):
+    expected = logits(load(saved), ids)
+    plan.save(tmp_path / "plan.safetensors")
+    for given in (plan, tmp_path / "plan.safetensors"):
+        model = load(source, quantization_config=MicroMixConfig(plan=given))
+        assert torch.equal(logits(model, ids), expected)
+    save_pretrained(model, tmp_path / "again", max_shard_size=SHARD)
+    assert contents(tmp_path / "again") == contents(saved)
+    model = load(source, quantization_config=MicroMixConfig(recipe=Recipe(format="mxfp4")))
+    assert {m.plan.layout.k8 for m in model.modules() if isinstance(m, QuantizedLinear)} == {0}
+
+
+def test_offloaded_models_are_saved_and_loaded(source, saved, plan, ids, tmp_path):
+    disk = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "offload"}
+    save_pretrained(load(source, **disk), tmp_path / "model", plan, max_shard_size=SHARD)
+    assert contents(tmp_path / "model") == contents(saved)
+    assert torch.equal(logits(load(saved, **disk), ids), logits(load(saved), ids))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "qwen2"])
+def test_other_architectures(name, ids, tmp_path):
+    """Conv1D weights, biases, tied heads."""
+    build(name).save_pretrained(tmp_path / "float")
+    model = load(tmp_path / "float")
+    plan = calibrate(model).run([ids]).plan(Recipe(split=(0.5, 0.25, 0.25), include_lm_head=True))
+    save_pretrained(model, tmp_path / "model", plan)
+    loaded = load(tmp_path / "model")
+    assert torch.equal(logits(loaded, ids), lowered(model, plan, ids))
+    assert isinstance(loaded.get_output_embeddings(), QuantizedLinear)
+
+
+def test_compiling_adds_the_fusions(source, saved, plan, ids):
+    model = load(saved)
+    expected = logits(model, ids)
+    compiled = torch.compile(model, backend="micromix", options={"inductor": False, "strict": True})
+    assert torch.equal(logits(compiled, ids), expected)
+    assert explain(compiled).passes["micromix::quantize"] == 4 * 2
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="micromix", options={"strict": True})
+    fused = logits(compiled, ids)
+    passes = explain(compiled).passes
+    assert passes["rms_norm"] + passes["add_rms_norm"] == 2 * 2 and passes["silu_mul"] == 2
+    layer = explain(compiled).layers["model.layers.1.mlp.down_proj"]
+    assert layer.fused_with == "silu_mul" and layer.bytes_after == layer.bytes_before
+    torch.compiler.reset()
+    plan.attach(float_model := load(source))
+    assert torch.equal(fused, logits(torch.compile(float_model, backend="micromix"), ids))
+
+
+def test_the_layers_that_were_left_alone_stay_so(source, ids, tmp_path):
+    model = load(source)
+    plan = calibrate(model).run([ids]).plan(Recipe(format="mxfp6", skip=("*.o_proj",)))
+    save_pretrained(model, tmp_path / "model", plan)
+    loaded = load(tmp_path / "model")
+    compiled = torch.compile(loaded, backend="micromix", options={"inductor": False})
+    assert torch.equal(logits(compiled, ids), logits(loaded, ids))
+    reasons = {n: r.reason for n, r in explain(compiled).layers.items() if r.reason}
+    assert len(reasons) == 3 and set(reasons.values()) == {"the recipe skips it"}
+
+
+def test_generate_and_gradients(saved, ids):
+    model = load(saved)
+    assert model.generate(ids[:1], max_new_tokens=4, min_new_tokens=4).shape == (1, 20)
+    layer = model.model.layers[0].mlp.up_proj
+    with pytest.raises(GradientError):
+        layer(torch.randn(1, 64, requires_grad=True))
+
+
+def test_devices_and_state_dicts(saved, ids):
+    model = load(saved)
+    expected = logits(model, ids)
+    state = model.state_dict()
+    other = load(saved)
+    for p in other.parameters():
+        p.data.zero_()
+    for m in other.modules():
+        if isinstance(m, QuantizedLinear):
+            m.placed[64:].zero_()
+    assert not other.load_state_dict(state).missing_keys
+    assert torch.equal(logits(other, ids), expected)
+    assert torch.equal(logits(copy.deepcopy(model.to("cpu")), ids), expected)
+    layer = model.model.layers[0].mlp.up_proj
+    packed = layer.packed()
+    layer.to("meta")
+    assert layer.placed is None and layer.weight.shape == packed.data.shape
+
+
+def test_without_the_package_transformers_refuses(saved):
+    program = f"import transformers as t; t.AutoModelForCausalLM.from_pretrained({str(saved)!r})"
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 1 and "size" in run.stderr
+
+
+def test_nothing_is_written_over(source, saved, plan, tmp_path):
+    before = contents(saved)
+    with pytest.raises(CheckpointExistsError, match="never written over"):
+        save_pretrained(load(source), saved, plan)
+    assert contents(saved) == before
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointExistsError):
+        save_pretrained(load(source), tmp_path / "file", plan)
+
+
+def test_plans_that_do_not_fit(source, plan, tmp_path):
+    wider = {n: LayerShape(s.out_features + 1, s.in_features) for n, s in plan.shapes.items()}
+    with pytest.raises(PlanMismatchError):
+        save_pretrained(load(source), tmp_path / "m", ModelPlan(plan, wider, plan.recipe))
+    layer = micromix.LayerPlan(64, plan["model.layers.0.mlp.up_proj"].layout)
+    embedding = ModelPlan({"model.embed_tokens": layer}, {"model.embed_tokens": (256, 64)})
+    with pytest.raises(UnsavableLayerError, match="embed_tokens"):
+        save_pretrained(load(source), tmp_path / "m", embedding)
+    assert not (tmp_path / "m").exists() and not (tmp_path / "m.partial").exists()
+
+
+# --- damaged and hostile checkpoints
+
+
+def copy_of(directory: Path, target: Path) -> Path:
+    target.mkdir()
+    for name, data in contents(directory).items():
+        (target / name).write_bytes(data)
+    return target
+
+
+def edit(directory: Path, change, digests: bool = True) -> None:
+    """Change the quantization_config of a checkpoint; without digests, as somebody who forges them would."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    change(config["quantization_config"])
+    if not digests:
+        config["quantization_config"]["files"] = {}
+    path.write_text(json.dumps(config))
+
+
+LAYER = "model.layers.0.mlp.up_proj"
+FORGERIES = {
+    "counts overflow": lambda q: q["groups"][0].update(counts=[2**62, 2**62, 2**62]),
+    "counts are negative": lambda q: q["groups"][0].update(counts=[-32, 64, 32]),
+    "counts are text": lambda q: q["groups"][0].update(counts="abc"),
+    "counts of another split": lambda q: q["groups"][0].update(counts=[64, 0, 0]),
+    "N is huge": lambda q: q["layers"].update({LAYER: [2, 2**60, 64, False]}),
+    "K of another layer": lambda q: q["layers"].update({LAYER: [3, 96, 96, False]}),
+    "a group that is not there": lambda q: q["layers"].update({LAYER: [99, 96, 64, False]}),
+    "a negative group": lambda q: q["layers"].update({LAYER: [-1, 96, 64, False]}),
+    "a layer that is not there": lambda q: q["layers"].update({"no.such": [2, 96, 64, False]}),
+    "a path as a name": lambda q: q["layers"].update({"../../etc/passwd": [2, 96, 64, False]}),
+    "a layer without a name": lambda q: q["layers"].update({"": [2, 96, 64, False]}),
+    "a layer left out": lambda q: q["layers"].pop(LAYER),
+    "an order's owner changed": lambda q: q["groups"][0].update(order=LAYER),
+    "an unknown format": lambda q: q["groups"][0].update(format6="e9m9"),
+    "an unknown rule": lambda q: q["groups"][0].update(rules=["odd", "odd", "odd"]),
+    "another rule": lambda q: q["groups"][0].update(rules=["floor", "floor", "floor"]),
+    "no groups": lambda q: q.pop("groups"),
+    "no version": lambda q: q.pop("version"),
+    "a version that is text": lambda q: q.update(version="new"),
+    "layers are a list": lambda q: q.update(layers=[]),
+    "another digest": lambda q: q.update(plan_digest="0" * 64),
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+@pytest.mark.parametrize("digests", [True, False])
+def test_forged_descriptions(name, digests, saved, tmp_path):
+    directory = copy_of(saved, tmp_path / "forged")
+    edit(directory, FORGERIES[name], digests)
+    with pytest.raises(MicroMixError) as caught:
+        load(directory)
+    assert isinstance(caught.value, CheckpointError), caught.value
+
+
+def test_a_newer_version(saved, tmp_path):
+    directory = copy_of(saved, tmp_path / "newer")
+    edit(directory, lambda q: q.update(version=99))
+    with pytest.raises(CheckpointVersionError, match="Upgrade"):
+        load(directory)
+
+
+def damaged(data: bytes, kind: str, chance: random.Random) -> bytes:
+    header = 8 + int.from_bytes(data[:8], "little")
+    if kind == "truncated":
+        return data[: chance.randrange(len(data))]
+    at = {"header": chance.randrange(header), "length": chance.randrange(8)}.get(
+        kind, chance.randrange(header, len(data))
+    )
+    return data[:at] + bytes([data[at] ^ (1 << chance.randrange(8))]) + data[at + 1 :]
+
+
+@pytest.mark.parametrize("kind", ["truncated", "header", "length", "body"])
+def test_damaged_files(kind, saved, tmp_path):
+    """A digest finds every one of them before anything is loaded."""
+    chance = random.Random(kind)
+    files = sorted(saved.glob("*.safetensors"))
+    directory = copy_of(saved, tmp_path / "damaged")
+    for _ in range(20):
+        file = directory / chance.choice(files).name
+        whole = file.read_bytes()
+        file.write_bytes(damaged(whole, kind, chance))
+        with pytest.raises(CheckpointError, match="digest"):
+            load(directory)
+        file.write_bytes(whole)
+    load(directory)
+
+
+@pytest.mark.parametrize("change", ["missing", "shape", "dtype", "order"])
+def test_wrong_tensors_without_digests(change, saved, tmp_path):
+    directory = copy_of(saved, tmp_path / "wrong")
+    edit(directory, lambda q: None, digests=False)
+    index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    owner = "model.layers.0.self_attn.q_proj"
+    key = f"{owner}.order" if change == "order" else f"{LAYER}.weight"
+    file = directory / index[key]
+    tensors = safetensors.torch.load_file(file)
+    if change == "missing":
+        del tensors[key]
+    elif change == "shape":
+        tensors[key] = tensors[key][:, :-1].contiguous()
+    elif change == "dtype":
+        tensors[key] = tensors[key].to(torch.int8)
+    else:
+        tensors[key][0] = 1 << 20
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(CheckpointError):
+        load(directory)
+
+
+def test_a_missing_file(saved, tmp_path):
+    directory = copy_of(saved, tmp_path / "missing")
+    sorted(directory.glob("*.safetensors"))[1].unlink()
+    with pytest.raises((CheckpointError, OSError), match="00002"):
+        load(directory)
+
+
+# --- stopped half-way
+
+KILLED = """
+    import hashlib, os, random, shutil, signal, sys, time
+    from pathlib import Path
+    import torch
+    torch.set_num_threads(1)
+    from transformers import AutoModelForCausalLM
+    from micromix_compile import load_plan, save_pretrained
+    source, work, resumes = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "resumes"
+    plan = load_plan(work / "plan.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(source)
+
+    def save(target):
+        save_pretrained(model, target, plan, max_shard_size=20_000, source=source if resumes else None)
+
+    def state(directory):
+        return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir()}
+
+    save(work / "warm")
+    start = time.perf_counter()
+    save(work / "whole")
+    seconds = time.perf_counter() - start
+    whole = state(work / "whole")
+    chance, finished, continued = random.Random(0), 0, 0
+    for i in range(20):
+        target = work / f"killed{i}"
+        child = os.fork()
+        if child == 0:
+            try:
+                save(target)
+            finally:
+                os._exit(0)
+        time.sleep(seconds * (i + chance.random()) / 20)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if target.exists():
+            assert state(target) == whole, "a name is given to a whole checkpoint only"
+            finished += 1
+            continue
+        partial = target.with_name(target.name + ".partial")
+        before = {p.name: p.stat().st_mtime_ns for p in partial.glob("*.safetensors")} if partial.exists() else {}
+        save(target)
+        assert state(target) == whole and not partial.exists()
+        kept = [n for n, t in before.items() if (target / n).stat().st_mtime_ns == t]
+        continued += bool(kept)
+    print(finished, continued)
+"""
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_kill_9_at_20_points(resumes, source, plan, tmp_path):
+    plan.save(tmp_path / "plan.safetensors")
+    arguments = [str(source), str(tmp_path), "resumes" if resumes else "begins anew"]
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLED), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    finished, continued = map(int, run.stdout.split())
+    assert finished < 15
+    assert (continued > 2) == resumes
+
+
+def test_another_plan_begins_anew(source, plan, tmp_path):
+    partial = tmp_path / "model.partial"
+    partial.mkdir()
+    (partial / "progress.json").write_text(
+        '{"fingerprint": {"plan": "other"}, "files": {"../x": ""}}'
+    )
+    (partial / "model-00001-of-00002.safetensors").write_bytes(b"of another plan")
+    save_pretrained(load(source), tmp_path / "model", plan, source=source)
+    names = {path.name for path in (tmp_path / "model").glob("model*")}
+    assert names == {"model.safetensors"}
+
+
+def test_the_command(source, ids, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ["--samples", "2", "--seqlen", "64", "--split", "0.5", "0.25", "0.25"]
+    assert main(["quantize", str(source), str(out), *flags, "--offload"]) == 0
+    assert "MB of weights" in capsys.readouterr().out
+    plan = micromix.load_plan(tmp_path / "out.plan.safetensors")
+    expected = load(source, quantization_config=MicroMixConfig(plan=plan))
+    assert torch.equal(logits(load(out), ids), logits(expected, ids))
+    assert (out / "tokenizer.json").exists()
+    assert main(["quantize", str(source), str(out), *flags]) == 1
+    assert "never written over" in capsys.readouterr().err
+    other = str(tmp_path / "other")
+    assert main(["quantize", str(source), other, *flags]) == 0
+    arguments = ["--plan", str(tmp_path / "out.plan.safetensors")]
+    assert main(["quantize", str(source), str(tmp_path / "third"), *arguments]) == 0
+    assert contents(tmp_path / "other") == contents(tmp_path / "third")
+    assert main(["quantize", str(source), str(tmp_path / "x"), *arguments, *flags]) == 1
