@@ -48,6 +48,13 @@ def test_every_row_count(isa, m):
     Operands(m, 48, MixedLayout(128, 64, 64)).check()
 
 
+@pytest.mark.parametrize("n", [1024, 1040, 1000])
+def test_results_larger_than_caches(isa, n):
+    """From 1 MB on whole lines are written past the caches; n = 1040 and 1000 end within a panel pair, or a line."""
+    bias = rows(1, n, torch.float32, seed=9)[0]
+    Operands(610, n, MixedLayout(32, 32, 32)).check(torch.bfloat16, bias)
+
+
 @pytest.mark.parametrize("n", [1, 7, 15, 16, 17, 33, 64, 100])
 @pytest.mark.parametrize("m", [1, 2, 5, 19, 40])
 def test_every_column_tail(isa, m, n):
