@@ -10,7 +10,8 @@ get_filename_component(CUDA_ROOT ${CUDA_ROOT}/../.. ABSOLUTE)
 find_library(CUDART_STATIC libcudart_static.a REQUIRED NO_DEFAULT_PATH
   PATHS ${CUDA_ROOT} PATH_SUFFIXES lib64 lib targets/x86_64-linux/lib targets/sbsa-linux/lib)
 
-set(NVCC_FLAGS -std=c++20 -O3 --expt-relaxed-constexpr -lineinfo -Xcompiler=-fPIC,-fvisibility=hidden,-Wall)
+set(NVCC_FLAGS -std=c++20 -O3 --expt-relaxed-constexpr -lineinfo 
+  -Xcompiler=-fPIC,-fvisibility=hidden,-Wall)
 foreach(architecture ${MICROMIX_CUDA_ARCHITECTURES})
   if(architecture MATCHES "[af]$")
     list(APPEND NVCC_FLAGS -gencode arch=compute_${architecture},code=sm_${architecture})
@@ -19,8 +20,11 @@ foreach(architecture ${MICROMIX_CUDA_ARCHITECTURES})
       arch=compute_${architecture},code=[sm_${architecture},compute_${architecture}])
   endif()
 endforeach()
-if(CUTLASS_INCLUDE)
-  list(APPEND NVCC_FLAGS -isystem ${CUTLASS_INCLUDE})
+if(MICROMIX_CUDA_ARCHITECTURES MATCHES "12[0-9]a")
+  if(NOT CUTLASS_INCLUDE)
+    message(FATAL_ERROR "sm_120a and sm_121a need CuTe's headers: pip install --no-deps nvidia-cutlass")
+  endif()
+  list(APPEND NVCC_FLAGS -DMICROMIX_NATIVE_ATOMS -isystem ${CUTLASS_INCLUDE})
 endif()
 
 file(GLOB CUDA_SOURCES CONFIGURE_DEPENDS csrc/cuda/*.cu csrc/cutlass/*.cu)

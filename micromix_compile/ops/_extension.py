@@ -10,7 +10,7 @@ import torch
 
 from micromix_compile.errors import ExtensionError
 
-from ._schemas import NAMESPACE, SCHEMAS
+from ._schemas import EMULATED, NAMESPACE, SCHEMAS
 
 ABI = 2
 """What this Python code expects of the library: MICROMIX_ABI of csrc/abi.h."""
@@ -128,16 +128,45 @@ def set_cpu_isa(name: str) -> str:
     return torch.ops.micromix.set_cpu_isa(name)
 
 
-def kernel_name(device: torch.device | str) -> str:
-    """What runs the operators on a device: "cpu_amx", "cpu_avx512", ..., or "reference"."""
+def blackwell_kernel(device: torch.device | str, format: int = 0) -> str:
+    """Which form of the Blackwell linear a CUDA device runs for a format code.
+
+    "native" where the device has its instructions, "emulated" where the code says EMULATED and the
+    device can, else "": the reference.
+    """
+    device = torch.device(device)
+    if device.type != "cuda" or not _cuda_info:
+        return ""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    atoms = torch.ops.micromix.cuda_atoms(index)
+    wanted = atoms == "native" or (atoms == "emulated" and format & EMULATED)
+    return atoms if wanted else ""
+
+
+def kernel_name(device: torch.device | str, format: int = 0) -> str:
+    """What runs the linear layers on a device: "cpu_amx", "cpu_avx512", ..., "cuda_sm120",
+    "mx_emulated" (where the format code says EMULATED), or "reference"."""
     device = torch.device(device)
     if device.type == "cpu" and loaded():
         return f"cpu_{cpu_isa()}"
-    return "reference"
+    atoms = blackwell_kernel(device, format)
+    if atoms == "native":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"cuda_sm{major}{minor}"
+    return "mx_emulated" if atoms else "reference"
 
 
 def why_reference(device: torch.device) -> str:
     """Why a device has no kernel, for the warning."""
+    if device.type == "cuda":
+        if not _cuda_info:
+            return "the CUDA kernels were not built (`make cuda` does it)"
+        major, minor = torch.cuda.get_device_capability(device)
+        return (
+            f"a GPU of compute capability {major}.{minor} has no matrix instructions with block scales, "
+            'and the Blackwell kernel runs there in software only if options={"kernel": "mx_emulated"} '
+            "asks for it"
+        )
     if device.type != "cpu":
         return f"this build has no kernels for {device.type}"
     if os.environ.get("MICROMIX_CPU_ISA"):

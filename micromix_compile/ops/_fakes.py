@@ -6,13 +6,18 @@ import torch
 from torch import Tensor
 
 from micromix_compile.mx import MixedLayout
+from micromix_compile.mx.scales import BLOCK
 
-from ._extension import loaded
-from ._schemas import NAMESPACE
+from ._extension import blackwell_kernel, loaded
+from ._schemas import EMULATED, NAMESPACE
 
 # The placed layout of the CPU kernels: csrc/cpu/placed.h.
 _LINE = 64
 _TILE_ROWS = 16
+
+# That of the Blackwell kernel: csrc/cutlass/placed.h.
+_PANEL_ROWS = 8
+_SCALE_WORD = 4
 
 
 def register() -> None:
@@ -30,7 +35,11 @@ def placed_bytes(
     n: int, k4: int, k6: int, k8: int, format: int, device: torch.device | str = "cpu"
 ) -> int:
     """The bytes of the buffer that ``place_weight`` of a device makes for a weight with ``n`` rows."""
+    emulated, format = format & EMULATED, format & ~EMULATED
     layout = MixedLayout.weight_from_code(k4, k6, k8, format)
+    if blackwell_kernel(device, emulated):
+        words = sum(-(-k // (BLOCK * _SCALE_WORD)) for k in (k4, k6, k8))
+        return -(-n // _PANEL_ROWS) * _PANEL_ROWS * (layout.row_bytes + words * _SCALE_WORD)
     if torch.device(device).type != "cpu" or not loaded():
         return n * (layout.row_bytes + layout.blocks)
     panels = (n + _TILE_ROWS - 1) // _TILE_ROWS

@@ -11,9 +11,9 @@ from micromix_compile import mx
 from micromix_compile.errors import ReferenceKernelWarning
 
 from ._extension import why_reference
-from ._schemas import NAMESPACE
+from ._schemas import NAMESPACE, SCHEMAS
 
-_library = torch.library.Library(NAMESPACE, "IMPL")
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _warned: set[str] = set()
 
 
@@ -27,6 +27,10 @@ def register() -> None:
         ("unplace_weight", unplace_weight),
     ):
         _library.impl(name, function, "CompositeExplicitAutograd")
+    # The reference by names of its own: a device's kernels call it for what they do not do.
+    for name, function in (("linear", linear), ("place_weight", place_weight)):
+        _library.define(f"{name}_reference{SCHEMAS[name]}")
+        _library.impl(f"{name}_reference", function, "CompositeExplicitAutograd")
 
 
 def quantize(

@@ -322,3 +322,10 @@ def test_opcheck(weights):
         for b in (None, bias):
             arguments_ = (data, scales, placed, b, 20, *counts, torch.bfloat16)
             torch.library.opcheck(linear.default, arguments_)
+
+
+def test_the_emulation_of_blackwell_is_not_for_the_cpu():
+    layout = MixedLayout(64, 32, 32)
+    data, scales = mx.quantize(rows(3, 128, torch.float32), layout)
+    with pytest.raises((RuntimeError, ValueError), match="not a format code"):
+        place(data, scales, 64, 32, 32, layout.code | ops.EMULATED)

@@ -1,0 +1,10 @@
+#include "launch_linear.h"
+
+namespace micromix::blackwell {
+
+cudaError_t launch_e3m2(TileId tile, const LinearArguments& arguments, int column_tiles,
+                        cudaStream_t stream) {
+  return launch_linear<Formats<Element::kE3M2, false>>(tile, arguments, column_tiles, stream);
+}
+
+}  // namespace micromix::blackwell
