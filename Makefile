@@ -13,7 +13,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(PIP_ARGS)
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) $(wildcard CMakeLists.txt setup.py pyproject.toml)
 
-.PHONY: install demo test cuda test-gpu lint format clean
+.PHONY: install demo test cuda check-sass test-gpu lint format clean
 .DELETE_ON_ERROR:
 
 install: $(STAMPS)/built
@@ -26,6 +26,10 @@ test: install $(STAMPS)/test
 
 # The CUDA kernels, with the compiler from PyPI; needs no GPU. CUDACXX and MICROMIX_CUDA_ARCHITECTURES: see setup.py.
 cuda: $(STAMPS)/cuda-built
+
+# Asserts what the compiler made of the kernels; WRITE=1 writes docs/sass.md anew.
+check-sass: cuda
+	$(BIN)/python tools/check_sass.py $(if $(WRITE),--write)
 
 test-gpu: cuda $(STAMPS)/test
 	$(BIN)/python -m pytest -m gpu $(TEST_ARGS)

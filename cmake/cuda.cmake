@@ -10,7 +10,7 @@ get_filename_component(CUDA_ROOT ${CUDA_ROOT}/../.. ABSOLUTE)
 find_library(CUDART_STATIC libcudart_static.a REQUIRED NO_DEFAULT_PATH
   PATHS ${CUDA_ROOT} PATH_SUFFIXES lib64 lib targets/x86_64-linux/lib targets/sbsa-linux/lib)
 
-set(NVCC_FLAGS -std=c++20 -O3 --expt-relaxed-constexpr -lineinfo 
+set(NVCC_FLAGS -std=c++20 -O3 --expt-relaxed-constexpr
   -Xcompiler=-fPIC,-fvisibility=hidden,-Wall)
 foreach(architecture ${MICROMIX_CUDA_ARCHITECTURES})
   if(architecture MATCHES "[af]$")
