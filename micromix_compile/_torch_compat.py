@@ -7,6 +7,7 @@ import from `torch._dynamo`, `torch._inductor`, `torch._guards` or `torch._funct
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -118,14 +119,38 @@ def guard_value(node: fx.Node) -> None:
     _guard(node, "EQUALS_MATCH")
 
 
-def _guard(node: fx.Node, kind: str) -> None:
-    context = torch._guards.TracingContext.try_get()
+def guard_attribute(node: fx.Node, tensor: torch.Tensor, name: str) -> None:
+    """Make Dynamo compile anew when a Python attribute of the tensor behind a placeholder has another value, comes or goes.
+
+    HASATTR takes the attribute as an argument on torch 2.13; where it does not, it reads it from the source. Tried
+    on torch 2.13.
+    """
+    from torch._dynamo.guards import GuardBuilder
+    from torch._dynamo.source import AttrSource
+
     source = getattr(node, "_dynamo_source", None)
-    if context is None or source is None:
+    if source is None:
         return
+    if hasattr(tensor, name):
+        _add_guard(AttrSource(source, name), GuardBuilder.EQUALS_MATCH)
+    elif "attr" in inspect.signature(GuardBuilder.HASATTR).parameters:
+        _add_guard(source, functools.partial(GuardBuilder.HASATTR, attr=name))
+    else:
+        _add_guard(AttrSource(source, name), GuardBuilder.HASATTR)
+
+
+def _guard(node: fx.Node, kind: str) -> None:
     from torch._dynamo.guards import GuardBuilder
 
-    context.guards_context.dynamo_guards.add(source.make_guard(getattr(GuardBuilder, kind)))
+    source = getattr(node, "_dynamo_source", None)
+    if source is not None:
+        _add_guard(source, getattr(GuardBuilder, kind))
+
+
+def _add_guard(source: Any, kind: Callable) -> None:
+    context = torch._guards.TracingContext.try_get()
+    if context is not None:
+        context.guards_context.dynamo_guards.add(source.make_guard(kind))
 
 
 def inductor(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,27 +20,27 @@ from micromix_compile.errors import (
     MicroMixError,
     NoPlanWarning,
     OptionError,
-    PlanChangedError,
     PlanMismatchError,
     StrictError,
 )
 from micromix_compile.explain import GraphReport, LayerReport, record
 from micromix_compile.ops import kernel_name
-from micromix_compile.packing import OrderedBias, PlacedWeight, placed_weight, state
+from micromix_compile.packing import OrderedBias, PlacedWeight, placed_weight
 from micromix_compile.passes.contiguous_cats import contiguous_cats
 from micromix_compile.passes.find_linears import Linear, find_linears
-from micromix_compile.passes.fold_order import fold_orders
+from micromix_compile.passes.fold_order import Folds, fold_orders
 from micromix_compile.passes.lower_linears import Lowering, lower_linears, unsupported
 from micromix_compile.passes.specialise_floats import specialise_floats
 from micromix_compile.plan import (
+    STRUCTURE,
     LayerPlan,
     LayerShape,
     ModelPlan,
     attached,
-    attachment_changes,
     load_plan,
 )
 from micromix_compile.recipe import Recipe
+from micromix_compile.regions import Placed, Region, Slot
 
 
 @dataclass(frozen=True)
@@ -129,12 +130,13 @@ def _compile(
     linears = find_linears(gm, example_inputs)
     if any(linear.reason is None for linear in linears):
         _check_inference(gm, example_inputs)
-    lowerings = _pack(gm, example_inputs, _choose(linears, options, report), options)
+    chosen = _choose(linears, options, report)
+    folds = fold_orders(gm.graph, {linear: plan for linear, _, plan, _ in chosen})
+    lowerings = _pack(gm, example_inputs, chosen, folds, options)
     runner = _Runner(gm, list(example_inputs), report)
-    if options.plan is None and options.recipe is None:
-        runner.follow_plan(linears)
+    _guard_plans(linears, options)
     if lowerings:
-        _lower(runner, lowerings)
+        _lower(runner, lowerings, folds, options)
     runner.compile(options)
     record(report, [linear.parameter for linear in linears if linear.parameter is not None])
     return runner.call
@@ -239,13 +241,13 @@ def _checked(plan: ModelPlan, name: str, shape: LayerShape) -> LayerPlan:
 
 
 def _pack(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], chosen, options: Options
+    gm: fx.GraphModule, example_inputs: Sequence[Any], chosen, folds: Folds, options: Options
 ) -> list[Lowering]:
     """Pack the weights, each once; with `release_weights`, free each float weight as soon as it is packed."""
     lowerings = []
-    folds = fold_orders(gm.graph, {linear: plan for linear, _, plan, _ in chosen})
     value = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs))
     uses = Counter(linear.weight for linear, *_ in chosen)
+    names = {linear: name for linear, name, *_ in chosen}
     for linear, name, plan, row in tqdm(
         chosen, "packing weights", delay=2, leave=False, disable=None
     ):
@@ -258,7 +260,7 @@ def _pack(
             bias = OrderedBias(value[linear.bias], rows)
         order = None if linear in folds.into else plan.order
         lowerings.append(Lowering(name, linear, plan, weight, order, bias))
-        row.folded_into = [producer.name for producer in folds.into.get(linear, ())]
+        row.folded_into = [names[producer] for producer in folds.into.get(linear, ())]
         uses[linear.weight] -= 1
         if options.release_weights and weight is not None and not uses[linear.weight]:
             row.released = _release(linear, chosen, weight)
@@ -297,11 +299,19 @@ def _check_inference(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
                 raise GradientError(reason="the model is in training mode (its dropout is on)")
 
 
+def _guard_plans(linears: list[Linear], options: Options) -> None:
+    """Another plan attached to the layers, or none any more, is another compilation where it is another structure."""
+    if options.plan is None and options.recipe is None:
+        for linear in linears:
+            if linear.parameter is not None and linear.quantised is None:
+                compat.guard_attribute(linear.weight, linear.parameter, STRUCTURE)
+
+
 class _Runner:
     """A graph to run, and how the arguments of Dynamo's graph become its own.
 
-    `kept` are the positions of the arguments that are passed on; `packed` follow them. `watched` are the
-    positions of the float weights whose packed form is used instead, in the order of `weights`.
+    `kept` are the positions of the arguments that are passed on; packed tensors follow them. `region` knows how
+    to make these from the float weights among the arguments, at the positions `watched`.
     """
 
     def __init__(self, gm: fx.GraphModule, inputs: list[Any], report: GraphReport) -> None:
@@ -309,35 +319,13 @@ class _Runner:
         self.inputs = inputs
         self.report = report
         self.kept = list(range(len(inputs)))
-        self.packed: list[torch.Tensor] = []
-        self.watched: list[int] = []
-        self.weights: list[PlacedWeight | OrderedBias] = []
-        self.marks: dict[int, Any] = {}
-        self.changes = attachment_changes()
-
-    def follow_plan(self, linears: list[Linear]) -> None:
-        """Remember the plan that is attached to the layers: another one is another compilation."""
-        position = {node: i for i, node in enumerate(self.gm.graph.find_nodes(op="placeholder"))}
-        for linear in linears:
-            if (
-                linear.quantised is None
-                and linear.parameter is not None
-                and linear.weight in position
-            ):
-                self.marks[position[linear.weight]] = (linear.name, attached(linear.parameter))
-
-    def _check_plan(self, arguments: Sequence[Any]) -> None:
-        for i, (name, mark) in self.marks.items():
-            if attached(arguments[i]) != mark:
-                raise PlanChangedError(layer=name)
-        self.changes = attachment_changes()
+        self.region = Region()
 
     def compile(self, options: Options) -> None:
         self.run = self.gm.forward
         if options.inductor:
             settings = {**compat.inductor_mode_options(options.mode), **options.settings}
             self._compile_with_inductor(settings, options.strict)
-        self.states = [weight.state for weight in self.weights]
         # Nothing of the compilation stays alive with the compiled function: not the fake tensors, not the graph.
         del self.gm, self.inputs
 
@@ -355,34 +343,18 @@ class _Runner:
             raise StrictError(layers=layers)
 
     def call(self, *arguments: Any) -> Any:
-        if self.changes != attachment_changes():
-            self._check_plan(arguments)
-        parameters = [arguments[i] for i in self.watched]
-        if [state(parameter) for parameter in parameters] != self.states:
-            for weight, parameter in zip(self.weights, parameters):
-                weight.refresh(parameter)
-            self.states = [weight.state for weight in self.weights]
-        return self.run(*[arguments[i] for i in self.kept], *self.packed)
+        packed = self.region.tensors(arguments, self.report)
+        return self.run(*[arguments[i] for i in self.kept], *packed)
 
 
-def _lower(runner: _Runner, lowerings: list[Lowering]) -> None:
+def _lower(runner: _Runner, lowerings: list[Lowering], folds: Folds, options: Options) -> None:
     """Rewrite the runner's graph, with the packed weights as new inputs in place of the float ones."""
     graph = runner.gm.graph
     placeholders = list(graph.find_nodes(op="placeholder"))
+    position = {node: i for i, node in enumerate(placeholders)}
+    values = list(runner.inputs)
     constants = specialise_floats(graph, runner.inputs, compat.guard_value)
-    floats = {}
-    for lowering in lowerings:
-        if lowering.weight is not None and lowering.linear.weight.op == "placeholder":
-            compat.guard_identity(lowering.linear.weight)
-            floats[lowering.linear.weight] = None
-            runner.watched.append(placeholders.index(lowering.linear.weight))
-            runner.weights.append(lowering.weight)
-        if lowering.bias is not None:
-            compat.guard_identity(lowering.linear.bias)
-            floats[lowering.linear.bias] = None
-            runner.watched.append(placeholders.index(lowering.linear.bias))
-            runner.weights.append(lowering.bias)
-
+    packed: list[torch.Tensor] = []
     last = placeholders[-1] if placeholders else next(iter(graph.nodes)).prev
 
     def add_constant(name: str, tensor: torch.Tensor) -> fx.Node:
@@ -391,7 +363,7 @@ def _lower(runner: _Runner, lowerings: list[Lowering]) -> None:
             last = graph.placeholder(f"micromix_{name}")
         last.meta["example_value"] = compat.static_fake(tensor)
         compat.mark_static_input(last)
-        runner.packed.append(tensor)
+        packed.append(tensor)
         runner.inputs.append(last.meta["example_value"])
         return last
 
@@ -399,6 +371,7 @@ def _lower(runner: _Runner, lowerings: list[Lowering]) -> None:
         products = [[lowering.name for lowering in product] for product in quantised.products]
         runner.report.add_products(quantised.number, products)
 
+    floats = _region(runner, lowerings, folds, options, position, values, packed)
     # A weight or a float that nothing reads any more is no input of the lowered graph.
     floats |= dict.fromkeys(constants)
     unread = {i for i, node in enumerate(placeholders) if node in floats and not node.users}
@@ -408,3 +381,56 @@ def _lower(runner: _Runner, lowerings: list[Lowering]) -> None:
         graph.erase_node(placeholders[i])
     graph.lint()
     runner.gm.recompile()
+
+
+def _region(
+    runner: _Runner,
+    lowerings: list[Lowering],
+    folds: Folds,
+    options: Options,
+    position: Mapping[fx.Node, int],
+    values: list[Any],
+    packed: list[torch.Tensor],
+) -> dict[fx.Node, None]:
+    """Give the runner its region, and the graph the guards that it needs; returns the float parameters' nodes."""
+    own = [x for x in lowerings if x.weight is not None and x.linear.weight in position]
+    number = {lowering.linear: i for i, lowering in enumerate(own)}
+    slots = [
+        Slot(
+            lowering.name,
+            lowering.plan,
+            lowering.linear.transposed,
+            position[lowering.linear.weight],
+            None if lowering.bias is None else position[lowering.linear.bias],
+            number.get(folds.consumers.get(lowering.linear)),
+            lowering.weight.released,
+        )
+        for lowering in own
+    ]
+    kinds: dict[int, tuple[str, int]] = {}  # by the packed tensor's identity
+    for i, lowering in enumerate(own):
+        kinds.setdefault(id(lowering.weight.buffer), ("weight", i))
+        if lowering.bias is not None:
+            kinds.setdefault(id(lowering.bias.buffer), ("bias", i))
+        if lowering.order is not None:
+            kinds.setdefault(id(lowering.order), ("order", i))
+    found = [kinds.get(id(tensor)) for tensor in packed]
+    nodes = [lowering.linear.weight for lowering in own]
+    nodes += [lowering.linear.bias for lowering in own if lowering.bias is not None]
+    held = [lowering.weight for lowering in own]
+    held += [lowering.bias for lowering in own if lowering.bias is not None]
+    # A plan given as an option knows layers by name, which a call does not bring; the addresses of a
+    # CUDA graph's tensors are fixed.
+    shareable = options.plan is None and None not in found and not _uses_cuda_graphs(options)
+    if not shareable:
+        for node in nodes:
+            compat.guard_identity(node)
+        found = []
+    first = Placed([weakref.ref(values[position[node]]) for node in nodes], held, packed)
+    runner.region = Region(slots, found, first)
+    return dict.fromkeys(nodes)
+
+
+def _uses_cuda_graphs(options: Options) -> bool:
+    settings = {**compat.inductor_mode_options(options.mode), **options.settings}
+    return bool(settings.get("triton.cudagraphs"))

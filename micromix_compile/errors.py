@@ -30,7 +30,6 @@ __all__ = [
     "NoPlanWarning",
     "NonFiniteCalibrationError",
     "OptionError",
-    "PlanChangedError",
     "PlanFileError",
     "PlanMismatchError",
     "PlanVersionError",
@@ -172,15 +171,6 @@ class NonFiniteCalibrationError(MicroMixError):
         "The input of {layer} holds NaN or Inf, so no channel order can be made from it. "
         "Look for an overflow before this layer (float16 models: try bfloat16), "
         "or for bad values in the calibration batch."
-    )
-
-
-class PlanChangedError(MicroMixError):
-    """A plan was attached to, or taken off, a model that was compiled before. Facts: layer."""
-
-    template = (
-        "The plan of {layer} changed after the model was compiled. Call torch.compiler.reset(), "
-        "and the compiled model follows the new plan at its next call."
     )
 
 

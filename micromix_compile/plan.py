@@ -27,6 +27,7 @@ __all__ = ["LayerPlan", "LayerShape", "ModelPlan", "attached", "detach", "find_w
 _KIND = "micromix_plan"
 _VERSION = 1
 _ATTRIBUTE = "_micromix_plan"
+STRUCTURE = "_micromix_structure"  # beside it; see ModelPlan._structures
 
 
 class LayerShape(NamedTuple):
@@ -260,6 +261,7 @@ class ModelPlan(Mapping[str, LayerPlan]):
         for name, weight in found.items():
             if attached(weight) is None:
                 setattr(weight, _ATTRIBUTE, (self, name))
+                setattr(weight, STRUCTURE, self._structures[name])
         return self.attach_rest(model)
 
     def attach_rest(self, model: nn.Module) -> ModelPlan:
@@ -271,7 +273,29 @@ class ModelPlan(Mapping[str, LayerPlan]):
         for parameter in _named_parameters(model).values():
             if attached(parameter) is None:
                 setattr(parameter, _ATTRIBUTE, (self, None))
+                setattr(parameter, STRUCTURE, "left alone")
         return self
+
+    @cached_property
+    def _structures(self) -> dict[str, str]:
+        """Of each layer all that a compiled graph has as constants; equal parts of a model have equal ones.
+
+        The layout, the kind of channel order, and which layers have the same plan, by the ends of their names.
+        """
+        sharing: dict[LayerPlan, list[str]] = {}
+        for name, layer in self.items():
+            sharing.setdefault(layer, []).append(name)
+        structures = {}
+        for layer, names in sharing.items():
+            start = os.path.commonprefix([name.rpartition(".")[0] + "." for name in names])
+            ends = [name[start.rindex(".") + 1 :] for name in names] if "." in start else names
+            order = "none"
+            if layer.order is not None:
+                order = "padded" if (layer.order[: layer.in_features] < 0).any() else "plain"
+            layout = layer.layout
+            facts = [layout.k4, layout.k6, layout.k8, layer.format_code, layer.in_features, order]
+            structures |= dict.fromkeys(names, json.dumps([*facts, sorted(ends)]))
+        return structures
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the plan as safetensors, atomically. Raises OSError if that fails."""
@@ -335,6 +359,7 @@ def detach(model: nn.Module) -> None:
     for parameter in model.parameters():
         if attached(parameter) is not None:
             delattr(parameter, _ATTRIBUTE)
+            delattr(parameter, STRUCTURE)
 
 
 _changes = 0

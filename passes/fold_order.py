@@ -39,10 +39,12 @@ _SHAPE_READS = {"size", "dim", "numel"}
 class Folds:
     """What can be folded: row orders (int64) of producers, and the consumers whose order is gone.
 
-    `into` names, for each consumer, the layers that took its order.
+    `into` names, for each consumer, the layers that took its order; `consumers` the consumer (the first of those
+    that share an input) of each producer.
     """
 
     rows: dict[Linear, torch.Tensor] = field(default_factory=dict)
+    consumers: dict[Linear, Linear] = field(default_factory=dict)
     into: dict[Linear, list[Linear]] = field(default_factory=dict)
 
 
@@ -73,12 +75,18 @@ def fold_orders(graph: fx.Graph, plans: Mapping[Linear, LayerPlan]) -> Folds:
             for producer in producers
         ):
             continue
-        order = plan.order[:k].to(torch.int64)
         for producer in producers:
-            parts = producer.out_features // k
-            folds.rows[producer] = torch.cat([order + part * k for part in range(parts)])
+            folds.rows[producer] = row_order(plan, producer.out_features)
+            folds.consumers[producer] = group[0]
         folds.into |= {linear: list(producers) for linear in group}
     return folds
+
+
+def row_order(plan: LayerPlan, out_features: int) -> torch.Tensor:
+    """The order int64 `[out_features]` of the rows of a producer, which holds the channels of `plan` once or more."""
+    order = plan.order[: plan.in_features].to(torch.int64)
+    parts = out_features // plan.in_features
+    return torch.cat([order + part * plan.in_features for part in range(parts)])
 
 
 def _producers(group: list[Linear], of_node: Mapping[fx.Node, Linear]) -> list[Linear] | None:

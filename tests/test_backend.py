@@ -17,7 +17,6 @@ from micromix_compile.errors import (
     GradientError,
     NoPlanWarning,
     OptionError,
-    PlanChangedError,
     PlanFileError,
     PlanMismatchError,
     ReleasedWeightError,
@@ -460,42 +459,150 @@ def test_explain_forgets_what_a_reset_threw_away(block):
     assert explain(block).graphs == 0
 
 
-def test_a_plan_attached_later_is_not_mixed_up_with_the_first(block):
+def test_a_plan_attached_later_is_followed(block):
     x = torch.randn(4, 96)
     planned(block, x).attach(block)
     first, compiled = run(block, x)
-    planned(block, x, recipe=Recipe(split=(1, 0, 0))).attach(block)
+    other = planned(block, x, recipe=Recipe(split=(1, 0, 0))).attach(block)
     with torch.no_grad():
-        with pytest.raises(PlanChangedError, match="reset"):
-            compiled(x)
-        torch.compiler.reset()
         second = compiled(x)
-    assert not torch.equal(first, second)
-    planned(Block().eval(), x).attach(Block())
-    with torch.no_grad():
+        assert explain(compiled).graphs == 2
+        assert torch.equal(second, run(block, x, plan=other)[0])
+        assert not torch.equal(first, second)
+        planned(Block().eval(), x).attach(Block())
         assert torch.equal(second, compiled(x)), "another model's plan is no concern of this one"
 
 
-def test_a_graph_is_never_run_with_another_layers_weights():
-    """After a graph break Dynamo compiles the layer's frame, and would run it for every equal layer."""
+def test_a_plan_of_the_same_structure_needs_no_other_graph(block):
+    x = torch.randn(4, 96)
+    planned(block, x).attach(block)
+    first, compiled = run(block, x)
+    other = planned(block, x * torch.rand(96) * 9).attach(block)
+    with torch.no_grad():
+        second = compiled(x)
+    assert explain(compiled).graphs == 1
+    assert torch.equal(second, run(block, x, plan=other)[0])
+    assert not torch.equal(first, second)
 
-    class Stack(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList(Block() for _ in range(3))
 
-        def forward(self, x):
-            for layer in self.layers:
-                x = layer(x)
-                torch._dynamo.graph_break()
-            return x
+@pytest.mark.filterwarnings("error::micromix_compile.errors.NoPlanWarning")
+def test_a_plan_attached_after_a_compilation_without_one_is_followed(block):
+    x = torch.randn(4, 96)
+    with pytest.warns(NoPlanWarning):
+        _, compiled = run(block, x)
+    plan = planned(block, x).attach(block)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), run(block, x, plan=plan)[0])
 
-    model, x = Stack().eval(), torch.randn(4, 96)
-    plan = planned(model, x).attach(model)
-    y, compiled = run(model, x, strict=True)
-    assert sorted(explain(compiled).layers) == sorted(plan)
+
+class Stack(nn.Module):
+    """Equal blocks, more of them than Dynamo would compile one code object for; a graph break after each."""
+
+    DEPTH = 12
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(bias=bias) for _ in range(self.DEPTH))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + 3 * layer(x)
+            torch._dynamo.graph_break()
+        return x
+
+
+@pytest.fixture
+def stack():
+    return Stack().eval()
+
+
+def assert_like_reference(y, model, plan, x):
     reference = reference_model(model, plan)(x)
     assert (y - reference).norm() <= 0.1 * (reference - model(x)).norm()
+
+
+def test_equal_parts_compiled_one_by_one_share_one_graph_with_their_own_weights(stack):
+    x = torch.randn(4, 96)
+    plan = planned(stack, x).attach(stack)
+    eager = copy.deepcopy(stack)
+    before = packings()
+    for layer in stack.layers:
+        layer.compile(backend="micromix", options={**QUICK, "strict": True})
+    with torch.no_grad():
+        y = stack(x)
+        assert torch.equal(y, stack(x))
+    explanation = explain(stack)
+    assert explanation.graphs == 1
+    assert packings() - before == len(plan)
+    assert sorted(explanation.layers) == sorted(plan)
+    assert explanation.layers["layers.7.gate"].merged_with == ["layers.7.up"]
+    folded = explanation.layers["layers.7.down"].folded_into
+    assert sorted(folded) == ["layers.7.gate", "layers.7.up"]
+    assert_like_reference(y, eager, plan, x)
+
+
+def test_parts_between_graph_breaks_share_one_graph_with_their_own_weights(stack):
+    """After a graph break Dynamo compiles the layer's frame, and runs it for every equal layer."""
+    x = torch.randn(4, 96)
+    plan = planned(stack, x).attach(stack)
+    y, compiled = run(stack, x, strict=True)
+    assert sorted(explain(compiled).layers) == sorted(plan)
+    assert_like_reference(y, stack, plan, x)
+
+
+def test_equal_parts_without_a_plan_share_one_graph(stack):
+    x = torch.randn(4, 96)
+    recipe = Recipe(format="mxfp4")
+    eager = copy.deepcopy(stack)
+    for layer in stack.layers:
+        layer.compile(backend="micromix", options={**QUICK, "recipe": recipe})
+    with torch.no_grad():
+        y = stack(x)
+    assert explain(stack).graphs == 1
+    assert_like_reference(y, eager, planned(eager, x, recipe=recipe), x)
+
+
+def test_parts_of_other_structure_have_graphs_of_their_own(stack):
+    x = torch.randn(4, 96)
+    first = {f"layers.{i}.down": (32, 0, 32) for i in range(3)}
+    recipe = Recipe(counts=first | {"*.down": (64, 0, 0), "*": (64, 32, 0)})
+    plan = planned(stack, x, recipe=recipe).attach(stack)
+    eager = copy.deepcopy(stack)
+    for layer in stack.layers:
+        layer.compile(backend="micromix", options=QUICK)
+    with torch.no_grad():
+        y = stack(x)
+    assert explain(stack).graphs == 2
+    assert_like_reference(y, eager, plan, x)
+
+
+def test_a_weight_changed_in_one_of_the_equal_parts_is_packed_again(stack):
+    x = torch.randn(4, 96)
+    plan = planned(stack, x).attach(stack)
+    eager = copy.deepcopy(stack)
+    for layer in stack.layers:
+        layer.compile(backend="micromix", options=QUICK)
+    with torch.no_grad():
+        first = stack(x)
+        before = packings()
+        for model in (stack, eager):
+            model.layers[5].gate.weight.mul_(2)
+            model.layers[5].gate.bias.add_(1)
+        y = stack(x)
+    assert packings() - before == 1
+    assert not torch.equal(first, y)
+    assert_like_reference(y, eager, plan, x)
+
+
+def test_release_weights_frees_those_of_every_equal_part(stack):
+    x = torch.randn(4, 96)
+    planned(stack, x).attach(stack)
+    for layer in stack.layers:
+        layer.compile(backend="micromix", options={**QUICK, "release_weights": True})
+    with torch.no_grad():
+        assert torch.equal(stack(x), stack(x))
+    assert all(layer.up.weight.untyped_storage().nbytes() == 0 for layer in stack.layers)
+    assert all(row.released for row in explain(stack).layers.values())
 
 
 def test_a_part_whose_names_are_not_unique_is_said_to_be_so(block):

@@ -1,0 +1,147 @@
+"""One compiled graph for equal parts of a model.
+
+Dynamo guards the shapes of parameters, not the parameters themselves, so that one compilation of a decoder layer
+serves all layers that are compiled one by one, or that stand between graph breaks. The packed weights are then
+those of the parameters that a call brings. What the graph has as constants (the split of the channels, which layers
+share a plan) is guarded, by the structure that `ModelPlan.attach` writes on each weight.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from micromix_compile.explain import GraphReport, record
+from micromix_compile.packing import OrderedBias, PlacedWeight, placed_weight
+from micromix_compile.passes.fold_order import row_order
+from micromix_compile.plan import LayerPlan, attached, attachment_changes
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A lowered layer of a graph: what it needs of the float parameters among the graph's arguments.
+
+    `weight` and `bias` are their positions; `bias` is None where the graph reads it as it is. `plan` is that of the
+    layer the graph was compiled for. `consumer` is the slot whose channel order is the order of this one's rows.
+    """
+
+    name: str
+    plan: LayerPlan
+    transposed: bool
+    weight: int
+    bias: int | None = None
+    consumer: int | None = None
+    released: bool = False
+
+
+@dataclass(eq=False)
+class Placed:
+    """The packed form of one set of parameters: `tensors` as the graph takes them, `held` what they are made of."""
+
+    parameters: list[weakref.ref]
+    held: list[PlacedWeight | OrderedBias]
+    tensors: list[torch.Tensor]
+    changes: int = field(default_factory=attachment_changes)
+
+    def belongs_to(self, parameters: Sequence[torch.Tensor]) -> bool:
+        return self.changes == attachment_changes() and all(
+            ref() is parameter for ref, parameter in zip(self.parameters, parameters)
+        )
+
+    def refresh(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Pack again what was changed in place."""
+        for held, parameter in zip(self.held, parameters):
+            held.refresh(parameter)
+
+
+class Region:
+    """The packed tensors of a graph, for whichever parameters a call brings.
+
+    Args:
+        slots: the lowered layers whose weights are arguments.
+        kinds: what each packed tensor is: ("weight", slot), ("bias", slot) or ("order", slot).
+        first: the packed form of the parameters that the graph was compiled for.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[Slot] = (),
+        kinds: Sequence[tuple[str, int]] = (),
+        first: Placed | None = None,
+    ) -> None:
+        self.slots = list(slots)
+        self.kinds = list(kinds)
+        self.positions = [slot.weight for slot in self.slots]
+        self.positions += [slot.bias for slot in self.slots if slot.bias is not None]
+        self.last = first or Placed([], [], [])
+        self.known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        if self.last.parameters:
+            self.known[self.last.parameters[0]()] = self.last
+
+    def tensors(self, arguments: Sequence[Any], report: GraphReport) -> list[torch.Tensor]:
+        """The packed tensors of the parameters among `arguments`, packed at their first call and when they change."""
+        parameters = [arguments[i] for i in self.positions]
+        if parameters and not self.last.belongs_to(parameters):
+            self.last = self._find(parameters, arguments, report)
+        self.last.refresh(parameters)
+        return self.last.tensors
+
+    def _find(
+        self, parameters: list[torch.Tensor], arguments: Sequence[Any], report: GraphReport
+    ) -> Placed:
+        placed = self.known.get(parameters[0])
+        if placed is None or not placed.belongs_to(parameters):
+            placed = self.known[parameters[0]] = self._place(arguments, report)
+        return placed
+
+    def _place(self, arguments: Sequence[Any], report: GraphReport) -> Placed:
+        weights = [arguments[slot.weight] for slot in self.slots]
+        marks = [attached(weight) for weight in weights]
+        plans = [s.plan if m is None else m[0][m[1]] for s, m in zip(self.slots, marks)]
+        names = [s.name if m is None else m[1] for s, m in zip(self.slots, marks)]
+        held: dict[tuple[str, int], PlacedWeight | OrderedBias] = {}
+        for i, slot in enumerate(self.slots):
+            rows = None
+            if slot.consumer is not None:
+                out_features = weights[i].shape[1 if slot.transposed else 0]
+                rows = row_order(plans[slot.consumer], out_features)
+            placed = placed_weight(names[i], weights[i], plans[i], slot.transposed, rows)
+            if slot.released and not placed.released:
+                placed.release(weights[i])
+            held["weight", i] = placed
+            if slot.bias is not None:
+                held["bias", i] = OrderedBias(arguments[slot.bias], rows)
+        tensors = [
+            plans[i].order if kind == "order" else held[kind, i].buffer for kind, i in self.kinds
+        ]
+        self._report(report, dict(zip((slot.name for slot in self.slots), names)), weights)
+        return Placed(
+            [weakref.ref(arguments[i]) for i in self.positions],
+            [held["weight", i] for i in range(len(self.slots))]
+            + [held["bias", i] for i, slot in enumerate(self.slots) if slot.bias is not None],
+            tensors,
+        )
+
+    def _report(self, report: GraphReport, names: dict[str, str], weights) -> None:
+        """Let `explain` show these layers as it shows those that the graph was compiled for."""
+        known = {row.name for row in report.layers}
+
+        def renamed(old: list[str]) -> list[str]:
+            return [names.get(name, name) for name in old]
+
+        for row in [row for row in report.layers if row.name in names]:
+            if names[row.name] not in known:
+                report.layers.append(
+                    replace(
+                        row,
+                        name=names[row.name],
+                        merged_with=renamed(row.merged_with),
+                        folded_into=renamed(row.folded_into),
+                    )
+                )
+        record(report, weights)
