@@ -260,6 +260,7 @@ def _pack(
             bias = OrderedBias(value[linear.bias], rows)
         order = None if linear in folds.into else plan.order
         lowerings.append(Lowering(name, linear, plan, weight, order, bias))
+        row.gathered = folds.unfolded.get(linear, "")
         row.folded_into = [names[producer] for producer in folds.into.get(linear, ())]
         uses[linear.weight] -= 1
         if options.release_weights and weight is not None and not uses[linear.weight]:

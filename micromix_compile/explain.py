@@ -21,7 +21,8 @@ class LayerReport:
 
     `bits` counts elements and scales of a weight; `bytes_before` and `bytes_after` are those of the weight.
     `fused_with` is what its input's quantise was fused with, `merged_with` are the layers computed in one product
-    with it, `folded_into` those whose rows took its channel order. `reason` is empty for a layer that was lowered.
+    with it, `folded_into` those whose rows took its channel order, `gathered` why its input is put in order when it
+    runs instead (empty where the order is the model's own). `reason` is empty for a layer that was lowered.
     """
 
     name: str
@@ -38,6 +39,7 @@ class LayerReport:
     fused_with: str = ""
     merged_with: list[str] = field(default_factory=list)
     folded_into: list[str] = field(default_factory=list)
+    gathered: str = ""
     reason: str = ""
     released: bool = False
 

@@ -40,11 +40,12 @@ class Folds:
     """What can be folded: row orders (int64) of producers, and the consumers whose order is gone.
 
     `into` names, for each consumer, the layers that took its order; `consumers` the consumer (the first of those
-    that share an input) of each producer.
+    that share an input) of each producer; `unfolded` why a layer keeps its order.
     """
 
     rows: dict[Linear, torch.Tensor] = field(default_factory=dict)
     consumers: dict[Linear, Linear] = field(default_factory=dict)
+    unfolded: dict[Linear, str] = field(default_factory=dict)
     into: dict[Linear, list[Linear]] = field(default_factory=dict)
 
 
@@ -58,28 +59,43 @@ def fold_orders(graph: fx.Graph, plans: Mapping[Linear, LayerPlan]) -> Folds:
     uses = Counter(linear.weight for linear in plans)
     for group in shared_inputs(graph, list(plans)):
         plan = plans[group[0]]
-        k = plan.in_features
-        if plan.order is None or (plan.order[:k] < 0).any():
-            continue
-        if any(plans[linear] != plan for linear in group):
-            continue
-        # A model that is quantised already keeps its weights as they are: in another order they would be there twice.
-        if group[0].quantised is not None:
+        if plan.order is None:
             continue
         producers = _producers(group, of_node)
-        # A weight that serves several layers would have to be packed in several orders.
-        if producers is None or not all(
-            uses[producer.weight] == 1
-            and producer.quantised is None
-            and _has_constant_bias(producer)
-            for producer in producers
-        ):
+        reason = _unfoldable(group, plans, producers, uses)
+        if reason is not None:
+            folds.unfolded |= dict.fromkeys(group, reason)
             continue
         for producer in producers:
             folds.rows[producer] = row_order(plan, producer.out_features)
             folds.consumers[producer] = group[0]
         folds.into |= {linear: list(producers) for linear in group}
     return folds
+
+
+def _unfoldable(
+    group: list[Linear],
+    plans: Mapping[Linear, LayerPlan],
+    producers: list[Linear] | None,
+    uses: Mapping[fx.Node, int],
+) -> str | None:
+    plan = plans[group[0]]
+    # A model that is quantised already keeps its weights as they are: in another order they would be there twice.
+    if any(linear.quantised is not None for linear in [group[0], *(producers or ())]):
+        return "the model is quantised already"
+    if producers is None:
+        return "no layers alone compute its input elementwise"
+    if (plan.order[: plan.in_features] < 0).any():
+        return "its channel order has padding inside"
+    if any(plans[linear] != plan for linear in group):
+        return "layers that share its input have other plans"
+    for producer in producers:
+        # A weight that serves several layers would have to be packed in several orders.
+        if uses[producer.weight] != 1:
+            return f"the weight of {producer.name} serves several layers"
+        if not _has_constant_bias(producer):
+            return f"the bias of {producer.name} is computed"
+    return None
 
 
 def row_order(plan: LayerPlan, out_features: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from architectures import build, token_ids
 from reference_model import reference_model
 from torch import nn
 
@@ -539,6 +540,19 @@ def test_equal_parts_compiled_one_by_one_share_one_graph_with_their_own_weights(
     folded = explanation.layers["layers.7.down"].folded_into
     assert sorted(folded) == ["layers.7.gate", "layers.7.up"]
     assert_like_reference(y, eager, plan, x)
+
+
+def test_decoder_layers_of_a_hugging_face_model_share_one_graph():
+    model, ids = build("llama"), token_ids(2, 12)
+    planned(model, ids).attach(model)
+    with torch.no_grad():
+        whole = torch.compile(model, backend="micromix", options=QUICK)(ids, use_cache=False).logits
+        torch.compiler.reset()
+        for layer in model.model.layers:
+            layer.compile(backend="micromix", options={**QUICK, "strict": True})
+        parts = model(ids, use_cache=False).logits
+    assert len(model.model.layers) > 1 and explain(model).graphs == 1
+    assert torch.equal(whole, parts)
 
 
 def test_parts_between_graph_breaks_share_one_graph_with_their_own_weights(stack):

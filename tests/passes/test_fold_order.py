@@ -93,6 +93,7 @@ def test_biases_and_scalars_go_along(monkeypatch):
     plan = calibrate(model).run([x]).plan(RECIPE)
     result, explanation = run(model, x, plan)
     assert folded(explanation) == {"down": ["a", "b"]}
+    assert not explanation.layers["down"].gathered
     assert torch.equal(result, without_folds(monkeypatch, model, x, plan))
 
 
@@ -126,6 +127,7 @@ def test_a_value_that_others_read_stays_in_order(monkeypatch):
     plan = calibrate(model).run([x]).plan(RECIPE)
     result, explanation = run(model, x, plan)
     assert not folded(explanation)
+    assert "elementwise" in explanation.layers["down"].gathered
     assert torch.equal(result, without_folds(monkeypatch, model, x, plan))
 
 
@@ -139,6 +141,7 @@ def test_a_weight_of_several_layers_is_packed_once_and_not_folded():
     before = packings()
     _, explanation = run(model, x, plan)
     assert not folded(explanation)
+    assert "the weight of a serves several layers" in explanation.layers["down"].gathered
     assert packings() - before == 2
 
 
@@ -151,6 +154,7 @@ def test_padding_between_channels_stops_a_fold(monkeypatch):
     result, explanation = run(model, x, plan)
     assert (plan["down"].order[:80] < 0).any()
     assert not folded(explanation)
+    assert "padding" in explanation.layers["down"].gathered
     assert torch.equal(result, without_folds(monkeypatch, model, x, plan))
 
 
