@@ -1,10 +1,9 @@
-"""Compile time and decode time of SmolLM2: stock Inductor, micromix with its passes off, and micromix.
+"""Compile time of SmolLM2: stock Inductor, micromix with its passes off, and micromix.
 
-    python benchmarks/compile_time.py [--layers 30] [--rounds 1] [--tokens 32]
+    python benchmarks/compile_time.py [--layers 30] [--rounds 1]
 
 Each variant is compiled for one decode step over a static cache, without any earlier kernel on disk, in turns
-(A B C A B C). Weights are packed before. Then decode steps are timed in turns; one more run of each under the
-profiler tells the time in the products (`micromix::linear`, `linears`), in the output head, and in all else.
+(A B C A B C). Weights are packed before. What the compiled steps cost is in decode_cpu.py.
 """
 
 from __future__ import annotations
@@ -14,11 +13,10 @@ import statistics
 import time
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from micromix_compile import Recipe, calibrate, explain
 from micromix_compile._torch_compat import fresh_compile_cache
-from micromix_compile.evaluate import Decoder, decode_speed
+from micromix_compile.evaluate import Decoder
 from micromix_compile.models import builtin_text, load_smollm2
 
 VARIANTS = {
@@ -32,7 +30,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=1, help="compilations of each variant")
-    parser.add_argument("--tokens", type=int, default=32, help="decode steps of each timing")
     arguments = parser.parse_args()
 
     model, tokenizer = load_smollm2()
@@ -64,37 +61,9 @@ def main() -> None:
         ratio = statistics.median(a / b for a, b in zip(own, seconds["inductor"]))
         print(f"{name:12s} {statistics.median(own):7.1f} s {ratio:6.2f}")
 
-    speeds = decode_speed(decoders, arguments.tokens, label=None)
-    print(
-        f"{'':12s} {'tokens/s':>9s} {'ratio':>6s} {'products':>9s} {'head':>7s} {'else':>7s}  (ms)"
-    )
-    for name, speed in speeds.items():
-        products, head, rest = decode_parts(decoders[name], arguments.tokens)
-        times = f"{products:9.2f} {head:7.2f} {rest:7.2f}"
-        print(f"{name:12s} {speed.tokens_per_second:9.1f} {speed.ratio:6.2f} {times}")
-
 
 def decoder(model, how) -> Decoder:
     return Decoder(model, torch.compile(model, **how))
-
-
-def decode_parts(decoder: Decoder, tokens: int) -> tuple[float, float, float]:
-    """Milliseconds a token in our products, in other matrix products, and in all else."""
-    decoder.restart()
-    began = time.perf_counter()
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        for _ in range(tokens):
-            decoder.feed(0)
-        total = time.perf_counter() - began
-    spent = {event.key: event.cpu_time_total for event in profiler.key_averages()}
-    products = spent.get("micromix::linear", 0) + spent.get("micromix::linears", 0)
-    others = sum(
-        t
-        for key, t in spent.items()
-        if key in ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
-    )
-    milliseconds = [1e-3 * t / tokens for t in (products, others)]
-    return milliseconds[0], milliseconds[1], 1e3 * total / tokens - sum(milliseconds)
 
 
 if __name__ == "__main__":

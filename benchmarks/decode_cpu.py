@@ -1,0 +1,164 @@
+"""SmolLM2 end to end through torch.compile: decode and prefill, and where the time of a decode step goes.
+
+    python benchmarks/decode_cpu.py [--layers 30] [--tokens 16] [--rounds 7] [--prefill 512] [--variants NAME ...]
+
+Variants, timed in turns (A B C A B C ...), ratios by round:
+
+    inductor       bf16, stock Inductor
+    passes off     micromix without sharing, merging, folding and fusing: a quantise and a product for each layer
+    micromix       the plan of the published thresholds, E2M3
+    with head      the same, and the output head quantised too
+
+One more run of each under the profiler tells the milliseconds a token in quantised products (`micromix::linear`,
+`linears`), in other matrix products (the head's), and in all else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import StaticCache
+
+from micromix_compile import Recipe, calibrate
+from micromix_compile.evaluate import Decoder, decode_speed
+from micromix_compile.models import builtin_text, load_smollm2
+from micromix_compile.passes.fold_order import Folds
+
+VARIANTS = ("inductor", "passes off", "micromix", "with head")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--tokens", type=int, default=16, help="decode steps of each timing")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt; 0: none")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    arguments = parser.parse_args()
+
+    model, tokenizer = load_smollm2()
+    del model.model.layers[arguments.layers :]
+    model.config.num_hidden_layers = arguments.layers
+    ids = tokenizer(builtin_text()[:8000], return_tensors="pt").input_ids
+    calibration = calibrate(model).run([ids[:, :512]])
+    plans = {
+        "micromix": calibration.plan(Recipe.default()),
+        "with head": calibration.plan(Recipe(thresholds="published", include_lm_head=True)),
+    }
+    plans["passes off"] = plans["micromix"]
+
+    decoders, prefills = {}, {}
+    for name in arguments.variants:
+        compiled = torch.compile(model, **how(name, plans))
+        decoders[name] = Decoder(model, compiled)
+        with passes_off() if name == "passes off" else contextlib.nullcontext():
+            decoders[name].feed(0)
+            if arguments.prefill:
+                prefills[name] = prefill(model, compiled, ids[:, : arguments.prefill])
+                prefills[name]()
+
+    threads = torch.get_num_threads()
+    print(f"{arguments.layers} layers, {threads} thread(s), torch {torch.__version__}")
+    results = {}
+    print(
+        f"{'decode':12s} {'tok/s':>7s} {'ratio':>6s} {'products':>9s} {'head':>7s} {'else':>7s}  (ms)"
+    )
+    speeds = decode_speed(decoders, arguments.tokens, arguments.rounds, label=None)
+    for name, speed in speeds.items():
+        parts = decode_parts(decoders[name], arguments.tokens)
+        times = " ".join(f"{t:{w}.2f}" for t, w in zip(parts, (9, 7, 7)))
+        print(f"{name:12s} {speed.tokens_per_second:7.1f} {speed.ratio:5.2f}x {times}")
+        results[name] = {"tokens_per_second": speed.tokens_per_second, "ratio": speed.ratio}
+        results[name] |= dict(zip(("products_ms", "head_ms", "else_ms"), parts))
+    if prefills:
+        print(f"prefill of {arguments.prefill} tokens")
+        for name, (seconds, ratio) in in_turns(prefills, arguments.rounds).items():
+            print(f"{name:12s} {1e3 * seconds:7.1f} ms {ratio:5.2f}x")
+            results[name] |= {"prefill_s": seconds, "prefill_ratio": ratio}
+    if arguments.json:
+        facts = {"layers": arguments.layers, "threads": threads, "prefill": arguments.prefill}
+        arguments.json.write_text(json.dumps(facts | {"variants": results}, indent=1) + "\n")
+
+
+def how(name: str, plans: dict) -> dict:
+    """The arguments of torch.compile for a variant."""
+    if name == "inductor":
+        return {"backend": "inductor"}
+    options = {"plan": plans[name]}
+    if name == "passes off":
+        options["post_grad_custom_pre_pass"] = None
+    return {"backend": "micromix", "options": options}
+
+
+@contextlib.contextmanager
+def passes_off() -> Iterator[None]:
+    """Compile without sharing, merging and folding; an option of Inductor leaves out the fusions."""
+    alone = mock.patch(
+        "micromix_compile.passes.lower_linears.shared_inputs",
+        lambda _, linears: [[x] for x in linears],
+    )
+    with alone, mock.patch("micromix_compile.backend.fold_orders", lambda *_: Folds()):
+        yield
+
+
+def prefill(model, compiled, ids: torch.Tensor) -> Callable[[], object]:
+    """A prompt written into an empty static cache, and the logits of its last token."""
+    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + 64)
+    arguments = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    with torch.no_grad():
+        model(input_ids=ids[:, :1], **arguments)  # the cache allocates itself outside of a graph
+
+    def run() -> object:
+        cache.reset()
+        with torch.no_grad():
+            return compiled(input_ids=ids, **arguments).logits
+
+    return run
+
+
+def in_turns(runs: dict[str, Callable], rounds: int) -> dict[str, tuple[float, float]]:
+    """Median seconds of each, and the median over rounds of the first one's seconds by its own."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    base = seconds[next(iter(runs))]
+    return {
+        name: (statistics.median(own), statistics.median(b / a for a, b in zip(own, base)))
+        for name, own in seconds.items()
+    }
+
+
+def decode_parts(decoder: Decoder, tokens: int) -> tuple[float, float, float]:
+    """Milliseconds a token in our products, in other matrix products, and in all else."""
+    decoder.restart()
+    decoder.feed(0)
+    began = time.perf_counter()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(tokens):
+            decoder.feed(0)
+        total = time.perf_counter() - began
+    spent = {event.key: event.cpu_time_total for event in profiler.key_averages()}
+
+    def of(*keys: str) -> float:
+        return sum(1e-3 * spent.get(key, 0) / tokens for key in keys)
+
+    products = of("micromix::linear", "micromix::linears")
+    others = of("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
+    return products, others, 1e3 * total / tokens - products - others
+
+
+if __name__ == "__main__":
+    main()
