@@ -285,3 +285,50 @@ def readable(graph: fx.Graph) -> str:
     """A graph as Python, with the types and sizes of its values. Tried on torch 2.13."""
     module = graph.owning_module or fx.GraphModule({}, graph)
     return fx.GraphModule(module, graph).print_readable(print_output=False)
+
+
+def aot_compile(
+    gm: fx.GraphModule, args: Sequence[Any], kwargs: dict[str, Any], settings: dict[str, Any]
+) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """Compile an unlifted exported graph with AOTInductor: its files, and its constants, which are not in them.
+
+    Constants are those of the module and those that Inductor folded. "pickle_weights" is what makes Inductor return
+    them; nothing is pickled. Tried on torch 2.13.
+    """
+    options = {
+        "aot_inductor.package": True,
+        "aot_inductor.package_constants_in_so": False,
+        "aot_inductor.package_constants_on_disk_format": "pickle_weights",
+        **settings,
+    }
+    result = torch._inductor.aot_compile(gm, tuple(args), kwargs, options=options)
+    files = [file for file in result if isinstance(file, str)]
+    weights = [part for part in result if not isinstance(part, str)]
+    return files, {name: pair[0] for part in weights for name, pair in part.items()}
+
+
+def write_aoti_archive(path: str, files: dict[str, list[str]]) -> None:
+    """A .pt2 archive of the files of several compiled graphs, by name. Tried on torch 2.13."""
+    from torch._inductor.package import package_aoti
+
+    package_aoti(path, files)
+
+
+class AotiModel:
+    """One compiled graph of a .pt2 archive, for flat lists of tensors. Tried on torch 2.13.
+
+    torch's own loader for Python, `load_package`, loads every graph of an archive at each call, and reads pickles.
+    """
+
+    def __init__(self, path: str, name: str) -> None:
+        self._loader = torch._C._aoti.AOTIModelPackageLoader(path, name, False, 1, -1)
+
+    def constant_names(self) -> list[str]:
+        return self._loader.get_constant_fqns()
+
+    def load_constants(self, constants: dict[str, torch.Tensor]) -> None:
+        """The graph uses these very tensors from now on; the caller keeps them alive."""
+        self._loader.load_constants(constants, False, True, True)
+
+    def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        return self._loader.boxed_run(inputs)

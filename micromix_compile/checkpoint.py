@@ -42,7 +42,14 @@ from micromix_compile.plan import LayerPlan, LayerShape, ModelPlan, attached
 from micromix_compile.quantized_linear import QuantizedLinear, linear_shape
 from micromix_compile.recipe import Recipe
 
-__all__ = ["METHOD", "Description", "linear_shapes", "save_pretrained", "verify_files"]
+__all__ = [
+    "METHOD",
+    "Description",
+    "linear_shapes",
+    "plan_to_use",
+    "save_pretrained",
+    "verify_files",
+]
 
 METHOD = "micromix"
 VERSION = 1
@@ -233,7 +240,7 @@ def save_pretrained(
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointExistsError(path=directory)
-    plan = _plan_to_save(model, plan)
+    plan = plan_to_use(model, plan)
     entries = _entries(model, plan)
     description = Description.of(plan, [e.layer for e in entries if e.layer])
     shards = _shards(entries, _bytes_of(max_shard_size))
@@ -264,7 +271,12 @@ def save_pretrained(
     os.replace(partial, directory)
 
 
-def _plan_to_save(model: nn.Module, plan: ModelPlan | Recipe | None) -> ModelPlan:
+def plan_to_use(model: nn.Module, plan: ModelPlan | Recipe | None) -> ModelPlan:
+    """The plan that a model is to be saved or exported with; its own where it is quantised already.
+
+    Without one, that attached to the model, or MXFP8 with a NoPlanWarning. Raises PlanMismatchError and
+    UnsavableLayerError.
+    """
     quantised = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     if quantised:
         own = attached(next(model.parameters()))

@@ -20,6 +20,10 @@ CPU_FLAGS = (
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vbmi", "avx512_vnni"),
     *("avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8"),
 )
+_INSTRUCTION_SETS = (
+    *("sse", "ssse", "avx", "amx", "fma", "f16c", "bmi", "movbe", "popcnt", "adx", "aes", "pclmul"),
+    *("vaes", "vpclmul", "gfni", "sha_ni", "lzcnt", "abm"),
+)
 
 
 def collect() -> dict[str, Any]:
@@ -57,14 +61,19 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _cpu_features() -> set[str]:
-    """Those flags of the CPU, as Linux names them, that the kernels know how to use."""
+def cpu_flags() -> set[str]:
+    """The instruction sets of the CPU, as Linux names them: what code for this very machine may use."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return set()
     lines = (line for line in text.splitlines() if line.startswith("flags"))
-    return set(next(lines, "").split()) & set(CPU_FLAGS)
+    return {flag for flag in next(lines, "").split() if flag.startswith(_INSTRUCTION_SETS)}
+
+
+def _cpu_features() -> set[str]:
+    """Those flags of the CPU that the kernels know how to use."""
+    return cpu_flags() & set(CPU_FLAGS)
 
 
 def _transparent_hugepages() -> str:

@@ -20,6 +20,7 @@ __all__ = [
     "CheckpointVersionError",
     "EmptyCalibrationError",
     "EvaluationError",
+    "ExportError",
     "ExtensionError",
     "GradientError",
     "InvalidPlanError",
@@ -30,6 +31,9 @@ __all__ = [
     "NoPlanWarning",
     "NonFiniteCalibrationError",
     "OptionError",
+    "PackageError",
+    "PackageInputError",
+    "PackageMismatchError",
     "PlanFileError",
     "PlanMismatchError",
     "PlanVersionError",
@@ -237,6 +241,39 @@ class UnsavableLayerError(MicroMixError):
     template = (
         "These layers cannot be saved quantised:{layers}\n"
         "Only nn.Linear and Conv1D modules can; name the others in Recipe(skip=...), and plan again."
+    )
+
+
+class ExportError(MicroMixError):
+    """A model cannot be exported. Facts: reason, mend."""
+
+    template = "The model cannot be exported: {reason}. {mend}."
+
+
+class PackageError(MicroMixError, ValueError):
+    """A .pt2 package is missing, damaged, or not one of this library. Facts: path, reason."""
+
+    template = (
+        "{path} cannot be used as a package: {reason}. Nothing of it was run. Copy it again from where "
+        "it came from, or make it again with `micromix export` or micromix.export."
+    )
+
+
+class PackageMismatchError(MicroMixError):
+    """A .pt2 package was made for another machine, torch or library. Facts: path, differences (a list)."""
+
+    template = (
+        "{path} was exported for something else than what runs here:{differences}\n"
+        "Compiled code does not carry over; export the model again here, or use what it was made for."
+    )
+
+
+class PackageInputError(MicroMixError, TypeError):
+    """A package was called with arguments that it was not exported for. Facts: differences (a list)."""
+
+    template = (
+        "These arguments are not what the package was exported for:{differences}\n"
+        "Give them so, or export again with dynamic_shapes for what varies."
     )
 
 

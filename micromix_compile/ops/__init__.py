@@ -14,6 +14,7 @@ there is no kernel they are the pure-torch reference, with one warning per devic
 
 from . import _extension, _fakes, _reference, fused
 from ._extension import (
+    ABI,
     blackwell_kernel,
     build_id,
     build_info,
@@ -32,6 +33,7 @@ _fakes.register()
 fused.register()
 
 __all__ = [
+    "ABI",
     "EMULATED",
     "blackwell_kernel",
     "build_id",

@@ -1,0 +1,193 @@
+"""A causal language model as a package of two graphs, prefill and decode, with a static cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from micromix_compile.errors import ExportError, PackageInputError
+from micromix_compile.export import quantised, trace, write_package
+from micromix_compile.package import Package
+from micromix_compile.plan import ModelPlan
+from micromix_compile.recipe import Recipe
+
+__all__ = ["Decoder", "export_decoder"]
+
+
+def export_decoder(
+    model: nn.Module,
+    path: str | os.PathLike,
+    *,
+    plan: ModelPlan | Recipe | None = None,
+    batch_size: int = 1,
+    max_length: int = 2048,
+    tokenizer: Any = None,
+) -> None:
+    """Compile a causal language model of transformers into a package that generates.
+
+    The package has two graphs, `prefill` for prompts of 2 to `max_length` tokens and `decode` for one token, which
+    share the weights. Keys and values are arguments, `[batch, heads, max_length, head size]` each, written in place.
+    Raises as `export` does.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if not 2 < max_length <= getattr(config, "max_position_embeddings", max_length):
+        raise ExportError(
+            reason=f"max_length = {max_length} does not fit the model",
+            mend=f"Give 3 to {getattr(config, 'max_position_embeddings', 'its longest text')}",
+        )
+    step = _Step(model, max_length).eval()
+    cache = step.empty_cache(batch_size)
+    start = torch.zeros((), dtype=torch.int64, device=model.device)
+    with quantised(model, plan) as used:
+        tokens = torch.zeros(batch_size, 2, dtype=torch.int64, device=model.device)
+        length = torch.export.Dim("length", min=2, max=max_length)
+        shapes = {"input_ids": {1: length}, "start": None, "cache": [None] * len(cache)}
+        entries = {
+            "prefill": trace(
+                step, (tokens.repeat(1, min(4, max_length // 2)), start, cache), {}, shapes
+            ),
+            "decode": trace(step, (tokens[:, :1], start, cache), {}, None),
+        }
+    eos = model.generation_config.eos_token_id
+    decoder = {
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "cache": [list(tensor.shape) for tensor in cache],
+        "dtype": str(cache[0].dtype).removeprefix("torch."),
+        "eos_token_id": [] if eos is None else [eos] if isinstance(eos, int) else list(eos),
+    }
+    write_package(path, entries, used, decoder, tokenizer)
+
+
+class _Step(nn.Module):
+    """Some tokens after others: the logits that follow the last one, and the cache written in place."""
+
+    def __init__(self, model: nn.Module, max_length: int) -> None:
+        super().__init__()
+        self.model = model
+        self.max_length = max_length
+
+    def _static_cache(self):
+        from transformers import StaticCache
+        from transformers.cache_utils import StaticLayer
+
+        cache = StaticCache(config=self.model.config, max_cache_len=self.max_length)
+        # A sliding window is in the mask; a cache that slides has control flow that no graph holds.
+        cache.layers = [StaticLayer(self.max_length) for _ in cache.layers]
+        return cache
+
+    def empty_cache(self, batch_size: int) -> list[Tensor]:
+        """Keys and values of each layer, zeros."""
+        from transformers.configuration_utils import get_head_shapes
+
+        cache = self._static_cache()
+        heads, sizes = get_head_shapes(self.model.config.get_text_config(decoder=True))
+        cache.early_initialization(batch_size, heads, sizes, self.model.dtype, self.model.device)
+        return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+    def forward(self, input_ids: Tensor, start: Tensor, cache: list[Tensor]) -> Tensor:
+        """int64 `[batch, length]`, the number of tokens before them, the cache -> logits `[batch, vocabulary]`."""
+        static = self._static_cache()
+        for layer, keys, values in zip(static.layers, cache[::2], cache[1::2], strict=True):
+            layer.keys, layer.values = keys, values
+            layer.dtype, layer.device = keys.dtype, keys.device
+            layer.batch_size, layer.num_heads = keys.shape[:2]
+            layer.k_head_dim, layer.v_head_dim = keys.shape[-1], values.shape[-1]
+            layer.cumulative_length = start.clone()
+            layer.is_initialized = True
+        result = self.model(
+            input_ids=input_ids, past_key_values=static, use_cache=True, logits_to_keep=1
+        )
+        return result.logits[:, -1]
+
+
+class Decoder(Package):
+    """A package of a causal language model: `generate`, or `prefill` and `decode` one by one."""
+
+    def __init__(self, archive: Any, entries: dict[str, Any]) -> None:
+        super().__init__(archive, entries)
+        facts = archive.manifest["decoder"]
+        self.batch_size, self.max_length = int(facts["batch_size"]), int(facts["max_length"])
+        self.eos_token_id = [int(token) for token in facts["eos_token_id"]]
+        self._cache = [[int(n) for n in shape] for shape in facts["cache"]]
+        self._dtype = getattr(torch, facts["dtype"])
+        self._device = archive.manifest["device"]
+        self._archive = archive
+        if {"prefill", "decode"} - entries.keys():
+            raise ValueError("a graph of the decoder is missing")
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that was exported with the model."""
+        return self._archive.tokenizer()
+
+    def new_cache(self) -> list[Tensor]:
+        """An empty cache: keys and values, layer by layer."""
+        return [torch.zeros(shape, dtype=self._dtype, device=self._device) for shape in self._cache]
+
+    def __call__(self, input_ids: Tensor, start: int, cache: list[Tensor]) -> Tensor:
+        """Logits `[batch, vocabulary]` after the last of some tokens, of which `start` came before; writes the cache."""
+        entry = self.entries["decode" if input_ids.shape[1] == 1 else "prefill"]
+        return entry(input_ids, torch.tensor(start, device=self._device), cache)
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int = 128,
+        *,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+        eos_token_id: list[int] | None = None,
+    ) -> Tensor:
+        """int64 `[batch, length]` -> `[batch, length + new]`, the prompt and what follows.
+
+        Prompts of one batch have one length. With `temperature` 0 each token is the likeliest. It ends where every
+        row has had an end token, or the cache is full. Raises PackageInputError.
+        """
+        tokens = [input_ids]
+        for token in self.stream(
+            input_ids, max_new_tokens, temperature=temperature, generator=generator,
+            eos_token_id=eos_token_id,
+        ):  # fmt: skip
+            tokens.append(token[:, None])
+        return torch.cat(tokens, dim=1)
+
+    def stream(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int = 128,
+        *,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+        eos_token_id: list[int] | None = None,
+    ) -> Iterator[Tensor]:
+        """The new tokens one by one, int64 `[batch]`; see generate."""
+        if input_ids.dim() != 2 or not 1 <= input_ids.shape[1] < self.max_length:
+            reason = f"input_ids is {list(input_ids.shape)}, not [{self.batch_size}, 1 to {self.max_length - 1}]"
+            raise PackageInputError(differences=[reason])
+        ends = torch.tensor(
+            self.eos_token_id if eos_token_id is None else eos_token_id, device=input_ids.device
+        )
+        ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        cache, length = self.new_cache(), input_ids.shape[1]
+        logits = self(input_ids, 0, cache)
+        start = torch.tensor(length, device=self._device)
+        decode = self.entries["decode"]
+        for left in reversed(range(min(max_new_tokens, self.max_length - length + 1))):
+            token = _choose(logits, temperature, generator)
+            yield token
+            ended |= torch.isin(token, ends)
+            if ended.all() or not left:
+                return
+            (logits,) = decode.run([token[:, None], start, *cache])
+            start += 1
+
+
+def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    if not temperature:
+        return logits.argmax(-1)
+    chances = torch.softmax(logits.float() / temperature, dim=-1)
+    return torch.multinomial(chances, 1, generator=generator)[:, 0]

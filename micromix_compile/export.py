@@ -1,0 +1,411 @@
+"""Packages: a model, quantised and compiled ahead of time by AOTInductor, in one .pt2 file.
+
+The file is torch's own archive with two parts more: the weights once for all graphs, as bytes that are read straight
+into memory, and a manifest that says what they are, what the graphs take and give, and what the code was made for.
+`micromix_compile.package` loads it; `csrc/runner` runs it without Python.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import os
+import tempfile
+import uuid
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor, fx, nn
+
+from micromix_compile import _torch_compat as compat
+from micromix_compile.checkpoint import plan_to_use
+from micromix_compile.env import cpu_flags
+from micromix_compile.errors import ExportError, GradientError
+from micromix_compile.ops import ABI, build_id
+from micromix_compile.packing import pack_weight
+from micromix_compile.passes.find_linears import find_linears
+from micromix_compile.passes.lower_linears import Lowering, lower_linears
+from micromix_compile.passes.manager import pass_manager
+from micromix_compile.plan import ModelPlan
+from micromix_compile.quantized_linear import QuantizedLinear
+from micromix_compile.recipe import Recipe
+
+__all__ = ["Entry", "export", "quantised", "write_package"]
+
+FORMAT = 1
+ALIGNMENT = 64  # of each weight in the blob: what the kernels want of a placed weight
+MANIFEST, WEIGHTS, RUNNER, TOKENIZER = (
+    "extra/micromix.json",
+    "extra/weights.bin",
+    "extra/runner.txt",
+    "extra/tokenizer/",
+)
+
+
+def export(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    path: str | os.PathLike,
+    *,
+    plan: ModelPlan | Recipe | None = None,
+    dynamic_shapes: Any = None,
+) -> None:
+    """Compile a model into a package that `micromix_compile.load(path)` calls like the model.
+
+    Args:
+        model: in evaluation mode; float, or quantised already.
+        args, kwargs: example arguments: tensors, numbers, strings and None, nested in tuples, lists and dicts. All but
+            tensors are constants of the package.
+        path: where to, ending in ".pt2"; replaced whole, or not at all.
+        plan: as for `save_pretrained`.
+        dynamic_shapes: as for `torch.export.export`: the sizes that vary.
+
+    Raises ExportError, GradientError, PlanMismatchError, UnsavableLayerError, and what torch.export raises.
+    """
+    with quantised(model, plan) as used:
+        entry = trace(model, args, kwargs or {}, dynamic_shapes)
+    write_package(path, {"model": entry}, used)
+
+
+@dataclass(eq=False)
+class Entry:
+    """One compiled graph: its files, the constants it reads, and its manifest."""
+
+    files: list[str]
+    constants: dict[str, Tensor]
+    manifest: dict[str, Any]
+
+
+@contextlib.contextmanager
+def quantised(model: nn.Module, plan: ModelPlan | Recipe | None) -> Iterator[ModelPlan]:
+    """The model with its planned layers packed; they are float again afterwards. Gives the plan."""
+    plan = plan_to_use(model, plan)
+    floats = {}
+    try:
+        for name, layer in plan.items():
+            module = model.get_submodule(name)
+            if isinstance(module, QuantizedLinear):
+                continue
+            packed = pack_weight(module.weight, layer, plan.shapes[name].transposed)
+            floats[name] = module
+            model.set_submodule(
+                name,
+                QuantizedLinear.from_packed(packed, module.bias, plan.shapes[name].transposed),
+            )
+        yield plan
+    finally:
+        for name, module in floats.items():
+            model.set_submodule(name, module)
+
+
+def trace(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic_shapes: Any
+) -> Entry:
+    """Export, lower and compile one graph of a model whose layers are packed."""
+    if model.training:
+        raise GradientError(reason="the model is in training mode")
+    args, kwargs = tuple(args), dict(kwargs)
+    leaves, structure = optree.tree_flatten((args, kwargs))
+    for leaf in leaves:
+        if not isinstance(leaf, (Tensor, int, float, str, bool)):
+            raise ExportError(
+                reason=f"an example argument holds a {type(leaf).__name__}",
+                mend="Wrap the model in a module that takes tensors, in tuples, lists and dicts",
+            )
+    with torch.no_grad():
+        program = torch.export.export(
+            model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
+        )
+    gm = program.module(check_guards=False)
+    _lower(gm)
+    inputs = _inputs(gm, args, kwargs, structure, program.range_constraints)
+    output = _flatten_output(gm)
+    files, constants = compat.aot_compile(
+        gm, args, kwargs, {"post_grad_custom_pre_pass": pass_manager()}
+    )
+    names = [
+        p.name
+        for p in inspect.signature(model.forward).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    return Entry(
+        files,
+        {name: tensor.detach() for name, tensor in constants.items()},
+        {**inputs, "positional": names[: len(args)], "output": output},
+    )
+
+
+def _lower(gm: fx.GraphModule) -> None:
+    """Merge the packed layers that share an input: the lowering that torch.compile does to Dynamo's graph."""
+    lowerings = [
+        Lowering(linear.name, linear, linear.quantised.plan, None, linear.quantised.plan.order)
+        for linear in find_linears(gm)
+        if linear.quantised is not None
+    ]
+
+    def add_constant(name: str, tensor: Tensor) -> fx.Node:
+        raise AssertionError(f"{name}: every layer is packed before it is exported")
+
+    lower_linears(gm.graph, lowerings, add_constant)
+    gm.graph.lint()
+    gm.recompile()
+
+
+def _inputs(
+    gm: fx.GraphModule,
+    args: tuple,
+    kwargs: dict[str, Any],
+    structure: optree.PyTreeSpec,
+    ranges: Mapping[Any, Any],
+) -> dict[str, Any]:
+    """The tensors and the constants among the arguments, by their paths, tensors in the order of the graph."""
+    numbered = optree.tree_unflatten(structure, range(structure.num_leaves))
+    order = torch.utils._pytree.tree_leaves(numbered)
+    paths, leaves, _ = optree.tree_flatten_with_path((args, kwargs))
+    placeholders = list(gm.graph.find_nodes(op="placeholder"))
+    symbols: dict[str, int] = {}
+    tensors, constants = [], []
+    for number, node in zip((n for n in order if n is not None), placeholders, strict=True):
+        path, leaf = [_key(k) for k in paths[number]], leaves[number]
+        if isinstance(leaf, Tensor):
+            sizes = [_size(size, symbols, ranges) for size in node.meta["val"].shape]
+            facts = {"path": path, "dtype": _dtype(leaf.dtype), "device": leaf.device.type}
+            tensors.append(facts | {"shape": sizes})
+        else:
+            constants.append({"path": path, "value": leaf})
+    return {"inputs": tensors, "constants": constants}
+
+
+def _size(size: Any, symbols: dict[str, int], ranges: Mapping[Any, Any]) -> Any:
+    """An int; or [number of the symbol, smallest, largest], largest None for no bound."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    number = symbols.setdefault(str(expression), len(symbols))
+    bounds = ranges.get(expression)
+    if bounds is None:  # a sum or product of sizes
+        return [number, 0, None]
+    largest = int(bounds.upper) if bounds.upper.is_number and bounds.upper.is_finite else None
+    return [number, int(bounds.lower), largest]
+
+
+def _key(key: Any) -> int | str:
+    if not isinstance(key, (int, str)):
+        raise ExportError(
+            reason=f"an argument is in a dict under the key {key!r}", mend="Use strings as keys"
+        )
+    return key
+
+
+def _flatten_output(gm: fx.GraphModule) -> Any:
+    """Make the graph return its tensors only, each once; returns the form of the output around them.
+
+    The form is nested {"tuple": [...]}, {"list": [...]}, {"dict": {...}}, {"constant": value}, {"tensor": i}.
+    """
+    node = gm.graph.output_node()
+    spec = gm._out_spec
+    flat = list(node.args[0])
+    tensors: dict[fx.Node, int] = {}
+    forms = [
+        {"tensor": tensors.setdefault(value, len(tensors))}
+        if isinstance(value, fx.Node)
+        else {"constant": value}
+        for value in flat
+    ]
+    form = _form(torch.utils._pytree.tree_unflatten([_Leaf(f) for f in forms], spec))
+    node.args = (tuple(tensors),)
+    gm.graph._codegen.pytree_info = gm.graph._codegen.pytree_info._replace(
+        out_spec=torch.utils._pytree.tree_structure(tuple(range(len(tensors))))
+    )
+    gm._out_spec = gm.graph._codegen.pytree_info.out_spec
+    gm.recompile()
+    return form
+
+
+@dataclass
+class _Leaf:
+    form: dict[str, Any]
+
+
+def _form(value: Any) -> dict[str, Any]:
+    if isinstance(value, _Leaf):
+        return value.form
+    if isinstance(value, Mapping):
+        return {"dict": {_key(key): _form(item) for key, item in value.items()}}
+    if isinstance(value, (tuple, list)):
+        return {type(value).__name__ if type(value) is list else "tuple": [*map(_form, value)]}
+    raise ExportError(
+        reason=f"its result holds a {type(value).__name__}",
+        mend="Wrap the model in a module that returns tensors, in tuples, lists and dicts",
+    )
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def write_package(
+    path: str | os.PathLike,
+    entries: Mapping[str, Entry],
+    plan: ModelPlan,
+    decoder: dict[str, Any] | None = None,
+    tokenizer: Any = None,
+) -> None:
+    """Write the archive: compiled graphs by name, their weights once, and the manifest. Atomic."""
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise ExportError(reason=f"{path} does not end in .pt2", mend="Give the path that suffix")
+    blob = _Blob()
+    for entry in entries.values():
+        entry.manifest["weights"] = {
+            name: blob.add(tensor) for name, tensor in sorted(entry.constants.items())
+        }
+    device = next((w.device for w in blob.tensors), torch.device("cpu"))
+    manifest = {
+        "format": FORMAT,
+        **target(device),
+        "plan_digest": plan.digest,
+        "recipe": plan.recipe,
+        "weight_bytes": blob.bytes,
+        "weights": blob.index,
+        "entries": {name: entry.manifest for name, entry in entries.items()},
+        "decoder": decoder,
+    }
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp.pt2")
+    try:
+        compat.write_aoti_archive(str(temporary), {n: e.files for n, e in entries.items()})
+        with zipfile.ZipFile(temporary, "a", zipfile.ZIP_STORED) as archive:
+            root = archive.namelist()[0].split("/")[0]
+            digests = {name: _digest(archive, name) for name in archive.namelist()}
+
+            def add(name: str, data: bytes) -> None:
+                _write_member(archive, f"{root}/{name}", [data])
+                digests[f"{root}/{name}"] = hashlib.sha256(data).hexdigest()
+
+            _write_member(archive, f"{root}/{WEIGHTS}", blob.parts())
+            digests[f"{root}/{WEIGHTS}"] = _digest(archive, f"{root}/{WEIGHTS}")
+            add(RUNNER, _for_the_runner(manifest).encode())
+            if tokenizer is not None:
+                for name, data in _tokenizer_files(tokenizer):
+                    add(TOKENIZER + name, data)
+            manifest["members"] = digests
+            _write_member(archive, f"{root}/{MANIFEST}", [json.dumps(manifest).encode()])
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def target(device: torch.device) -> dict[str, Any]:
+    """What compiled code depends on, of the machine and the software that run now."""
+    from micromix_compile import __version__
+
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return {
+        "library_version": __version__,
+        "abi": ABI,
+        "build_id": build_id(),
+        "torch": torch.__version__.partition("+")[0],
+        "device": device.type,
+        "cuda_capability": capability and list(capability),
+        "cpu_flags": sorted(cpu_flags()),
+    }
+
+
+class _Blob:
+    """The weights of all graphs, one after the other, each once: what Inductor gives may be a copy for each graph."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.index: list[dict[str, Any]] = []
+        self.bytes = 0
+        self._number: dict[tuple[str, str], int] = {}
+
+    def add(self, tensor: Tensor) -> int:
+        facts = {
+            "dtype": _dtype(tensor.dtype),
+            "shape": list(tensor.shape),
+            "stride": list(tensor.stride()),
+        }
+        key = (hashlib.sha256(_memory_of(tensor)).hexdigest(), json.dumps(facts))
+        if key not in self._number:
+            self._number[key] = len(self.index)
+            self.tensors.append(tensor)
+            self.index.append({**facts, "offset": self.bytes})
+            self.bytes += -(-_span(tensor) // ALIGNMENT) * ALIGNMENT
+        return self._number[key]
+
+    def parts(self) -> Iterator[Any]:
+        for tensor in self.tensors:
+            yield _memory_of(tensor)
+            yield bytes(-_span(tensor) % ALIGNMENT)
+
+
+def _memory_of(tensor: Tensor) -> Any:
+    """The bytes from a tensor's first element to its last, as a buffer."""
+    flat = tensor.as_strided((_span(tensor) // tensor.element_size(),), (1,))
+    return flat.cpu().contiguous().view(torch.uint8).numpy()
+
+
+def _span(tensor: Tensor) -> int:
+    """The bytes from a tensor's first element to its last."""
+    if not tensor.numel():
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return (last + 1) * tensor.element_size()
+
+
+def _write_member(archive: zipfile.ZipFile, name: str, parts: Any) -> None:
+    info = zipfile.ZipInfo(name)  # of 1980: equal packages are equal files
+    with archive.open(info, "w", force_zip64=True) as member:
+        for part in parts:
+            member.write(part)
+
+
+def _digest(archive: zipfile.ZipFile, name: str) -> str:
+    digest = hashlib.sha256()
+    with archive.open(name) as member:
+        while block := member.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _tokenizer_files(tokenizer: Any) -> Iterator[tuple[str, bytes]]:
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for path in sorted(Path(folder).iterdir()):
+            if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja"):
+                yield path.name, path.read_bytes()
+
+
+def _for_the_runner(manifest: Mapping[str, Any]) -> str:
+    """The manifest for csrc/runner: one fact a line, words apart by spaces."""
+    lines = [f"format {FORMAT}", f"abi {manifest['abi']}", f"torch {manifest['torch']}"]
+    lines += [f"device {manifest['device']}", f"bytes {manifest['weight_bytes']}"]
+    lines += [f"flag {flag}" for flag in manifest["cpu_flags"]]
+
+    def numbers(values: Sequence[int]) -> str:
+        return " ".join(map(str, (len(values), *values)))
+
+    for weight in manifest["weights"]:
+        sizes = f"{numbers(weight['shape'])} {numbers(weight['stride'])}"
+        lines.append(f"weight {weight['dtype']} {weight['offset']} {sizes}")
+    for entry, facts in manifest["entries"].items():
+        lines.append(f"entry {entry} {len(facts['inputs'])}")
+        lines += [f"constant {entry} {index} {name}" for name, index in facts["weights"].items()]
+    if manifest["decoder"]:
+        decoder = manifest["decoder"]
+        lines.append(f"decoder {decoder['batch_size']} {decoder['max_length']}")
+        lines += [f"cache {decoder['dtype']} {numbers(shape)}" for shape in decoder["cache"]]
+        lines += [f"eos {token}" for token in decoder["eos_token_id"]]
+    return "\n".join(lines) + "\n"
