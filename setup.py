@@ -28,6 +28,7 @@ except ImportError:  # setuptools before 70.1
 
 ROOT = Path(__file__).parent.resolve()
 PACKAGES = Path(sysconfig.get_path("purelib"))
+RUNNER = "micromix_runner"
 CUDA = os.environ.get("MICROMIX_CUDA", "0") not in ("", "0")
 
 
@@ -66,7 +67,7 @@ def cuda_arguments() -> list[str]:
 class CMakeBuild(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         *directories, name = fullname.split(".")
-        return str(Path(*directories, f"lib{name}.so"))
+        return str(Path(*directories, built(name)))
 
     def build_extension(self, ext: Extension) -> None:
         torch = importlib.util.find_spec("torch")  # found, not imported: seconds saved
@@ -86,13 +87,18 @@ class CMakeBuild(build_ext):
             check=True,
         )
         subprocess.run(["cmake", "--build", str(build), "--target", name], check=True)
-        replace(build / f"lib{name}.so", target)
+        replace(build / built(name), target)
 
     def copy_extensions_to_source(self) -> None:
         """An editable install: the library goes into the checkout."""
         for ext in self.extensions:
             filename = self.get_ext_filename(ext.name)
             replace(Path(self.build_lib, filename), ROOT / filename)
+
+
+def built(name: str) -> str:
+    """The file that a CMake target makes: a library, or the one program."""
+    return name if name == RUNNER else f"lib{name}.so"
 
 
 def replace(source: Path, target: Path) -> None:
@@ -114,7 +120,7 @@ class PlatformWheel(bdist_wheel):
 setup(
     ext_modules=[
         Extension(f"micromix_compile._C.{name}", sources=[])
-        for name in ("micromix", *(["micromix_cuda"] if CUDA else []))
+        for name in ("micromix", RUNNER, *(["micromix_cuda"] if CUDA else []))
     ],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
 )
