@@ -1,4 +1,4 @@
-"""The command line: `micromix calibrate | plan | quantize | eval | demo | env`.
+"""The command line: `micromix calibrate | plan | quantize | export | generate | eval | demo | env`.
 
 Exit codes: 0 done, 1 the task failed (one line on stderr says why and what to do), 2 wrong usage, 130 interrupted.
 """
@@ -103,6 +103,29 @@ def _parser() -> argparse.ArgumentParser:
         "--offload", action="store_true",
         help="keep the float weights on disk: for a model that is larger than memory",
     )  # fmt: skip
+
+    export = command(
+        "export", _export, "compile a model ahead of time, into one .pt2 file that generates",
+        _text_flags(), recipe,
+    )  # fmt: skip
+    export.add_argument(
+        "model", metavar="IN", help="Hugging Face directory, quantised or not, or smollm2"
+    )
+    export.add_argument("output", type=Path, metavar="OUT.pt2", help="replaced if it is there")
+    export.add_argument("--plan", type=Path, metavar="FILE", help="a plan instead of a recipe")
+    export.add_argument(
+        "--max-length", type=_positive, default=2048, metavar="N",
+        help="tokens of a prompt and its continuation, at most (default: %(default)s)",
+    )  # fmt: skip
+
+    generate = command("generate", _generate, "continue a text with a checkpoint or a package")
+    generate.add_argument("model", metavar="DIR|PT2", help="from `micromix quantize` or `export`")
+    generate.add_argument("--prompt", required=True, help="the text")
+    generate.add_argument("--chat", action="store_true", help="as a message to a chat model")
+    generate.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N")
+    generate.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0, the default: the likeliest"
+    )
 
     evaluate = command(
         "eval", _eval, "perplexity of a model as it is, and under plans or single formats", model
@@ -240,16 +263,10 @@ def _quantize(arguments: argparse.Namespace) -> None:
     import torch
 
     from micromix_compile.checkpoint import save_pretrained
-    from micromix_compile.errors import OptionError
     from micromix_compile.models import load
-    from micromix_compile.plan import load_plan
-    from micromix_compile.recipe import Recipe
 
-    recipe = _recipe(arguments)
-    plan = load_plan(arguments.plan) if arguments.plan else None
-    if plan is not None and recipe != Recipe():
-        reason = "cannot be given beside flags of a recipe"
-        raise OptionError(option="--plan", reason=reason, valid="a plan file, or a recipe")
+    plan = _given_plan(arguments)
+    _recipe(arguments)  # before the long work: a bad recipe is said at once
     with tempfile.TemporaryDirectory(prefix="micromix-offload-") as folder:
         start = time.monotonic()
         offload = Path(folder) if arguments.offload else None
@@ -257,7 +274,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
         if not arguments.offload:
             model.to(arguments.device)
         if plan is None:
-            plan = recipe if recipe.method == "format" else _calibrated(model, tokenizer, arguments)
+            plan = _plan_or_recipe(model, tokenizer, arguments)
         source = Path(arguments.model)
         save_pretrained(
             model, arguments.output, plan, tokenizer=tokenizer,
@@ -266,6 +283,95 @@ def _quantize(arguments: argparse.Namespace) -> None:
     size = sum(path.stat().st_size for path in arguments.output.glob("*.safetensors"))
     seconds = time.monotonic() - start
     print(f"{arguments.output}: {size / 1e6:,.1f} MB of weights, in {seconds:.0f} s")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    import time
+
+    import torch
+
+    from micromix_compile.decoder import export_decoder
+    from micromix_compile.models import load
+    from micromix_compile.quantized_linear import QuantizedLinear
+
+    start = time.monotonic()
+    given = _given_plan(arguments)
+    model, tokenizer = load(arguments.model, getattr(torch, arguments.dtype))
+    model.to(arguments.device)
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        plan = given
+    else:
+        plan = given or _plan_or_recipe(model, tokenizer, arguments)
+    print("compiling prefill and decode, which takes minutes", flush=True)
+    export_decoder(
+        model, arguments.output, plan=plan, max_length=arguments.max_length, tokenizer=tokenizer
+    )
+    size = arguments.output.stat().st_size
+    print(f"{arguments.output}: {size / 1e6:,.1f} MB, in {time.monotonic() - start:.0f} s")
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    import time
+
+    import torch
+
+    from micromix_compile.models import load
+    from micromix_compile.package import load as load_package
+
+    if not 0 <= arguments.temperature < float("inf"):
+        from micromix_compile.errors import OptionError
+
+        raise OptionError(
+            option="--temperature", reason=f"is {arguments.temperature}", valid="0, or more"
+        )
+    package = arguments.model.endswith(".pt2")
+    if package:
+        model = load_package(arguments.model)
+        tokenizer = model.tokenizer()
+    else:
+        model, tokenizer = load(arguments.model, "auto")
+    prompt = arguments.prompt
+    if arguments.chat:
+        message = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(
+        prompt, return_tensors="pt", add_special_tokens=not arguments.chat, verbose=False
+    ).input_ids
+    start = time.monotonic()
+    if package:
+        tokens = model.generate(ids, arguments.max_new_tokens, temperature=arguments.temperature)
+    else:
+        sampling = {"do_sample": arguments.temperature > 0}
+        if sampling["do_sample"]:
+            sampling["temperature"] = arguments.temperature
+        with torch.inference_mode():
+            tokens = model.generate(ids, max_new_tokens=arguments.max_new_tokens, **sampling)
+    seconds = time.monotonic() - start
+    new = tokens[0, ids.shape[1] :]
+    print(tokenizer.decode(new, skip_special_tokens=True))
+    print(
+        f"{len(new)} tokens in {seconds:.2f} s, {len(new) / seconds:.1f} tokens/s", file=sys.stderr
+    )
+
+
+def _given_plan(arguments: argparse.Namespace):
+    """The plan of --plan, or None. Raises OptionError where flags of a recipe are given beside it."""
+    from micromix_compile.errors import OptionError
+    from micromix_compile.plan import load_plan
+    from micromix_compile.recipe import Recipe
+
+    if arguments.plan is None:
+        return None
+    if _recipe(arguments) != Recipe():
+        reason = "cannot be given beside flags of a recipe"
+        raise OptionError(option="--plan", reason=reason, valid="a plan file, or a recipe")
+    return load_plan(arguments.plan)
+
+
+def _plan_or_recipe(model, tokenizer, arguments: argparse.Namespace):
+    """What the flags of a recipe ask for: a recipe that needs no calibration, or a plan from one."""
+    recipe = _recipe(arguments)
+    return recipe if recipe.method == "format" else _calibrated(model, tokenizer, arguments)
 
 
 def _calibrated(model, tokenizer, arguments: argparse.Namespace):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from micromix_compile.errors import ExportError, PackageInputError
-from micromix_compile.export import quantised, trace, write_package
+from micromix_compile.export import check_path, quantised, trace, write_package
 from micromix_compile.package import Package
 from micromix_compile.plan import ModelPlan
 from micromix_compile.recipe import Recipe
@@ -33,6 +33,7 @@ def export_decoder(
     share the weights. Keys and values are arguments, `[batch, heads, max_length, head size]` each, written in place.
     Raises as `export` does.
     """
+    check_path(path)
     config = model.config.get_text_config(decoder=True)
     if not 2 < max_length <= getattr(config, "max_position_embeddings", max_length):
         raise ExportError(

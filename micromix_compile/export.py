@@ -32,12 +32,11 @@ from micromix_compile.ops import ABI, build_id
 from micromix_compile.packing import pack_weight
 from micromix_compile.passes.find_linears import find_linears
 from micromix_compile.passes.lower_linears import Lowering, lower_linears
-from micromix_compile.passes.manager import pass_manager
 from micromix_compile.plan import ModelPlan
 from micromix_compile.quantized_linear import QuantizedLinear
 from micromix_compile.recipe import Recipe
 
-__all__ = ["Entry", "export", "quantised", "write_package"]
+__all__ = ["Entry", "check_path", "export", "quantised", "trace", "write_package"]
 
 FORMAT = 1
 ALIGNMENT = 64  # of each weight in the blob: what the kernels want of a placed weight
@@ -70,6 +69,7 @@ def export(
 
     Raises ExportError, GradientError, PlanMismatchError, UnsavableLayerError, and what torch.export raises.
     """
+    check_path(path)
     with quantised(model, plan) as used:
         entry = trace(model, args, kwargs or {}, dynamic_shapes)
     write_package(path, {"model": entry}, used)
@@ -110,6 +110,8 @@ def trace(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic_shapes: Any
 ) -> Entry:
     """Export, lower and compile one graph of a model whose layers are packed."""
+    from micromix_compile.passes.manager import pass_manager  # imports Inductor
+
     if model.training:
         raise GradientError(reason="the model is in training mode")
     args, kwargs = tuple(args), dict(kwargs)
@@ -261,8 +263,6 @@ def write_package(
 ) -> None:
     """Write the archive: compiled graphs by name, their weights once, and the manifest. Atomic."""
     path = Path(path)
-    if path.suffix != ".pt2":
-        raise ExportError(reason=f"{path} does not end in .pt2", mend="Give the path that suffix")
     blob = _Blob()
     for entry in entries.values():
         entry.manifest["weights"] = {
@@ -304,6 +304,15 @@ def write_package(
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def check_path(path: str | os.PathLike) -> None:
+    """Say what is wrong with the path of a package before minutes of compiling."""
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise ExportError(reason=f"{path} does not end in .pt2", mend="Give the path that suffix")
+    if not path.parent.is_dir():
+        raise ExportError(reason=f"there is no folder {path.parent}", mend="Make it first")
 
 
 def target(device: torch.device) -> dict[str, Any]:

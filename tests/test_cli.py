@@ -12,7 +12,7 @@ from micromix_compile import Recipe, load_plan, load_statistics
 from micromix_compile.allocation import allocate
 from micromix_compile.cli import _parser, main
 
-COMMANDS = ("calibrate", "plan", "eval", "demo", "env")
+COMMANDS = ("calibrate", "plan", "quantize", "export", "generate", "eval", "demo", "env")
 
 
 @pytest.fixture(scope="module")

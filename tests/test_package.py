@@ -1,0 +1,443 @@
+"""Packages: what runs ahead-of-time compiled is what torch.compile runs, from Python and from C++."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_llama import save_tiny, tiny_tokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import micromix_compile as micromix
+from micromix_compile import Recipe, calibrate
+from micromix_compile.cli import main
+from micromix_compile.errors import (
+    ExportError,
+    GradientError,
+    MicroMixError,
+    PackageError,
+    PackageInputError,
+    PackageMismatchError,
+)
+from micromix_compile.export import MANIFEST
+from micromix_compile.ops import _extension
+
+RUNNER = _extension.LIBRARY.with_name("micromix_runner")
+MIX = Recipe(split=(0.5, 0.25, 0.25))
+LENGTH = 48
+
+
+class Gated(nn.Module):
+    """A norm, gate and up that share an input, down; takes and gives nested values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(64)
+        self.gate, self.up = nn.Linear(64, 96), nn.Linear(64, 96, bias=False)
+        self.down = nn.Linear(96, 64)
+
+    def forward(self, x, more, scale=1.0):
+        x = self.norm(x)
+        y = self.down(nn.functional.silu(self.gate(x)) * self.up(x)) * scale
+        return {"y": y + more["shift"][0], "parts": [y, (x, None)]}
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [str(a) for a in arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory):
+    """A model, its plan, its package with a dynamic batch, and example arguments."""
+    torch.manual_seed(0)
+    model = Gated().eval()
+    x, more = torch.randn(4, 64), {"shift": [torch.randn(64)]}
+    with micromix.calibrate(model) as calibration, torch.no_grad():
+        model(x, more)
+    plan = calibration.plan(MIX)
+    path = tmp_path_factory.mktemp("package") / "gated.pt2"
+    batch = torch.export.Dim("batch", min=1, max=64)
+    shapes = {"x": {0: batch}, "more": {"shift": [None]}, "scale": None}
+    micromix.export(model, (x, more), {"scale": 2.0}, path, plan=plan, dynamic_shapes=shapes)
+    return model, plan, path, more
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    """A quantised tiny Llama and its package with prefill and decode."""
+    folder = tmp_path_factory.mktemp("decoder")
+    save_tiny(folder / "float")
+    model = AutoModelForCausalLM.from_pretrained(folder / "float")
+    plan = calibrate(model).run([torch.randint(0, 128, (2, 24))]).plan(MIX)
+    micromix.save_pretrained(model, folder / "quantised", plan, tokenizer=tiny_tokenizer())
+    arguments = ["export", str(folder / "quantised"), str(folder / "decoder.pt2")]
+    assert main([*arguments, "--max-length", str(LENGTH)]) == 0
+    return AutoModelForCausalLM.from_pretrained(folder / "quantised"), folder / "decoder.pt2"
+
+
+def test_a_package_gives_what_torch_compile_gives(gated):
+    model, plan, path, more = gated
+    assert isinstance(model.gate, nn.Linear), "the model is float again"
+    package = micromix.load(path, plan=plan)
+    plan.attach(model)
+    compiled = torch.compile(model, backend="micromix", dynamic=True)
+    for rows in (1, 2, 17):
+        x = torch.randn(rows, 64)
+        with torch.no_grad():
+            expected = compiled(x, more, scale=2.0)
+        given = package(x, more, scale=2.0)
+        assert torch.equal(given.y, expected["y"])
+        assert torch.equal(given["parts"][0], expected["parts"][0])
+        assert isinstance(given["parts"][1], tuple) and given["parts"][1][1] is None
+        again = package(x=x, more=more, scale=2.0)
+        assert torch.equal(again.y, given.y)
+
+
+def test_the_archive_is_close_to_the_packed_bytes(gated, decoder):
+    _, plan, path, _ = gated
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        weights = next(i for i in archive.infolist() if i.filename.endswith("weights.bin"))
+    packed = sum(row["weight_bytes"] for row in plan.summary())
+    assert packed < weights.file_size < packed + 64 * 16 + 4 * (64 * 4 + 96 * 2) + 2048
+    assert not [name for name in names if name.endswith((".pkl", ".pt"))]
+    model, path = decoder
+    state = sum(t.nbytes for t in model.state_dict().values())
+    bytes_ = micromix.load(path).weight_bytes
+    assert state < bytes_ < 1.05 * state, "both graphs share the weights"
+
+
+def test_prefill_and_decode_are_the_compiled_model(decoder):
+    model, path = decoder
+    package = micromix.load(path)
+    compiled = torch.compile(model, backend="micromix", dynamic=True)
+    ids = torch.randint(0, 128, (1, 30))
+    with torch.no_grad():
+        expected = compiled(ids).logits[0]
+    cache = package.new_cache()
+    rows = [package(ids[:, :12], 0, cache)]
+    rows += [package(ids[:, i : i + 1], i, cache) for i in range(12, 30)]
+    # Attention runs over the whole cache here, and so sums in another order.
+    difference = (torch.cat(rows).float() - expected[11:].float()).norm()
+    assert difference < 0.03 * expected[11:].float().norm()
+
+
+def test_generate(decoder):
+    _, path = decoder
+    package = micromix.load(path)
+    prompt = torch.randint(0, 128, (1, 9))
+    tokens = package.generate(prompt, 20, eos_token_id=[])
+    assert tokens.shape == (1, 29) and torch.equal(tokens[:, :9], prompt)
+    assert package.generate(prompt, 500, eos_token_id=[]).shape == (1, LENGTH + 1)
+    end = tokens[0, 12].item()
+    stopped = package.generate(prompt, 20, eos_token_id=[end])
+    assert stopped[0, -1] == end and stopped.shape[1] <= 13
+    one = package.generate(prompt[:, :1], 3, eos_token_id=[])
+    assert one.shape == (1, 4)
+    sampled = [
+        package.generate(prompt, 12, temperature=5.0, generator=torch.Generator().manual_seed(s))
+        for s in (0, 0, 1)
+    ]
+    assert torch.equal(sampled[0], sampled[1]) and not torch.equal(sampled[0], sampled[2])
+    with pytest.raises(PackageInputError, match="1 to 47"):
+        package.generate(torch.zeros(1, LENGTH, dtype=torch.int64))
+
+
+def test_the_runner_gives_the_same_tokens_without_python(decoder):
+    if not RUNNER.exists():
+        pytest.skip("the runner was not built")
+    _, path = decoder
+    prompt = torch.randint(0, 128, (1, 9))
+    expected = micromix.load(path).generate(prompt, 20, eos_token_id=[])[0, 9:]
+    ids = " ".join(map(str, prompt[0].tolist()))
+    result = run(RUNNER, path, "--tokens", ids, "--new", 20, "--ignore-eos")
+    assert result.returncode == 0, result.stderr
+    assert list(map(int, result.stdout.split())) == expected.tolist()
+    assert "decode: 19 tokens" in result.stderr and "load:" in result.stderr
+    libraries = run("ldd", RUNNER).stdout
+    assert "libtorch_cpu" in libraries and "libpython" not in libraries
+
+
+def test_the_runner_on_raw_tensors(gated, tmp_path):
+    if not RUNNER.exists():
+        pytest.skip("the runner was not built")
+    _, _, path, more = gated
+    x = torch.randn(3, 64)
+    (tmp_path / "x.bin").write_bytes(x.numpy().tobytes())
+    (tmp_path / "s.bin").write_bytes(more["shift"][0].numpy().tobytes())
+    inputs = [f"float32:3x64:{tmp_path}/x.bin", f"float32:64:{tmp_path}/s.bin"]
+    flags = ["--input", inputs[0], "--input", inputs[1], "--output", tmp_path / "out"]
+    result = run(RUNNER, path, *flags)
+    assert result.returncode == 0, result.stderr
+    expected = micromix.load(path)(x, more, scale=2.0).y
+    given = torch.frombuffer(bytearray((tmp_path / "out0.bin").read_bytes()), dtype=torch.float32)
+    assert torch.equal(given.view(3, 64), expected)
+    short = run(RUNNER, path, "--input", f"float32:4x64:{tmp_path}/x.bin", "--input", inputs[1])
+    assert short.returncode == 1 and "the file has 768 bytes" in short.stderr
+    assert run(RUNNER).returncode == 2
+
+
+def test_a_fresh_process(decoder):
+    _, path = decoder
+    prompt = torch.randint(0, 128, (1, 9))
+    program = (
+        "import sys, torch, micromix_compile as m; from pathlib import Path;"
+        f"p = m.load({str(path)!r}); print(*p.generate(torch.tensor({prompt.tolist()}), 8)[0].tolist())"
+    )
+    result = run(sys.executable, "-c", program)
+    expected = micromix.load(path).generate(prompt, 8)
+    assert list(map(int, result.stdout.split())) == expected[0].tolist(), result.stderr
+
+
+def test_the_command_generates_from_both(decoder, capsys):
+    _, path = decoder
+    quantised = str(path.with_name("quantised"))
+    for source in (str(path), quantised):
+        assert main(["generate", source, "--prompt", "the import", "--max-new-tokens", "5"]) == 0
+        out, err = capsys.readouterr()
+        assert out.strip() and "tokens/s" in err
+
+
+def test_wrong_arguments_are_named(gated):
+    *_, path, more = gated
+    package = micromix.load(path)
+    x = torch.randn(2, 64)
+    cases = [
+        ((x, more), {}, "argument scale is missing"),
+        ((x, more), {"scale": 3.0}, "argument scale is 3.0, and was 2.0"),
+        ((x.double(), more), {"scale": 2.0}, "is torch.float64, not torch.float32"),
+        ((x[:, :32], more), {"scale": 2.0}, r"is \[2, 32\], not \[s0 \(1 to 64\), 64\]"),
+        ((torch.randn(65, 64), more), {"scale": 2.0}, r"is \[65, 64\]"),
+        ((x, {"shift": []}), {"scale": 2.0}, r"argument 1\['shift'\]\[0\] is missing"),
+        ((x, more, 1), {"scale": 2.0}, "argument 2 is not among them"),
+        (("text", more), {"scale": 2.0}, "is a str, not a tensor"),
+    ]
+    for args, kwargs, message in cases:
+        with pytest.raises(PackageInputError, match=message):
+            package(*args, **kwargs)
+
+
+def test_what_cannot_be_exported_says_so(gated, tmp_path):
+    model, plan, _, more = gated
+    x = torch.randn(4, 64)
+    with pytest.raises(ExportError, match="does not end in .pt2"):
+        micromix.export(model, (x, more), None, tmp_path / "a.so", plan=plan)
+    with pytest.raises(ExportError, match="holds a slice"):
+        micromix.export(model, (x, slice(3)), None, tmp_path / "a.pt2", plan=plan)
+    with pytest.raises(GradientError):
+        micromix.export(Gated(), (x, more), None, tmp_path / "a.pt2", plan=Recipe(format="mxfp8"))
+    assert not list(tmp_path.iterdir())
+
+
+# --- damaged, foreign and hostile packages
+
+
+def rewritten(path: Path, target: Path, change) -> Path:
+    """A copy of an archive, its members changed by `change(name, data)` -> [(name, data), ...]."""
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w") as result:
+        for name in source.namelist():
+            for new_name, data in change(name, source.read(name)):
+                result.writestr(new_name, data)
+    return target
+
+
+def with_manifest(path: Path, target: Path, edit) -> Path:
+    def change(name, data):
+        if name.endswith(MANIFEST):
+            manifest = json.loads(data)
+            edit(manifest)
+            data = json.dumps(manifest).encode()
+        return [(name, data)]
+
+    return rewritten(path, target, change)
+
+
+FOREIGN = {
+    "torch": (lambda m: m.update(torch="1.9.0"), "torch 1.9.0, and here is"),
+    "library": (lambda m: m.update(abi=999), "operators 999"),
+    "device": (lambda m: m.update(device="xpu"), "device xpu"),
+    "cpu": (lambda m: m["cpu_flags"].append("avx9000"), "a CPU with avx9000"),
+    "format": (lambda m: m.update(format=99), "its format is 99"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_packages_made_for_something_else(name, gated, tmp_path):
+    edit, message = FOREIGN[name]
+    path = with_manifest(gated[2], tmp_path / "foreign.pt2", edit)
+    with pytest.raises(PackageMismatchError, match=message):
+        micromix.load(path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_package_for_cuda(gated, tmp_path):
+    edit = lambda m: m.update(device="cuda", cuda_capability=[9, 0])
+    with pytest.raises(PackageMismatchError, match="CUDA device, and there is none"):
+        micromix.load(with_manifest(gated[2], tmp_path / "cuda.pt2", edit))
+
+
+def test_another_plan(gated, decoder):
+    with pytest.raises(PackageMismatchError, match="another plan"):
+        micromix.load(decoder[1], plan=gated[1])
+
+
+def weight(m, **facts):
+    m["weights"][0].update(facts)
+
+
+FORGED = {
+    "offset beyond": lambda m: weight(m, offset=1 << 40),
+    "offset negative": lambda m: weight(m, offset=-64),
+    "offset unaligned": lambda m: weight(m, offset=4),
+    "shape overflows": lambda m: weight(m, shape=[1 << 40, 1 << 40], stride=[1, 1]),
+    "shape negative": lambda m: weight(m, shape=[-1]),
+    "shape is text": lambda m: weight(m, shape="abc"),
+    "stride overflows": lambda m: weight(m, shape=[2, 2], stride=[1 << 61, 1]),
+    "strides missing": lambda m: weight(m, stride=[]),
+    "dtype unknown": lambda m: weight(m, dtype="nn"),
+    "dtype is no dtype": lambda m: weight(m, dtype="load"),
+    "weights too long": lambda m: m.update(weight_bytes=1 << 50),
+    "no weights": lambda m: m.update(weights=[]),
+    "weights are text": lambda m: m.update(weights="x"),
+    "no entries": lambda m: m.update(entries={}),
+    "entries are a list": lambda m: m.update(entries=[]),
+    "an entry that is not there": lambda m: m["entries"].update(other=m["entries"]["model"]),
+    "an entry with a path": lambda m: m["entries"].update({"../../x": m["entries"]["model"]}),
+    "a weight left out": lambda m: m["entries"]["model"]["weights"].popitem(),
+    "a weight number": lambda m: m["entries"]["model"]["weights"].update(x=10**9),
+    "input size": lambda m: m["entries"]["model"]["inputs"][0].update(shape=[1, 2, "x"]),
+    "no inputs": lambda m: m["entries"]["model"].pop("inputs"),
+    "members missing": lambda m: m["members"].popitem(),
+    "members more": lambda m: m["members"].update(x="0"),
+    "members a list": lambda m: m.update(members=[]),
+    "no format": lambda m: m.pop("format"),
+    "format text": lambda m: m.update(format="one"),
+    "flags a number": lambda m: m.update(cpu_flags=3),
+    "no decoder": lambda m: m.pop("decoder"),
+    "decoder text": lambda m: m.update(decoder="x"),
+    "decoder without graphs": lambda m: m.update(
+        decoder={"batch_size": 1, "max_length": 8, "cache": [], "dtype": "bfloat16", "eos_token_id": []}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_forged_manifests(name, gated, tmp_path):
+    path = with_manifest(gated[2], tmp_path / "forged.pt2", FORGED[name])
+    with pytest.raises(PackageError):
+        micromix.load(path)
+
+
+HOSTILE = ["{root}/../../evil", "/etc/evil", "{root}/data/weights/evil.pkl", "evil",
+    "{root}/data/aotinductor/../../evil.so", "{root}/extra/tokenizer/../evil.json",
+    "{root}/extra/evil.py", "{root}/data/aotinductor/model/a/b.so"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_path_tricks_and_foreign_members(name, gated, tmp_path):
+    """Even with a manifest that names them."""
+    with zipfile.ZipFile(gated[2]) as archive:
+        root = archive.namelist()[0].split("/")[0]
+    evil = name.format(root=root)
+    digest = __import__("hashlib").sha256(b"evil").hexdigest()
+
+    def change(member, data):
+        if member.endswith(MANIFEST):
+            manifest = json.loads(data)
+            manifest["members"][evil] = digest
+            return [(evil, b"evil"), (member, json.dumps(manifest).encode())]
+        return [(member, data)]
+
+    path = rewritten(gated[2], tmp_path / "hostile.pt2", change)
+    with pytest.raises(PackageError, match="which no package has"):
+        micromix.load(path)
+
+
+def test_compressed_doubled_and_foreign_archives(gated, tmp_path):
+    bomb = zipfile.ZipFile(tmp_path / "bomb.pt2", "w", zipfile.ZIP_DEFLATED)
+    with bomb, zipfile.ZipFile(gated[2]) as source:
+        for name in source.namelist():
+            bomb.writestr(name, source.read(name))
+    with pytest.raises(PackageError, match="not stored as it is"):
+        micromix.load(tmp_path / "bomb.pt2")
+    with zipfile.ZipFile(tmp_path / "plain.pt2", "w") as archive:
+        archive.writestr("a/b", "c")
+    with pytest.raises(PackageError, match="not written by micromix"):
+        micromix.load(tmp_path / "plain.pt2")
+    for content in (b"", b"PK", b"\x80\x04not a pickle to be read"):
+        (tmp_path / "other.pt2").write_bytes(content)
+        with pytest.raises(PackageError):
+            micromix.load(tmp_path / "other.pt2")
+    with pytest.raises(PackageError, match="No such file"):
+        micromix.load(tmp_path / "none.pt2")
+
+
+def test_damaged_packages(gated, tmp_path):
+    """Truncated anywhere, or one bit flipped anywhere that is read: an error, or the package as it was."""
+    chance = random.Random(0)
+    data = gated[2].read_bytes()
+    target = tmp_path / "damaged.pt2"
+    refused = 0
+    for i in range(60):
+        if i % 2:
+            target.write_bytes(data[: chance.randrange(len(data))])
+        else:
+            at = chance.randrange(len(data))
+            target.write_bytes(
+                data[:at] + bytes([data[at] ^ (1 << chance.randrange(8))]) + data[at + 1 :]
+            )
+        try:
+            micromix.load(target)
+        except MicroMixError as error:
+            assert isinstance(error, (PackageError, PackageMismatchError)), error
+            refused += 1
+    assert refused >= 55  # a bit of a zip header that nothing reads may flip
+
+
+def test_the_runner_refuses_damage(decoder, tmp_path):
+    if not RUNNER.exists():
+        pytest.skip("the runner was not built")
+    path = decoder[1]
+    target = tmp_path / "damaged.pt2"
+    chance = random.Random(0)
+    data = path.read_bytes()
+    for _ in range(10):
+        target.write_bytes(data[: chance.randrange(len(data))])
+        result = run(RUNNER, target, "--tokens", "1 2")
+        assert result.returncode == 1 and "error:" in result.stderr, result
+
+    def forged(old, new):
+        def change(name, content):
+            if name.endswith("runner.txt"):
+                assert old.encode() in content
+                content = content.replace(old.encode(), new.encode(), 1)
+            return [(name, content)]
+
+        return rewritten(path, target, change)
+
+    for old, new, message in (
+        ("torch 2", "torch 1", "exported for something else"),
+        ("device cpu", "device cuda", "exported for something else"),
+        ("\nflag ", "\nflag avx9000\nflag ", "avx9000"),
+        ("format 1", "format 9", "format"),
+        ("\nweight ", "\nweight bfloat16 99999999936 1 4 1 1\nweight ", "outside"),
+        ("\nweight ", "\nweight bfloat16 -64 1 4 1 1\nweight ", "damaged"),
+        ("\nconstant ", "\nconstant decode 99999 x\nconstant ", "no weight"),
+        ("\nconstant ", "\nconstant decode 0 x\nconstant ", "other weights"),
+    ):
+        result = run(RUNNER, forged(old, new), "--tokens", "1 2")
+        assert result.returncode == 1 and message in result.stderr, (new, result)
