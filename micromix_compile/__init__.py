@@ -2,7 +2,7 @@
 
 from micromix_compile import integrations
 from micromix_compile.calibration import Calibration, calibrate
-from micromix_compile.checkpoint import save_pretrained
+from micromix_compile.checkpoint import restore, save_pretrained
 from micromix_compile.decoder import export_decoder
 from micromix_compile.errors import MicroMixError
 from micromix_compile.explain import explain
@@ -25,6 +25,7 @@ __all__ = [
     "load",
     "load_plan",
     "load_statistics",
+    "restore",
     "save_pretrained",
 ]
 __version__ = "0.1.0"

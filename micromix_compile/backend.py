@@ -25,7 +25,7 @@ from micromix_compile.errors import (
 )
 from micromix_compile.explain import GraphReport, LayerReport, record
 from micromix_compile.ops import kernel_name
-from micromix_compile.packing import OrderedBias, PlacedWeight, placed_weight
+from micromix_compile.packing import OrderedBias, PlacedWeight, placed_weight, refuse_released
 from micromix_compile.passes.contiguous_cats import contiguous_cats
 from micromix_compile.passes.find_linears import Linear, find_linears
 from micromix_compile.passes.fold_order import Folds, fold_orders
@@ -275,6 +275,7 @@ def _pack(
         placed = linear.parameter if weight is None else weight.buffer
         row.bits, row.bytes_after = layout.total_bits, placed.nbytes
         row.kernel = kernel_name(linear.parameter.device)
+    refuse_released()
     return lowerings
 
 
@@ -283,7 +284,7 @@ def _release(linear: Linear, chosen, weight: PlacedWeight) -> bool:
     lowered = sum(other.weight is linear.weight for other, *_ in chosen)
     storage = linear.parameter.untyped_storage()
     alone = len(linear.weight.users) == lowered and storage.nbytes() == linear.parameter.nbytes
-    if not weight.released and alone and storage.resizable():
+    if not weight.released and alone:
         weight.release(linear.parameter)
     return weight.released
 
@@ -371,6 +372,10 @@ def _lower(runner: _Runner, lowerings: list[Lowering], folds: Folds, options: Op
     for quantised in lower_linears(graph, lowerings, add_constant):
         products = [[lowering.name for lowering in product] for product in quantised.products]
         runner.report.add_products(quantised.number, products)
+        orders = {x.linear.quantised.order for p in quantised.products for x in p if not x.weight}
+        if len(orders) > 1:  # equal orders here are no reason that those of an equal part are equal
+            for order in orders:
+                compat.guard_identity(order)
 
     floats = _region(runner, lowerings, folds, options, position, values, packed)
     # A weight or a float that nothing reads any more is no input of the lowered graph.

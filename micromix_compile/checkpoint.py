@@ -37,7 +37,7 @@ from micromix_compile.errors import (
 )
 from micromix_compile.files import file_digest, write_tensors, write_text
 from micromix_compile.mx import MixedLayout
-from micromix_compile.packing import pack_weight
+from micromix_compile.packing import is_released, pack_weight
 from micromix_compile.plan import LayerPlan, LayerShape, ModelPlan, attached
 from micromix_compile.quantized_linear import QuantizedLinear, linear_shape
 from micromix_compile.recipe import Recipe
@@ -47,6 +47,7 @@ __all__ = [
     "Description",
     "linear_shapes",
     "plan_to_use",
+    "restore",
     "save_pretrained",
     "verify_files",
 ]
@@ -515,3 +516,44 @@ model.compile(backend="micromix")  # adds the fusions; the model runs without it
 
 Without `import micromix_compile` transformers cannot load this checkpoint.
 """
+
+
+def restore(model: nn.Module, source: str | os.PathLike | Mapping[str, Tensor]) -> list[str]:
+    """Bring back the float weights that `release_weights` freed; returns their names.
+
+    `source` is the directory of the float checkpoint, whose tensors must be named as the model's parameters, or a
+    mapping from names to tensors. All are found before one is brought back. Raises CheckpointError.
+    """
+    released = {
+        name: parameter for name, parameter in model.named_parameters() if is_released(parameter)
+    }
+    with contextlib.ExitStack() as stack:
+        path, find = ("the mapping", source.get) if isinstance(source, Mapping) else (source, None)
+        if find is None:
+            find = _reader(Path(source), stack)
+        tensors = {}
+        for name, parameter in released.items():
+            tensor = tensors[name] = find(name)
+            if tensor is None or tensor.shape != parameter.shape:
+                there = "is missing" if tensor is None else f"is {list(tensor.shape)}"
+                reason = f"{name} must be {list(parameter.shape)} and {there}"
+                raise CheckpointError(path=path, reason=reason)
+        with torch.no_grad():
+            for name, parameter in released.items():
+                parameter.untyped_storage().resize_(parameter.nbytes)
+                parameter.copy_(tensors.pop(name))
+    return list(released)
+
+
+def _reader(directory: Path, stack: contextlib.ExitStack) -> Callable[[str], Tensor | None]:
+    """Reads tensors by name from the safetensors files of a directory."""
+    holder = {}
+    try:
+        for path in sorted(directory.glob("*.safetensors")):
+            file = stack.enter_context(safetensors.safe_open(path, framework="pt"))
+            holder |= dict.fromkeys(file.keys(), file)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(path=directory, reason=str(error)) from error
+    if not holder:
+        raise CheckpointError(path=directory, reason="it has no safetensors files")
+    return lambda name: holder[name].get_tensor(name) if name in holder else None

@@ -183,7 +183,7 @@ class ReleasedWeightError(MicroMixError):
 
     template = (
         "The float weight of {layer} was released after packing (release_weights=True) and is "
-        "needed again. Load the model again, and compile it with release_weights=False."
+        "needed again. micromix.restore(model, checkpoint) brings it back."
     )
 
 

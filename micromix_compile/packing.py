@@ -6,6 +6,8 @@ when the parameter goes.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,8 @@ from micromix_compile.errors import ReleasedWeightError
 from micromix_compile.plan import LayerPlan
 
 _cache: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_names: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of released parameters, for messages
+_unguarded: list[weakref.ref] = []
 _packings = 0
 
 
@@ -67,7 +71,7 @@ class PlacedWeight:
 
     def _pack(self, parameter: torch.Tensor) -> torch.Tensor:
         global _packings
-        if parameter.untyped_storage().nbytes() == 0 and parameter.numel() > 0:
+        if is_released(parameter):
             raise ReleasedWeightError(layer=self.name)
         _packings += 1
         # A buffer made under inference_mode could not be packed again outside of it.
@@ -82,10 +86,48 @@ class PlacedWeight:
             self.released = False
 
     def release(self, parameter: torch.Tensor) -> None:
-        """Give back the parameter's float storage; a use of the parameter then raises in torch."""
-        parameter.untyped_storage().resize_(0)
+        """Give back the parameter's float storage; a use of the parameter then raises in torch.
+
+        `refuse_released` is to be called soon after: it makes the modules raise something clearer.
+        """
+        storage = parameter.untyped_storage()
+        if not storage.resizable():  # of a mapped file, say: leave it to whoever else holds it
+            storage = torch.UntypedStorage(parameter.nbytes, device=parameter.device)
+            with torch.no_grad():
+                parameter.set_(storage, 0, parameter.shape, parameter.stride())
+        storage.resize_(0)
+        _names[parameter] = self.name
+        _unguarded.append(weakref.ref(parameter))
         self.released = True
         self.state = state(parameter)
+
+
+def is_released(parameter: torch.Tensor) -> bool:
+    """Whether a float weight's storage was given back."""
+    return parameter.untyped_storage().nbytes() == 0 and parameter.numel() > 0
+
+
+def refuse_released() -> None:
+    """Make the modules whose weights were released since the last call raise ReleasedWeightError when they run eagerly.
+
+    The graphs of a compilation hold parameters, not modules; so the modules are looked for among all objects, once.
+    """
+    if not _unguarded:
+        return
+    released = {id(parameter) for ref in _unguarded if (parameter := ref()) is not None}
+    _unguarded.clear()
+    for module in [found for found in gc.get_objects() if issubclass(type(found), torch.nn.Module)]:
+        own = module.__dict__.get("_parameters", {}).values()
+        if any(id(parameter) in released for parameter in own):
+            module.register_forward_pre_hook(_refuse)
+
+
+def _refuse(module: torch.nn.Module, arguments: tuple) -> None:
+    if torch.compiler.is_compiling():  # the compiled model has no use for the float weight
+        return
+    for parameter in module._parameters.values():
+        if parameter is not None and is_released(parameter):
+            raise ReleasedWeightError(layer=_names.get(parameter, type(module).__name__))
 
 
 def state(parameter: torch.Tensor) -> tuple[int, int]:

@@ -17,7 +17,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from micromix_compile.explain import GraphReport, record
-from micromix_compile.packing import OrderedBias, PlacedWeight, placed_weight
+from micromix_compile.packing import OrderedBias, PlacedWeight, placed_weight, refuse_released
 from micromix_compile.passes.fold_order import row_order
 from micromix_compile.plan import LayerPlan, attached, attachment_changes
 
@@ -116,6 +116,7 @@ class Region:
             held["weight", i] = placed
             if slot.bias is not None:
                 held["bias", i] = OrderedBias(arguments[slot.bias], rows)
+        refuse_released()
         tensors = [
             plans[i].order if kind == "order" else held[kind, i].buffer for kind, i in self.kinds
         ]

@@ -1,0 +1,108 @@
+"""release_weights: the float weights are gone as they are packed, are never used, and can be brought back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from tiny_llama import save_tiny
+from transformers import AutoModelForCausalLM
+
+import micromix_compile as micromix
+from micromix_compile import Recipe, calibrate
+from micromix_compile.errors import CheckpointError, ReleasedWeightError
+from micromix_compile.packing import is_released
+
+PEAK = """
+    import torch
+    from torch import nn
+    from micromix_compile import Recipe
+    torch.set_num_threads(1)
+
+    def memory(key):
+        lines = open("/proc/self/status").read().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+    def model(layers, k, n):
+        parts = [p for _ in range(layers) for p in (nn.Linear(k, n, bias=False), nn.Linear(n, k, bias=False))]
+        return nn.Sequential(*parts).eval()
+
+    def compiled(model, x):
+        options = {"inductor": False, "recipe": Recipe(format="mxfp4"), "release_weights": True}
+        with torch.inference_mode():
+            return torch.compile(model, backend="micromix", options=options, dynamic=False)(x)
+
+    compiled(model(2, 128, 256), torch.randn(2, 128))  # whatever the first compilation loads
+    torch.compiler.reset()
+    big = model(8, 1024, 4096)  # 16 layers of 16 MiB
+    open("/proc/self/clear_refs", "w").write("5")
+    before = memory("VmRSS")
+    compiled(big, torch.randn(2, 1024))
+    print(memory("VmHWM") - before, memory("VmRSS") - before)
+"""
+
+
+def test_peak_memory_is_the_float_model_and_one_layers_packing():
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PEAK)], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    peak, after = map(float, run.stdout.split())
+    # A layer is 16 MiB of float32, packed 2.2 MiB, which it is twice for a moment.
+    assert peak < 12, f"{peak} MiB above the float model"
+    assert after < -16 * 16 * 0.6, f"{-after} MiB of 256 were freed"
+
+
+@pytest.fixture
+def released(tmp_path):
+    directory = save_tiny(tmp_path / "float")
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    ids = torch.randint(0, 128, (2, 12))
+    calibrate(model).run([ids]).plan(Recipe(split=(0.5, 0.25, 0.25))).attach(model)
+    with torch.no_grad():
+        expected = model(ids).logits
+        options = {"inductor": False, "release_weights": True}
+        compiled = torch.compile(model, backend="micromix", options=options)
+        packed = compiled(ids).logits
+    return directory, model, compiled, ids, expected, packed
+
+
+def test_eager_use_says_what_to_do(released):
+    _, model, compiled, ids, _, packed = released
+    with torch.no_grad():
+        with pytest.raises(ReleasedWeightError, match=r"q_proj was released .* micromix.restore"):
+            model(ids)
+        assert torch.equal(compiled(ids).logits, packed), "the compiled model runs"
+        assert compiled(ids[:1, :5]).logits.shape[:2] == (1, 5), "another shape compiles"
+
+
+@pytest.mark.parametrize("mapping", [False, True])
+def test_restore(mapping, released):
+    directory, model, compiled, ids, expected, packed = released
+    source = directory
+    if mapping:
+        source = dict(AutoModelForCausalLM.from_pretrained(directory).named_parameters())
+    names = micromix.restore(model, source)
+    assert len(names) == 14 and not any(map(is_released, model.parameters()))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected)
+        assert torch.equal(compiled(ids).logits, packed)
+    assert micromix.restore(model, source) == []
+
+
+def test_restore_is_all_or_nothing(released, tmp_path):
+    directory, model, *_ = released
+    whole = dict(AutoModelForCausalLM.from_pretrained(directory).named_parameters())
+    name = "model.layers.1.mlp.down_proj.weight"
+    for source in (
+        {k: v for k, v in whole.items() if k != name},
+        {**whole, name: torch.zeros(3, 3)},
+        tmp_path,
+        tmp_path / "none",
+    ):
+        with pytest.raises(CheckpointError):
+            micromix.restore(model, source)
+        assert sum(map(is_released, model.parameters())) == 14
