@@ -110,6 +110,16 @@ def test_nan_goes_where_it_must_and_nowhere_else(simulator, tile, format6, weigh
         assert not faults(simulator, product, tile)
 
 
+@pytest.mark.parametrize("tile", TILES)
+def test_extreme_scales(simulator, tile):
+    """Products at the lower end of float32, and ordinary ones of scales at both ends."""
+    product = Product(5, [64], MixedLayout(64, 64, 64), bias=False)
+    product.scales[:] = 0
+    product.weights[0][1][:32] = 254
+    product.weights[0][1][32:] = 120
+    assert not faults(simulator, product, tile, dtype=torch.float32)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     tile=st.sampled_from(sorted(TILES)),
