@@ -38,13 +38,17 @@ def placed_bytes(
     emulated, format = format & EMULATED, format & ~EMULATED
     layout = MixedLayout.weight_from_code(k4, k6, k8, format)
     if blackwell_kernel(device, emulated):
-        words = sum(-(-k // (BLOCK * _SCALE_WORD)) for k in (k4, k6, k8))
-        return -(-n // _PANEL_ROWS) * _PANEL_ROWS * (layout.row_bytes + words * _SCALE_WORD)
+        return _blackwell_bytes(n, (k4, k6, k8), layout)
     if torch.device(device).type != "cpu" or not loaded():
         return n * (layout.row_bytes + layout.blocks)
     panels = (n + _TILE_ROWS - 1) // _TILE_ROWS
     scale_bytes = (layout.blocks * _TILE_ROWS + _LINE - 1) // _LINE * _LINE
     return _LINE + panels * (scale_bytes + _TILE_ROWS * layout.row_bytes)
+
+
+def _blackwell_bytes(n: int, counts: tuple[int, int, int], weight: MixedLayout) -> int:
+    words = sum(-(-k // (BLOCK * _SCALE_WORD)) for k in counts)
+    return -(-n // _PANEL_ROWS) * _PANEL_ROWS * (weight.row_bytes + words * _SCALE_WORD)
 
 
 def _quantize(

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from micromix_compile.mx import MixedLayout
+from micromix_compile.ops._fakes import _blackwell_bytes
 
 from .products import FORMATS, MIXES, Product
 from .simulator import DTYPES, SOURCES, TILES, Simulator, compile_simulator
@@ -135,6 +136,15 @@ def test_any_product(simulator, tile, m, n, blocks, formats, splits, late, seed)
     layout = MixedLayout(*(32 * b for b in blocks), format6=formats[0])
     product = Product(m, [n], layout, formats[1], seed=seed)
     assert not faults(simulator, product, tile, splits, late, torch.float32, seed=seed)
+
+
+def test_the_placed_size_is_that_of_the_fake(simulator):
+    for mix in MIXES:
+        for n in (1, 8, 77):
+            for _, weights in FORMATS:
+                product = Product(1, [n], MixedLayout(*mix), weights)
+                placed = simulator.place(*product.weights[0], product.arguments)
+                assert placed.numel() == _blackwell_bytes(n, mix, product.weight_layout)
 
 
 def test_the_tile_is_the_smallest_that_holds_the_rows(simulator):
