@@ -16,12 +16,12 @@ struct RowInput {
   int64_t stride = 0;
 };
 
-enum class RowFunction : int64_t { kRmsNorm, kLayerNorm, kPointwise };
+enum class RowFunction : int32_t { kRmsNorm, kLayerNorm, kPointwise };
 
 // Where an RMSNorm multiplies its weight, relative to the rounding of x / rms(x).
-enum class RmsForm : int64_t { kWeightAfterCast = 0, kWeightBeforeCast = 1, kOnePlusWeight = 2 };
+enum class RmsForm : int32_t { kWeightAfterCast = 0, kWeightBeforeCast = 1, kOnePlusWeight = 2 };
 
-enum class Pointwise : int64_t {
+enum class Pointwise : int32_t {
   kCast = 0,
   kRelu = 1,
   kSilu = 2,

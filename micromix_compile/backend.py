@@ -24,8 +24,16 @@ from micromix_compile.errors import (
     StrictError,
 )
 from micromix_compile.explain import GraphReport, LayerReport, record
-from micromix_compile.ops import kernel_name
-from micromix_compile.packing import OrderedBias, PlacedWeight, placed_weight, refuse_released
+from micromix_compile.ops import EMULATED, blackwell_kernel, kernel_name
+from micromix_compile.packing import (
+    AUTO,
+    KERNELS,
+    OrderedBias,
+    PlacedWeight,
+    format_code,
+    placed_weight,
+    refuse_released,
+)
 from micromix_compile.passes.contiguous_cats import contiguous_cats
 from micromix_compile.passes.find_linears import Linear, find_linears
 from micromix_compile.passes.fold_order import Folds, fold_orders
@@ -42,6 +50,10 @@ from micromix_compile.plan import (
 from micromix_compile.recipe import Recipe
 from micromix_compile.regions import Placed, Region, Slot
 
+_OPTIONS = (
+    "plan, recipe, strict, release_weights, kernel, mode, inductor, and every setting of Inductor"
+)
+
 
 @dataclass(frozen=True)
 class Options:
@@ -52,6 +64,8 @@ class Options:
         recipe: for a model without a plan: a Recipe that needs no calibration (one format for all).
         strict: raise StrictError where a layer is not lowered for another reason than the recipe's.
         release_weights: free the float storage of each weight once it is packed.
+        kernel: "auto", the device's own kernel, or "mx_emulated", the Blackwell kernel in software on an older GPU:
+            slow, for its numbers. It runs only where it is asked for.
         mode: as in `torch.compile(mode=...)`, which refuses to be given beside options.
         inductor: False runs the lowered graph as it is, without Inductor: quick to compile, for evaluation.
         settings: every other option: settings of Inductor, as for its own backend.
@@ -61,6 +75,7 @@ class Options:
     recipe: Recipe | None = None
     strict: bool = False
     release_weights: bool = False
+    kernel: str = AUTO
     mode: str = "default"
     inductor: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -74,12 +89,9 @@ class Options:
             for name in list(given)
             if name in cls.__annotations__ and name != "settings"
         }
-        valid = (
-            "plan, recipe, strict, release_weights, mode, inductor, and every setting of Inductor"
-        )
         for name in given:
             if not compat.is_inductor_option(name):
-                raise OptionError(option=name, reason="is not known", valid=valid)
+                raise OptionError(option=name, reason="is not known", valid=_OPTIONS)
         if isinstance(own.get("plan"), str) or hasattr(own.get("plan"), "__fspath__"):
             own["plan"] = load_plan(own["plan"])
         if mode is not None:
@@ -89,19 +101,25 @@ class Options:
             "recipe": (Recipe, type(None)),
             "strict": bool,
             "release_weights": bool,
+            "kernel": str,
             "mode": str,
             "inductor": bool,
         }
         for name, value in own.items():
             if not isinstance(value, kinds[name]):
-                raise OptionError(option=name, reason=f"cannot be {value!r}", valid=valid)
+                raise OptionError(option=name, reason=f"cannot be {value!r}", valid=_OPTIONS)
+        if own.get("kernel", AUTO) not in KERNELS:
+            reason = f"cannot be {own['kernel']!r}; the kernels are {', '.join(KERNELS)}"
+            raise OptionError(option="kernel", reason=reason, valid=_OPTIONS)
         if own.get("plan") is not None and own.get("recipe") is not None:
-            raise OptionError(option="recipe", reason="cannot be given beside a plan", valid=valid)
+            raise OptionError(
+                option="recipe", reason="cannot be given beside a plan", valid=_OPTIONS
+            )
         try:
             compat.inductor_mode_options(own.get("mode", "default"))
         except ValueError as error:
             raise OptionError(
-                option="mode", reason=f"cannot be used: {error}", valid=valid
+                option="mode", reason=f"cannot be used: {error}", valid=_OPTIONS
             ) from None
         return cls(**own, settings=given)
 
@@ -252,13 +270,18 @@ def _pack(
         chosen, "packing weights", delay=2, leave=False, disable=None
     ):
         rows = folds.rows.get(linear)
+        _check_kernel(options.kernel, linear)
         weight = None
         if linear.quantised is None:
-            weight = placed_weight(name, linear.parameter, plan, linear.transposed, rows)
+            weight = placed_weight(
+                name, linear.parameter, plan, linear.transposed, rows, options.kernel
+            )
         bias = None
         if rows is not None and linear.bias is not None:
             bias = OrderedBias(value[linear.bias], rows)
         order = None if linear in folds.into else plan.order
+        if order is not None:
+            order = order.to(linear.parameter.device)
         lowerings.append(Lowering(name, linear, plan, weight, order, bias))
         row.gathered = folds.unfolded.get(linear, "")
         row.folded_into = [names[producer] for producer in folds.into.get(linear, ())]
@@ -274,9 +297,26 @@ def _pack(
         )
         placed = linear.parameter if weight is None else weight.buffer
         row.bits, row.bytes_after = layout.total_bits, placed.nbytes
-        row.kernel = kernel_name(linear.parameter.device)
+        row.kernel = kernel_name(linear.parameter.device, format_code(plan, options.kernel))
     refuse_released()
     return lowerings
+
+
+def _check_kernel(kernel: str, linear: Linear) -> None:
+    """Refuse a kernel that was asked for by name where it cannot run."""
+    device = linear.parameter.device
+    if kernel == AUTO:
+        return
+    if linear.quantised is not None:
+        reason = f"{linear.name} is quantised already, and placed for the device's own kernel"
+    elif not blackwell_kernel(device, EMULATED):
+        reason = (
+            f"{linear.name} is on {device}, and that kernel needs a CUDA device of compute capability 8.0 or newer, "
+            "and the CUDA kernels (`make cuda` builds them)"
+        )
+    else:
+        return
+    raise OptionError(option="kernel", reason=f"cannot be {kernel!r}: {reason}", valid=_OPTIONS)
 
 
 def _release(linear: Linear, chosen, weight: PlacedWeight) -> bool:
@@ -410,6 +450,7 @@ def _region(
             None if lowering.bias is None else position[lowering.linear.bias],
             number.get(folds.consumers.get(lowering.linear)),
             lowering.weight.released,
+            lowering.weight.kernel,
         )
         for lowering in own
     ]

@@ -13,14 +13,23 @@ from dataclasses import dataclass
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-import micromix_compile.ops  # noqa: F401  (registers torch.ops.micromix)
 from micromix_compile.errors import ReleasedWeightError
+from micromix_compile.ops import EMULATED
 from micromix_compile.plan import LayerPlan
+
+AUTO, MX_EMULATED = "auto", "mx_emulated"
+KERNELS = (AUTO, MX_EMULATED)
+"""The kernels that a user may ask for: the device's own, and the Blackwell kernel in software."""
 
 _cache: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _names: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of released parameters, for messages
 _unguarded: list[weakref.ref] = []
 _packings = 0
+
+
+def format_code(plan: LayerPlan, kernel: str = AUTO) -> int:
+    """The `format` argument of place_weight, linear and linears for a layer and a kernel of KERNELS."""
+    return plan.format_code | (EMULATED if kernel == MX_EMULATED else 0)
 
 
 @dataclass(frozen=True)
@@ -34,11 +43,15 @@ class PackedWeight:
     scales: torch.Tensor
     plan: LayerPlan
 
-    def place(self) -> torch.Tensor:
-        """The flat uint8 buffer that `micromix::linear` of the data's device reads."""
-        layout = self.plan.layout
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """The same bytes on another device: a weight is packed anywhere, and placed where it is used."""
+        return PackedWeight(self.data.to(device), self.scales.to(device), self.plan)
+
+    def place(self, kernel: str = AUTO) -> torch.Tensor:
+        """The flat uint8 buffer that `micromix::linear` of the data's device, or of a kernel by name, reads."""
+        layout, code = self.plan.layout, format_code(self.plan, kernel)
         return torch.ops.micromix.place_weight(
-            self.data, self.scales, layout.k4, layout.k6, layout.k8, self.plan.format_code
+            self.data, self.scales, layout.k4, layout.k6, layout.k8, code
         )
 
 
@@ -48,6 +61,7 @@ class PlacedWeight:
     Attributes:
         buffer: flat uint8, in the layout of the device's kernel. Its address never changes.
         out_features: N.
+        format_code: what `micromix::linear` is given as `format` beside the buffer.
         name: the layer's name, for messages.
         released: whether the float storage of the parameter was given back.
     """
@@ -59,9 +73,12 @@ class PlacedWeight:
         plan: LayerPlan,
         transposed: bool,
         rows: torch.Tensor | None = None,
+        kernel: str = AUTO,
     ) -> None:
         self.name = name
         self.plan = plan
+        self.kernel = kernel
+        self.format_code = format_code(plan, kernel)
         self.transposed = transposed
         self.rows = rows
         self.released = False
@@ -76,7 +93,8 @@ class PlacedWeight:
         _packings += 1
         # A buffer made under inference_mode could not be packed again outside of it.
         with torch.inference_mode(False):
-            return pack_weight(parameter, self.plan, self.transposed, self.rows).place()
+            packed = pack_weight(parameter, self.plan, self.transposed, self.rows)
+            return packed.place(self.kernel)
 
     def refresh(self, parameter: torch.Tensor) -> None:
         """Pack again if the parameter was changed in place since; the buffer keeps its address."""
@@ -186,10 +204,11 @@ def placed_weight(
     plan: LayerPlan,
     transposed: bool = False,
     rows: torch.Tensor | None = None,
+    kernel: str = AUTO,
 ) -> PlacedWeight:
     """The placed form of a parameter under `plan`, packed at the first call and kept with the parameter.
 
-    `rows` is as in `pack_weight`; another order of rows is another placed weight.
+    `rows` is as in `pack_weight`, `kernel` one of KERNELS; another of either is another placed weight.
     """
     placed = _cache.setdefault(parameter, {})
     key = (
@@ -197,9 +216,10 @@ def placed_weight(
         transposed,
         parameter.device,
         None if rows is None else tuple(rows.tolist()),
+        kernel,
     )
     if key not in placed:
-        placed[key] = PlacedWeight(name, parameter, plan, transposed, rows)
+        placed[key] = PlacedWeight(name, parameter, plan, transposed, rows, kernel)
     placed[key].refresh(parameter)
     return placed[key]
 

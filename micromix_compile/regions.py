@@ -17,7 +17,13 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from micromix_compile.explain import GraphReport, record
-from micromix_compile.packing import OrderedBias, PlacedWeight, placed_weight, refuse_released
+from micromix_compile.packing import (
+    AUTO,
+    OrderedBias,
+    PlacedWeight,
+    placed_weight,
+    refuse_released,
+)
 from micromix_compile.passes.fold_order import row_order
 from micromix_compile.plan import LayerPlan, attached, attachment_changes
 
@@ -37,6 +43,7 @@ class Slot:
     bias: int | None = None
     consumer: int | None = None
     released: bool = False
+    kernel: str = AUTO
 
 
 @dataclass(eq=False)
@@ -110,7 +117,9 @@ class Region:
             if slot.consumer is not None:
                 out_features = weights[i].shape[1 if slot.transposed else 0]
                 rows = row_order(plans[slot.consumer], out_features)
-            placed = placed_weight(names[i], weights[i], plans[i], slot.transposed, rows)
+            placed = placed_weight(
+                names[i], weights[i], plans[i], slot.transposed, rows, slot.kernel
+            )
             if slot.released and not placed.released:
                 placed.release(weights[i])
             held["weight", i] = placed
@@ -118,7 +127,8 @@ class Region:
                 held["bias", i] = OrderedBias(arguments[slot.bias], rows)
         refuse_released()
         tensors = [
-            plans[i].order if kind == "order" else held[kind, i].buffer for kind, i in self.kinds
+            plans[i].order.to(weights[i].device) if kind == "order" else held[kind, i].buffer
+            for kind, i in self.kinds
         ]
         self._report(report, dict(zip((slot.name for slot in self.slots), names)), weights)
         return Placed(

@@ -179,7 +179,8 @@ def _products(
     """The results of one product, a node for each layer."""
     first = product[0]
     layout, dtype = first.plan.layout, value_of(first.linear.node).dtype
-    rest = (layout.k4, layout.k6, layout.k8, first.plan.format_code, dtype)
+    code = first.plan.format_code if first.weight is None else first.weight.format_code
+    rest = (layout.k4, layout.k6, layout.k8, code, dtype)
     n = [lowering.linear.out_features for lowering in product]
     if len(product) == 1:
         arguments = (*operands, weights[0], biases[0], n[0], *rest)

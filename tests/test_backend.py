@@ -183,6 +183,9 @@ def test_a_plan_of_the_whole_model_serves_a_part_of_it(block):
         ({"strict": 1}, "strict"),
         ({"recipe": "mxfp8"}, "recipe"),
         ({"mode": "fastest"}, "mode"),
+        ({"kernel": "fastest"}, "the kernels are auto, mx_emulated"),
+        ({"kernel": None}, "kernel"),
+        ({"kernel": "mx_emulated"}, "is on cpu, and that kernel needs a CUDA device"),
     ],
 )
 def test_bad_options_are_refused(block, options, option):

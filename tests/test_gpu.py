@@ -1,4 +1,4 @@
-"""On a CUDA device: everything but the kernels, which are the pure-torch reference there, and say so."""
+"""On a CUDA device: the compiler around the kernels. tests/ops/test_quantize_cuda.py and tests/cuda have the kernels."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import pytest
 import torch
 from architectures import build, inputs
 from reference_model import reference_model
+from tiny_llama import VOCABULARY, tiny_llama
 
 from micromix_compile import Recipe, calibrate, explain
 from micromix_compile.errors import ReferenceKernelWarning
-from micromix_compile.ops import _reference
+from micromix_compile.ops import EMULATED, _reference, blackwell_kernel, kernel_name
+from micromix_compile.packing import pack_weight, packings
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,3 +53,127 @@ def test_calibration_on_the_gpu_sees_what_it_sees_on_the_cpu():
     for name in on_cpu.layers:
         torch.testing.assert_close(on_gpu[name].total, on_cpu[name].total, rtol=1e-3, atol=1e-3)
         assert on_gpu[name].tokens == on_cpu[name].tokens
+
+
+EMULATION = {"strict": True, "kernel": "mx_emulated"}
+
+
+def planned_llama(dtype: torch.dtype) -> tuple[torch.nn.Module, torch.Tensor]:
+    """Four layers with a plan of all three formats, on the CPU, and a prompt."""
+    model = tiny_llama(dtype, layers=4)
+    generator = torch.Generator().manual_seed(3)
+    prompt = torch.randint(VOCABULARY, (2, 12), generator=generator)
+    plan = calibrate(model).run([{"input_ids": prompt}]).plan(Recipe(split=(0.5, 0.25, 0.25)))
+    plan.attach(model)
+    return model, prompt
+
+
+def greedy(compiled, tokens: torch.Tensor, count: int) -> torch.Tensor:
+    with torch.no_grad():
+        for _ in range(count):
+            logits = compiled(input_ids=tokens, use_cache=False).logits
+            tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), 1)
+    return tokens.cpu()
+
+
+def test_llama_with_the_emulated_kernel_gives_the_tokens_of_the_cpu():
+    model, prompt = planned_llama(torch.float32)
+    dynamic = {"backend": "micromix", "dynamic": True}
+    compiled = torch.compile(model, options={"strict": True}, **dynamic)
+    expected = greedy(compiled, prompt, 12)
+    passes = explain(compiled).passes
+    torch.compiler.reset()
+
+    model = model.cuda()
+    compiled = torch.compile(model, options=EMULATION, **dynamic)
+    assert torch.equal(greedy(compiled, prompt.cuda(), 12), expected)
+    rows = explain(compiled).layers.values()
+    assert {row.kernel for row in rows if not row.reason} == {kernel_name("cuda", EMULATED)}
+    assert explain(compiled).passes == passes  # the same layers lowered, merged, and fused
+    assert passes["rms_norm"] > 0 and passes["silu_mul"] > 0
+
+
+def test_cuda_graphs_replay_with_one_packing_at_one_address():
+    model, prompt = planned_llama(torch.bfloat16)
+    model, prompt = model.cuda(), prompt.cuda()
+    prompts = [prompt, prompt.flip(1), prompt.roll(1, 1), prompt]
+    plain = torch.compile(model, backend="micromix", options=EMULATION)
+    with torch.no_grad():
+        expected = [plain(input_ids=tokens, use_cache=False).logits for tokens in prompts]
+    torch.compiler.reset()
+    packed = packings()
+    compiled = torch.compile(
+        model, backend="micromix", options={**EMULATION, "mode": "reduce-overhead"}
+    )
+    activity = torch.profiler.ProfilerActivity
+    with torch.no_grad():
+        for _ in range(3):  # warm up, record, replay
+            torch.compiler.cudagraph_mark_step_begin()
+            compiled(input_ids=prompt, use_cache=False)
+        for tokens, logits in zip(prompts, expected, strict=True):
+            torch.compiler.cudagraph_mark_step_begin()
+            with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profile:
+                found = compiled(input_ids=tokens, use_cache=False).logits
+            assert torch.equal(found, logits)
+            assert any("GraphLaunch" in event.name for event in profile.events())
+        assert packings() == packed
+        # A weight changed in place is packed again where the graph reads it.
+        weight = model.model.layers[1].mlp.down_proj.weight
+        weight.mul_(-2)
+        torch.compiler.cudagraph_mark_step_begin()
+        changed = compiled(input_ids=prompt, use_cache=False).logits.clone()
+        weight.div_(-2)
+        torch.compiler.cudagraph_mark_step_begin()
+        restored = compiled(input_ids=prompt, use_cache=False).logits
+    assert not torch.equal(changed, expected[0])
+    assert torch.equal(restored, expected[0])
+
+
+def test_equal_layers_share_a_graph():
+    model, prompt = planned_llama(torch.bfloat16)
+    model, prompt = model.cuda(), prompt.cuda()
+    whole = torch.compile(model, backend="micromix", options={**EMULATION, "inductor": False})
+    with torch.no_grad():
+        expected = whole(input_ids=prompt, use_cache=False).logits
+        torch.compiler.reset()
+        for layer in model.model.layers:
+            layer.compile(backend="micromix", options={**EMULATION, "inductor": False})
+        head = torch.compile(model.lm_head, backend="micromix", options={"inductor": False})
+        hidden = model.model(input_ids=prompt, use_cache=False).last_hidden_state
+        assert torch.equal(head(hidden), expected)
+    explained = explain(model.model.layers)
+    assert explained.graphs == 1
+    assert {row.kernel for row in explained.layers.values()} == {kernel_name("cuda", EMULATED)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_weight_packed_on_the_cpu_is_placed_on_the_gpu(dtype):
+    model, _ = planned_llama(dtype)
+    name, layer = "model.layers.0.mlp.down_proj", model.model.layers[0].mlp.down_proj
+    plan = calibrate(model).run([{"input_ids": torch.zeros(1, 4).long()}]).plan(Recipe())[name]
+    packed = pack_weight(layer.weight, plan).to("cuda")
+    on_gpu = pack_weight(layer.weight.cuda(), plan)
+    assert torch.equal(packed.data, on_gpu.data) and torch.equal(packed.scales, on_gpu.scales)
+    for kernel in ("auto", "mx_emulated"):
+        assert torch.equal(packed.place(kernel), on_gpu.place(kernel))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_model_on_the_second_gpu():
+    model, prompt = planned_llama(torch.bfloat16)
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        torch.compiler.reset()
+        model = model.to(device)
+        compiled = torch.compile(model, backend="micromix", options=EMULATION)
+        with torch.no_grad():
+            results.append(compiled(input_ids=prompt.to(device), use_cache=False).logits.cpu())
+    assert torch.equal(*results)
+
+
+def test_the_emulated_kernel_runs_only_where_it_is_asked_for():
+    device = torch.device("cuda")
+    assert blackwell_kernel(device, EMULATED)
+    if blackwell_kernel(device) == "native":
+        pytest.skip("this GPU runs the kernel natively")
+    assert kernel_name(device) == "reference"

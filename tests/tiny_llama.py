@@ -13,13 +13,13 @@ from micromix_compile.models import builtin_text
 VOCABULARY = 256
 
 
-def tiny_llama(dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
-    """Two layers, hidden 64, FFN 96, K of down_proj a multiple of 32 but not of 64; always the same weights."""
+def tiny_llama(dtype: torch.dtype = torch.bfloat16, layers: int = 2) -> LlamaForCausalLM:
+    """Hidden 64, FFN 96, K of down_proj a multiple of 32 but not of 64; always the same weights."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,

@@ -14,9 +14,10 @@ namespace {
 
 constexpr int64_t kMostChannels = int64_t{1} << 24;  // positions are 32-bit, with room for sums
 
-bool aligned(const void* data, int64_t stride, Dtype dtype) {
-  const int64_t bytes = dtype == Dtype::kFloat32 ? 4 : 2;
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * bytes % 16 == 0;
+bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+bool aligned(const RowInput& rows) {
+  return aligned(rows.data) && rows.stride * (rows.dtype == Dtype::kFloat32 ? 4 : 2) % 16 == 0;
 }
 
 Output output_of(const RowOutput& from) {
@@ -26,7 +27,7 @@ Output output_of(const RowOutput& from) {
   };
   Output to;
   to.order = from.order;
-  to.order_aligned = reinterpret_cast<uintptr_t>(from.order) % 16 == 0;
+  to.order_aligned = aligned(from.order);
   to.data = from.data;
   to.scales = from.scales;
   to.row_bytes = from.layout.row_bytes();
@@ -35,6 +36,7 @@ Output output_of(const RowOutput& from) {
   to.blocks = static_cast<int32_t>(from.layout.blocks());
   to.start6 = static_cast<int32_t>(segments[1].byte_start);
   to.start8 = static_cast<int32_t>(segments[2].byte_start);
+  to.aligned8 = to.row_bytes % 16 == 0 && to.start8 % 16 == 0;
   to.increment4 = increment(0);
   to.increment6 = increment(1);
   to.increment8 = increment(2);
@@ -42,53 +44,76 @@ Output output_of(const RowOutput& from) {
   return to;
 }
 
-Types types_of(const RowTask& task) {
+// The types that every operand has, if the rows are aligned and of whole groups.
+Types types_of(const RowTask& task, const RowOutput* outputs, int output_count) {
   const bool one = task.x.dtype == task.dtype &&
                    (task.second.data == nullptr || task.second.dtype == task.dtype);
-  if (!one) return Types::kAny;
+  bool regular = task.k % 16 == 0 && aligned(task.x) && aligned(task.second) &&
+                 aligned(task.weight) && aligned(task.bias);
+  for (int i = 0; i < output_count; ++i) regular = regular && aligned(outputs[i].order);
+  if (!one || !regular) return Types::kAny;
   return task.dtype == Dtype::kBFloat16  ? Types::kBFloat16
          : task.dtype == Dtype::kFloat16 ? Types::kFloat16
                                          : Types::kFloat32;
 }
 
+// What a launch depends on beside its arguments.
+struct Limits {
+  int shared_bytes, multiprocessors;
+
+  explicit Limits(int device) {
+    check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          "quantize");
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+          "quantize");
+    shared_bytes -= kOtherSharedBytes;
+  }
+};
+
+Launch choose(const RowTask& task, int64_t count, const RowOutput* outputs, int output_count,
+              const Limits& limits) {
+  Launch launch{};
+  launch.types = types_of(task, outputs, output_count);
+  launch.placement =
+      output_count == 1 && outputs[0].order == nullptr ? Placement::kDirect : Placement::kStaged;
+  const bool direct = launch.placement == Placement::kDirect;
+  const bool waits = !direct || task.row_function != RowFunction::kPointwise;
+  const auto bytes = [&](int rows) {
+    return waits ? staged_bytes(task.k, launch.types, rows) : int64_t{0};
+  };
+  // Two rows share what is read of order and weight; not where that leaves multiprocessors idle, or
+  // one thread block on each.
+  const bool two = is_narrow(launch.types) && waits && count > 4 * limits.multiprocessors &&
+                   bytes(2) <= limits.shared_bytes / 2;
+  launch.rows_each = two ? 2 : 1;
+  if (bytes(launch.rows_each) <= limits.shared_bytes) {
+    launch.bytes = static_cast<int>(bytes(launch.rows_each));
+  } else {
+    launch.placement = Placement::kRecomputed;
+  }
+
+  int64_t channels = task.k;
+  for (int i = 0; i < output_count; ++i)
+    channels = std::max(channels, outputs[i].layout.channels());
+  const int64_t group = direct && launch.types != Types::kAny ? 16 : 8;
+  const int64_t groups = (channels + group - 1) / group;
+  const int64_t most = max_threads(launch.placement);
+  const int64_t each = std::max<int64_t>((groups + most - 1) / most, 1);  // groups of a thread
+  launch.threads = static_cast<int>(std::clamp<int64_t>((groups / each + 31) / 32 * 32, 32, most));
+  return launch;
+}
+
 // One launch: at most kMaxOutputs outputs.
-void launch_some(int device, cudaStream_t stream, const RowTask& task, int64_t count,
+void launch_some(const OnDevice& device, const Limits& limits, const RowTask& task, int64_t count,
                  const RowOutput* outputs, int output_count) {
   Rows rows{};
   rows.task = task;
   rows.k = static_cast<int32_t>(task.k);
-  rows.x_aligned = aligned(task.x.data, task.x.stride, task.x.dtype);
-  rows.second_aligned = aligned(task.second.data, task.second.stride, task.second.dtype);
-  rows.weight_aligned = aligned(task.weight.data, 0, task.weight.dtype);
-  rows.bias_aligned = aligned(task.bias.data, 0, task.bias.dtype);
-  rows.sum_aligned = aligned(task.sum, task.k, task.x.dtype);
-  rows.kept_aligned = aligned(task.kept, task.k, task.dtype);
-  rows.groups = static_cast<int32_t>((task.k + 7) / 8);
+  rows.count = static_cast<int32_t>(count);
   rows.outputs = output_count;
-  int32_t widest = rows.groups;
-  for (int i = 0; i < output_count; ++i) {
-    rows.output[i] = output_of(outputs[i]);
-    const int32_t groups = 4 * rows.output[i].blocks;
-    widest = std::max(widest, groups);
-    if (outputs[i].order == nullptr) rows.groups = std::max(rows.groups, groups);
-    rows.ordered = rows.ordered || outputs[i].order != nullptr;
-  }
-
-  Launch launch{};
-  launch.rows = static_cast<unsigned>(count);
-  const int per_thread = 2;
-  const int most = widest > 2048 ? 1024 : 512;
-  launch.threads = std::clamp((widest / per_thread + 31) / 32 * 32, 32, most);
-  launch.types = types_of(task);
-  launch.stream = stream;
-  const bool waits = rows.ordered || task.row_function != RowFunction::kPointwise;
-  const int64_t bytes = waits ? staged_bytes(task.k, launch.types) : 0;
-  int largest = 0;
-  check(cudaDeviceGetAttribute(&largest, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "quantize");
-  launch.staged = bytes + kOtherSharedBytes <= largest;
-  launch.bytes = launch.staged ? static_cast<int>(bytes) : 0;
-
+  for (int i = 0; i < output_count; ++i) rows.output[i] = output_of(outputs[i]);
+  Launch launch = choose(task, count, outputs, output_count, limits);
+  launch.stream = device.stream;
   const auto function = task.row_function == RowFunction::kRmsNorm     ? launch_rms_norm
                         : task.row_function == RowFunction::kLayerNorm ? launch_layer_norm
                                                                        : launch_pointwise;
@@ -105,10 +130,11 @@ void run(const Tensor& x, const RowTask& task, int64_t rows,
                    "micromix: the CUDA kernels take up to ", kMostChannels, " channels; got ",
                    output.layout.channels());
   const OnDevice device(x);
+  const Limits limits(device.index);
   const int count = static_cast<int>(outputs.size());
   RowTask own = task;
   for (int first = 0; first == 0 || first < count; first += kMaxOutputs) {
-    launch_some(device.index, device.stream, own, rows, outputs.data() + first,
+    launch_some(device, limits, own, rows, outputs.data() + first,
                 std::min(kMaxOutputs, count - first));
     own.kept = own.sum = nullptr;  // stored by the first launch
   }

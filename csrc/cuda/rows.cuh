@@ -1,10 +1,13 @@
-// The row kernel: one thread block computes a row and quantises it for every output.
+// The row kernel: one thread block computes one or two rows and quantises them for every output.
 //
-// A thread has eight neighbouring channels at a time, four neighbouring threads a block of 32. A
-// row is read from memory once. It waits in shared memory where it is needed twice: by a norm,
-// between its sum and its values, and by an order, which gathers from it. An output without an
-// order is quantised from registers. A row that is too long for shared memory is computed again
-// from global memory where it is needed (kStaged = false).
+// A thread has a group of neighbouring channels at a time: 16 where they are quantised from
+// registers (two threads a block of 32), 8 elsewhere. A row is read from memory once. It waits in
+// shared memory where it is needed again: by a norm, between its sums and its values, and by an
+// order, which gathers from it. Two rows of a 16-bit type lie interleaved there, so that one load
+// of a gather, one index and one load of a norm's weight serve both.
+//
+// Types::kAny also takes rows that begin anywhere and any number of channels; the others need
+// 16-byte alignment and a multiple of 16.
 #pragma once
 
 #include <type_traits>
@@ -14,9 +17,15 @@
 
 namespace micromix::cuda {
 
-constexpr int kMaxThreads = 1024;
-constexpr int kTogether = 2;  // groups whose loads a thread has in flight
+// How many thread blocks of the largest size have registers on a multiprocessor: 64 of them for
+// each thread of a 16-bit type, where that spills nothing.
+constexpr int least_blocks(RowFunction function, Types types, Placement placement) {
+  if (!is_narrow(types)) return 1;
+  if (placement != Placement::kDirect) return 2;
+  return function == RowFunction::kLayerNorm ? 3 : 4;
+}
 constexpr unsigned kWarp = 0xFFFFFFFF;
+constexpr unsigned kNan = 0x7FC00000;
 
 __device__ __forceinline__ float largest(float a, float b) {  // NaN if one of them is
   float c;
@@ -24,381 +33,579 @@ __device__ __forceinline__ float largest(float a, float b) {  // NaN if one of t
   return c;
 }
 
-// Quantises eight values of one row at position 8 * group of an output. All threads of a warp call
-// it, with neighbouring groups.
-template <bool kBFloat16>
-__device__ __forceinline__ void quantize_group(const Output& out, int64_t row, int group,
-                                               const Eight& y) {
+// The largest magnitude of each block of 32, in all of its threads.
+template <int kGroup>
+__device__ __forceinline__ float block_amax(const Values<kGroup>& y) {
   float amax = fabsf(y.v[0]);
 #pragma unroll
-  for (int i = 1; i < 8; ++i) amax = largest(amax, fabsf(y.v[i]));
-  amax = largest(amax, __shfl_xor_sync(kWarp, amax, 1));
-  amax = largest(amax, __shfl_xor_sync(kWarp, amax, 2));
-
-  const int block = group / 4, part = group % 4;
-  const uint32_t bits = __float_as_uint(amax) & mx::kFloat32Magnitude;
-  uint64_t codes;
-  uint8_t byte;
-  if (block < out.end4) {
-    byte = mx::scale_byte(bits, out.increment4, mx::E2M1.emax);
-    codes = encode<mx::E2M1, kBFloat16>(y, amax, byte);
-  } else if (block >= out.end6) {
-    byte = mx::scale_byte(bits, out.increment8, mx::E4M3.emax);
-    codes = encode<mx::E4M3, kBFloat16>(y, amax, byte);
-  } else if (out.e3m2) {
-    byte = mx::scale_byte(bits, out.increment6, mx::E3M2.emax);
-    codes = encode<mx::E3M2, kBFloat16>(y, amax, byte);
-  } else {
-    byte = mx::scale_byte(bits, out.increment6, mx::E2M3.emax);
-    codes = encode<mx::E2M3, kBFloat16>(y, amax, byte);
-  }
-  if (byte == mx::kNanScale) codes = 0;
-
-  // The 24 bytes of a block of MXFP6 are stored by its first three threads, with the codes of the
-  // next thread after their own.
-  uint64_t next = 0;
-  if (out.end6 > out.end4) next = __shfl_down_sync(kWarp, codes, 1);
-  if (block >= out.blocks) return;
-  uint8_t* const data = out.data + row * out.row_bytes;
-  if (block < out.end4) {
-    *reinterpret_cast<uint32_t*>(data + 4 * group) = static_cast<uint32_t>(codes);
-  } else if (block >= out.end6) {
-    *reinterpret_cast<uint64_t*>(data + out.start8 + 8 * (group - 4 * out.end6)) = codes;
-  } else if (part < 3) {
-    *reinterpret_cast<uint64_t*>(data + out.start6 + 24 * (block - out.end4) + 8 * part) =
-        (codes >> (16 * part)) | (next << (48 - 16 * part));
-  }
-  if (part == 0) out.scales[row * out.blocks + block] = byte;
+  for (int i = 1; i < kGroup; ++i) amax = largest(amax, fabsf(y.v[i]));
+#pragma unroll
+  for (int lanes = 1; lanes < mx::kBlock / kGroup; lanes *= 2)
+    amax = largest(amax, __shfl_xor_sync(kWarp, amax, lanes));
+  return amax;
+}
+// The same in pairs: of the two halves of all words.
+template <int kLanes, int kWords>
+__device__ __forceinline__ uint32_t block_amax_pair(const uint32_t (&words)[kWords],
+                                                    bool bfloat16) {
+  uint32_t amax = words[0] & 0x7FFF7FFF;
+#pragma unroll
+  for (int i = 1; i < kWords; ++i) amax = largest_pair(amax, words[i] & 0x7FFF7FFF, bfloat16);
+#pragma unroll
+  for (int lanes = 1; lanes < kLanes; lanes *= 2)
+    amax = largest_pair(amax, __shfl_xor_sync(kWarp, amax, lanes), bfloat16);
+  return amax;
 }
 
-// The sum over a thread block, the same in every thread; always in the same order.
-__device__ __forceinline__ float block_sum(float x) {
-  __shared__ float of_warp[32];
+// Where a row of an output goes.
+struct OutputRow {
+  const Output& out;
+  uint8_t* const data;
+  uint8_t* const scales;
+
+  __device__ OutputRow(const Output& out, int64_t row)
+      : out(out), data(out.data + row * out.row_bytes), scales(out.scales + row * out.blocks) {}
+};
+
+// Quantises a group of a block with the largest magnitude `amax`. All threads of a warp call it,
+// with neighbouring groups, the first of them the first of a block.
+template <bool kBFloat16, int kGroup>
+__device__ __forceinline__ void quantize_group(const OutputRow& to, bool stores, int group,
+                                               const Values<kGroup>& y, float amax) {
+  constexpr int kThreads = mx::kBlock / kGroup;  // of a block
+  const Output& out = to.out;
+  const int block = group / kThreads, part = group % kThreads;
+  const uint32_t bits = __float_as_uint(amax);
+  Codes codes[kGroup / 8];
+  int byte;
+  const auto cast = [&]<mx::ElementFormat kFormat>(uint32_t increment) {
+    byte = mx::scale_byte(bits, increment, kFormat.emax);
 #pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kWarp, x, lanes);
+    for (int i = 0; i < kGroup / 8; ++i)
+      codes[i] = encode<kFormat, kBFloat16>(y.v + 8 * i, amax, byte);
+  };
+  if (block < out.end4) {
+    cast.template operator()<mx::E2M1>(out.increment4);
+  } else if (block >= out.end6) {
+    cast.template operator()<mx::E4M3>(out.increment8);
+  } else if (out.e3m2) {
+    cast.template operator()<mx::E3M2>(out.increment6);
+  } else {
+    cast.template operator()<mx::E2M3>(out.increment6);
+  }
+  if (byte == mx::kNanScale) {
+#pragma unroll
+    for (int i = 0; i < kGroup / 8; ++i) codes[i] = {};
+  }
+
+  // A block of MXFP6 is 24 bytes, stored 8 at a time by its first threads, with the codes of the
+  // next.
+  Codes next{};
+  if (out.end6 > out.end4) {
+    next.low = __shfl_down_sync(kWarp, codes[0].low, 1);
+    if constexpr (kGroup == 8) next.high = __shfl_down_sync(kWarp, codes[0].high, 1);
+  }
+  if (block >= out.blocks || !stores) return;
+  if (part == 0) to.scales[block] = static_cast<uint8_t>(byte);
+  if (block < out.end4) {
+    if constexpr (kGroup == 8) {
+      *reinterpret_cast<uint32_t*>(to.data + 4 * group) = codes[0].low;
+    } else {
+      *reinterpret_cast<uint2*>(to.data + 8 * group) = {codes[0].low, codes[1].low};
+    }
+  } else if (block >= out.end6) {
+    uint8_t* const at = to.data + out.start8 + kGroup * (group - kThreads * out.end6);
+    if constexpr (kGroup == 16) {
+      if (out.aligned8) {
+        *reinterpret_cast<uint4*>(at) = {codes[0].low, codes[0].high, codes[1].low, codes[1].high};
+        return;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kGroup / 8; ++i)
+      reinterpret_cast<uint2*>(at)[i] = {codes[i].low, codes[i].high};
+  } else {
+    auto* const at = reinterpret_cast<uint2*>(to.data + out.start6 + 24 * (block - out.end4));
+    if constexpr (kGroup == 8) {
+      // Six bytes a thread: the first three threads begin at bytes 0, 2 and 4 of theirs.
+      const uint64_t own = codes[0].low | static_cast<uint64_t>(codes[0].high) << 32;
+      const uint64_t after = next.low | static_cast<uint64_t>(next.high) << 32;
+      const uint64_t eight = own >> (16 * part) | after << (48 - 16 * part);
+      if (part < 3) at[part] = {static_cast<uint32_t>(eight), static_cast<uint32_t>(eight >> 32)};
+    } else {
+      const uint32_t middle = codes[0].high | codes[1].low << 16;
+      const uint32_t last = codes[1].low >> 16 | codes[1].high << 16;
+      if (part == 0) {
+        at[0] = {codes[0].low, middle};
+        at[1] = {last, next.low};
+      } else {
+        at[2] = {middle, last};
+      }
+    }
+  }
+}
+
+// The sums over a thread block, the same in every thread; always in the same order.
+template <int kRows>
+__device__ __forceinline__ void block_sums(float (&x)[kRows]) {
+  __shared__ float of_warp[kRows][32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  __syncthreads();  // the sum before this one has been read
-  if (lane == 0) of_warp[warp] = x;
-  __syncthreads();
-  x = lane < static_cast<int>(blockDim.x) / 32 ? of_warp[lane] : 0.0f;
+  const auto warp_sum = [](float v) {
 #pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kWarp, x, lanes);
-  return x;
+    for (int lanes = 16; lanes > 0; lanes /= 2) v += __shfl_xor_sync(kWarp, v, lanes);
+    return v;
+  };
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) x[r] = warp_sum(x[r]);
+  __syncthreads();  // the sums before these have been read
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+    if (lane == 0) of_warp[r][warp] = x[r];
+  __syncthreads();
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+    x[r] = warp_sum(lane < static_cast<int>(blockDim.x) / 32 ? of_warp[r][lane] : 0.0f);
 }
 
 struct Statistics {
   float mean, factor;
 };
 
-// What a row function makes of eight channels: of x (of a norm: x + residual), the other operand,
-// and the norm's vectors. Not rounded to the result's type.
-template <RowFunction kFunction, Types kTypes>
-__device__ __forceinline__ Eight finish(const RowTask& task, Eight y, const Eight& second,
-                                        const Eight& weight, const Eight& bias,
-                                        const Statistics& of_row) {
+// What a row function makes of a group: of x (of a norm: x + residual), the other operand, and the
+// norm's vectors. Not rounded to the result's type.
+template <RowFunction kFunction, Types kTypes, int kGroup>
+__device__ __forceinline__ Values<kGroup> finish(const RowTask& task, Values<kGroup> y,
+                                                 const Values<kGroup>& second,
+                                                 const Values<kGroup>& weight,
+                                                 const Values<kGroup>& bias,
+                                                 const Statistics& of_row) {
   const Dtype x_type = type_of<kTypes>(task.x.dtype);
+  const auto each = [&](auto f) {
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) y.v[i] = f(y.v[i], i);
+  };
   if constexpr (kFunction == RowFunction::kPointwise) {
     activate(task.function, y);
     if (task.second.data == nullptr) return y;
     if (task.function == Pointwise::kAdd) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) y.v[i] += second.v[i];
+      each([&](float v, int i) { return v + second.v[i]; });
       return y;
     }
     // An activation has a value of its own in the model, of x's type.
     if (task.function != Pointwise::kCast) y = rounded(y, x_type);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) y.v[i] *= second.v[i];
+    each([&](float v, int i) { return v * second.v[i]; });
   } else if constexpr (kFunction == RowFunction::kRmsNorm) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) y.v[i] *= of_row.factor;
+    each([&](float v, int) { return v * of_row.factor; });
     if (task.form == RmsForm::kWeightAfterCast) y = rounded(y, x_type);
     if (task.weight.data == nullptr) return y;
-    const bool plus_one = task.form == RmsForm::kOnePlusWeight;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) y.v[i] *= plus_one ? weight.v[i] + 1.0f : weight.v[i];
+    if (task.form == RmsForm::kOnePlusWeight)
+      each([&](float v, int i) { return v * (weight.v[i] + 1.0f); });
+    else
+      each([&](float v, int i) { return v * weight.v[i]; });
   } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) y.v[i] = (y.v[i] - of_row.mean) * of_row.factor;
-    if (task.weight.data != nullptr) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) y.v[i] *= weight.v[i];
-    }
-    if (task.bias.data != nullptr) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) y.v[i] += bias.v[i];
-    }
+    each([&](float v, int) { return (v - of_row.mean) * of_row.factor; });
+    if (task.weight.data != nullptr) each([&](float v, int i) { return v * weight.v[i]; });
+    if (task.bias.data != nullptr) each([&](float v, int i) { return v + bias.v[i]; });
   }
   return y;
 }
 
-// x + residual, rounded to x's type, as the model has it.
-template <Types kTypes>
-__device__ __forceinline__ Eight with_residual(const RowTask& task, Eight x, const Eight& second) {
-  if (task.second.data == nullptr) return x;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) x.v[i] += second.v[i];
-  return rounded(x, type_of<kTypes>(task.x.dtype));
-}
-
-// One row, as a thread sees it.
-template <RowFunction kFunction, Types kTypes, bool kStaged>
-struct Row {
+// The rows of a thread block, as a thread sees them.
+template <RowFunction kFunction, Types kTypes, Placement kPlacement, int kRows>
+struct Block {
   static constexpr bool kNorm = kFunction != RowFunction::kPointwise;
-  using Slot = std::conditional_t<is_narrow(kTypes), uint16_t, float>;
+  static constexpr bool kWhole = kTypes != Types::kAny;  // aligned, and whole groups
+  static constexpr bool kBFloat16 = kTypes == Types::kBFloat16;
+  static constexpr bool kDirect = kPlacement == Placement::kDirect;
+  static constexpr int kGroup = kDirect && kWhole ? 16 : 8;
+  static constexpr int kSlotBytes = slot_bytes(kTypes, kRows);
+  static_assert(kRows == 1 || is_narrow(kTypes));
+  using Group = Values<kGroup>;
+  using KeptGroup = Kept<kTypes, kGroup>;
 
   const Rows& rows;
   const RowTask& task;
   const int k;
-  const int64_t row, x_start, second_start;
-  Slot* const slots;
+  const int64_t first_row;
+  char* const slots;  // of channel 0
 
-  __device__ Row(const Rows& rows, void* shared)
+  __device__ Block(const Rows& rows, void* shared)
       : rows(rows),
         task(rows.task),
         k(rows.k),
-        row(blockIdx.x),
-        x_start(row * task.x.stride),
-        second_start(row * task.second.stride),
-        slots(static_cast<Slot*>(shared) + kFirstSlot) {}
+        first_row(int64_t{blockIdx.x} * kRows),
+        slots(static_cast<char*>(shared) + kFirstSlot * kSlotBytes) {}
 
-  __device__ bool has(int group) const { return 8 * group < k; }
+  __device__ bool has_row(int r) const { return r == 0 || first_row + r < rows.count; }
+  __device__ bool has(int group) const { return kGroup * group < k; }
 
-  __device__ Raw<kTypes> load_x(int group) const {
-    return load_eight<kTypes>(task.x.data, task.x.dtype, x_start, 8 * group, k, rows.x_aligned);
-  }
-  __device__ Raw<kTypes> load_second(int group) const {
-    if (task.second.data == nullptr || !has(group)) return {};
-    return load_eight<kTypes>(task.second.data, task.second.dtype, second_start, 8 * group, k,
-                              rows.second_aligned);
-  }
-
-  __device__ Eight staged(int group) const {
-    const uint4* const from = reinterpret_cast<const uint4*>(slots + 8 * group);
+  __device__ KeptGroup load(const RowInput& from, int r, int group) const {
+    const int64_t i = (first_row + r) * from.stride + kGroup * group;
     if constexpr (is_narrow(kTypes)) {
-      return unpack(*from, kTypes == Types::kBFloat16);
+      KeptGroup x;
+      load_words(static_cast<const uint16_t*>(from.data) + i, x.bits.word);
+      return x;
+    } else if constexpr (kWhole) {
+      return KeptGroup(load_aligned<kGroup>(from.data, type_of<kTypes>(from.dtype), i));
     } else {
-      const uint4 low = from[0], high = from[1];
-      return {__uint_as_float(low.x),  __uint_as_float(low.y),  __uint_as_float(low.z),
-              __uint_as_float(low.w),  __uint_as_float(high.x), __uint_as_float(high.y),
-              __uint_as_float(high.z), __uint_as_float(high.w)};
+      return KeptGroup(load_any<kGroup>(from.data, from.dtype, i, k - kGroup * group));
     }
   }
-  __device__ void stage(int group, const Eight& x) const {
-    uint4* const to = reinterpret_cast<uint4*>(slots + 8 * group);
-    if constexpr (is_narrow(kTypes)) {
-      *to = pack(x, kTypes == Types::kBFloat16);
-    } else {
-      to[0] = {__float_as_uint(x.v[0]), __float_as_uint(x.v[1]), __float_as_uint(x.v[2]),
-               __float_as_uint(x.v[3])};
-      to[1] = {__float_as_uint(x.v[4]), __float_as_uint(x.v[5]), __float_as_uint(x.v[6]),
-               __float_as_uint(x.v[7])};
-    }
+  __device__ Group load_vector(const RowInput& vector, int group) const {
+    if (vector.data == nullptr) return {};
+    if constexpr (kWhole) return load_aligned<kGroup>(vector.data, vector.dtype, kGroup * group);
+    return load_any<kGroup>(vector.data, vector.dtype, kGroup * group, k - kGroup * group);
   }
-  __device__ float at_slot(int slot) const {
+  __device__ void store(void* to, Dtype dtype, int r, int group, const KeptGroup& x) const {
+    const int64_t i = (first_row + r) * k + kGroup * group;
     if constexpr (is_narrow(kTypes)) {
-      return widen(slots[slot], kTypes == Types::kBFloat16);
-    } else {
-      return slots[slot];
-    }
-  }
-
-  // f(group, x, second) for this thread's groups among the first `groups`; loads of several groups
-  // are in flight together. All threads of the block make the same number of calls.
-  template <typename F>
-  __device__ void for_loaded(int groups, const F& f) const {
-    for (int first = 0; first < groups; first += kTogether * blockDim.x) {
-      Raw<kTypes> x[kTogether], second[kTogether];
+      store_words(static_cast<uint16_t*>(to) + i, x.bits.word);
+    } else if constexpr (kWhole) {
+      uint32_t words[kGroup];
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        const int group = first + j * blockDim.x + threadIdx.x;
-        x[j] = has(group) ? load_x(group) : Raw<kTypes>{};
-        second[j] = load_second(group);
+      for (int j = 0; j < kGroup; ++j) words[j] = __float_as_uint(x.x.v[j]);
+      store_words(static_cast<float*>(to) + i, words);
+    } else {
+      store_any(to, type_of<kTypes>(dtype), i, k - kGroup * group, x.x);
+    }
+  }
+
+  // x, or x + residual rounded to x's type as the model has it.
+  __device__ KeptGroup load_sum(int r, int group) const {
+    const KeptGroup kept = load(task.x, r, group);
+    if (!kNorm || task.second.data == nullptr) return kept;
+    Group x = kept.values();
+    const Group second = load(task.second, r, group).values();
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) x.v[i] += second.v[i];
+    return KeptGroup(rounded(x, type_of<kTypes>(task.x.dtype)));
+  }
+
+  // The words of a norm's group wait 16 bytes at a time: where the results of the same channels are
+  // staged later, or, where none are, such that neighbouring threads have neighbouring places.
+  static constexpr int kWaitingWords = kGroup * kSlotBytes / kRows / 4;
+  __device__ uint4* waiting_place(int r, int group, int i) const {
+    constexpr int kPieces = kWaitingWords / 4;
+    const int piece =
+        kDirect ? (r * kPieces + i) * (k / kGroup + 1) + group : (group * kRows + r) * kPieces + i;
+    return reinterpret_cast<uint4*>(slots) + piece;
+  }
+  __device__ void wait(int r, int group, const KeptGroup& x) const {
+    uint32_t words[kWaitingWords];
+#pragma unroll
+    for (int i = 0; i < kWaitingWords; ++i) {
+      if constexpr (is_narrow(kTypes)) {
+        words[i] = x.bits.word[i];
+      } else {
+        words[i] = __float_as_uint(x.x.v[i]);
       }
-#pragma unroll
-      for (int j = 0; j < kTogether; ++j)
-        if (first + j * static_cast<int>(blockDim.x) < groups)
-          f(first + j * blockDim.x + threadIdx.x, x[j].values(), second[j].values());
     }
-  }
-
-  // f(group, x + residual) for this thread's groups of a norm, from where they wait.
-  template <typename F>
-  __device__ void for_waiting(int groups, const F& f) const {
-    if constexpr (kStaged) {
-      for (int first = 0; first < groups; first += blockDim.x) {
-        const int group = first + threadIdx.x;
-        f(group, has(group) ? staged(group) : Eight{});
-      }
-    } else {
-      for_loaded(groups, [&](int group, const Eight& x, const Eight& second) {
-        f(group, with_residual<kTypes>(task, x, second));
-      });
-    }
-  }
-
-  // Reads the row of a norm, stores its sum with the residual, and leaves it where it waits.
-  __device__ Statistics statistics() const {
-    const int groups = (k + 7) / 8;
-    float sum = 0.0f;
-    for_loaded(groups, [&](int group, const Eight& x, const Eight& second) {
-      if (!has(group)) return;
-      const Eight y = with_residual<kTypes>(task, x, second);
-      if (task.sum != nullptr)
-        store_eight(task.sum, type_of<kTypes>(task.x.dtype), row * k, 8 * group, k,
-                    rows.sum_aligned, y);
-      if constexpr (kStaged) stage(group, y);
 #pragma unroll
-      for (int i = 0; i < 8; ++i)
-        sum += kFunction == RowFunction::kRmsNorm ? y.v[i] * y.v[i] : y.v[i];
-    });
-    const float mean = block_sum(sum) / static_cast<float>(k);
-    if constexpr (kFunction == RowFunction::kRmsNorm) {
-      return {0.0f, 1.0f / sqrtf(mean + task.eps)};
+    for (int i = 0; i < kWaitingWords / 4; ++i)
+      *waiting_place(r, group, i) = {words[4 * i], words[4 * i + 1], words[4 * i + 2],
+                                     words[4 * i + 3]};
+  }
+  __device__ KeptGroup waiting(int r, int group) const {
+    if constexpr (kPlacement == Placement::kRecomputed) {
+      return load_sum(r, group);
     } else {
-      float squares = 0.0f;
-      for_waiting(groups, [&](int group, const Eight& y) {
+      KeptGroup x;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const float d = 8 * group + i < k ? y.v[i] - mean : 0.0f;
-          squares += d * d;
+      for (int i = 0; i < kWaitingWords / 4; ++i) {
+        const uint4 four = *waiting_place(r, group, i);
+        const uint32_t words[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if constexpr (is_narrow(kTypes)) {
+            x.bits.word[4 * i + j] = words[j];
+          } else {
+            x.x.v[4 * i + j] = __uint_as_float(words[j]);
+          }
         }
-      });
-      const float variance = block_sum(squares) / static_cast<float>(k);
-      return {mean, 1.0f / sqrtf(variance + task.eps)};
-    }
-  }
-
-  // Rounds a group of the result, stores it where it is kept, quantises it for the outputs without
-  // an order, and stages it for those with one.
-  __device__ void emit(int group, Eight y) const {
-    const Dtype dtype = type_of<kTypes>(task.dtype);
-    y = rounded(y, dtype);
-    if (task.kept != nullptr && has(group))
-      store_eight(task.kept, dtype, row * k, 8 * group, k, rows.kept_aligned, y);
-    if (8 * group + 8 > k) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i)
-        if (8 * group + i >= k) y.v[i] = 0.0f;
-    }
-    for (int o = 0; o < rows.outputs; ++o)
-      if (rows.output[o].order == nullptr)
-        quantize_group<kTypes == Types::kBFloat16>(rows.output[o], row, group, y);
-    if (kStaged && rows.ordered && has(group)) {
-      if (8 * group + 8 > k) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-          if (8 * group + i >= k) y.v[i] = __uint_as_float(0x7FC00000);
       }
-      stage(group, y);
+      return x;
     }
   }
 
-  // Eight channels of the result anywhere in the row; -1 is 0, and what is out of range NaN.
-  __device__ Eight gathered(const int (&channels)[8], const Statistics& of_row) const {
-    Eight y;
-    if constexpr (kStaged) {
+  __device__ void statistics(Statistics (&of_rows)[kRows]) const {
+    float sum[kRows] = {};
+#pragma unroll 2
+    for (int group = threadIdx.x; has(group); group += blockDim.x) {
+      KeptGroup x[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+        if (has_row(r)) x[r] = load_sum(r, group);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (task.sum != nullptr && has_row(r)) store(task.sum, task.x.dtype, r, group, x[r]);
+        if constexpr (kPlacement != Placement::kRecomputed) wait(r, group, x[r]);
+        const Group y = x[r].values();
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i)
+          sum[r] += kFunction == RowFunction::kRmsNorm ? y.v[i] * y.v[i] : y.v[i];
+      }
+    }
+    block_sums(sum);
+    const auto inverse_root = [&](float total) {
+      return 1.0f / sqrtf(total / static_cast<float>(k) + task.eps);
+    };
+    if constexpr (kFunction == RowFunction::kRmsNorm) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) of_rows[r] = {0.0f, inverse_root(sum[r])};
+    } else {
+      float squares[kRows] = {};
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) of_rows[r].mean = sum[r] / static_cast<float>(k);
+      for (int group = threadIdx.x; has(group); group += blockDim.x) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          Group x = waiting(r, group).values();
+          if constexpr (!kWhole) pad(group, x, of_rows[r].mean);
+#pragma unroll
+          for (int i = 0; i < kGroup; ++i) {
+            const float d = x.v[i] - of_rows[r].mean;
+            squares[r] += d * d;
+          }
+        }
+      }
+      block_sums(squares);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) of_rows[r].factor = inverse_root(squares[r]);
+    }
+  }
+
+  // The results of a group, rounded to their type, and stored where they are kept.
+  __device__ void results(int group, const Statistics (&of_rows)[kRows],
+                          KeptGroup (&y)[kRows]) const {
+    const Dtype dtype = type_of<kTypes>(task.dtype);
+    Group weight{}, bias{};
+    if constexpr (kNorm) {
+      weight = load_vector(task.weight, group);
+      bias = load_vector(task.bias, group);
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (!has_row(r)) continue;
+      Group second{};
+      const KeptGroup x = kNorm ? waiting(r, group) : load(task.x, r, group);
+      if (!kNorm && task.second.data != nullptr) second = load(task.second, r, group).values();
+      y[r] = KeptGroup(rounded(
+          finish<kFunction, kTypes, kGroup>(task, x.values(), second, weight, bias, of_rows[r]),
+          is_narrow(kTypes) ? Dtype::kFloat32 : dtype));
+      if (task.kept != nullptr) store(task.kept, dtype, r, group, y[r]);
+    }
+  }
+
+  __device__ void pad(int group, Group& y, float with) const {  // beyond the last channel
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i)
+      if (kGroup * group + i >= k) y.v[i] = with;
+  }
+
+  __device__ void stage(int group, KeptGroup (&y)[kRows]) const {
+    if constexpr (kRows == 2) {
+      uint32_t pairs[kGroup];
+#pragma unroll
+      for (int i = 0; i < kGroup / 2; ++i) {
+        pairs[2 * i] = permute_bytes<0x5410>(y[0].bits.word[i], y[1].bits.word[i]);
+        pairs[2 * i + 1] = permute_bytes<0x7632>(y[0].bits.word[i], y[1].bits.word[i]);
+      }
+      store_words(slots + kGroup * group * kSlotBytes, pairs);
+    } else {
+      if constexpr (!kWhole) pad(group, y[0].x, __uint_as_float(kNan));
+      wait(0, group, y[0]);
+    }
+  }
+  __device__ void stage_ends() const {  // what -1 reads, and what is out of range
+    if (threadIdx.x != 0) return;
+    for (int i = 0; i < kSlotBytes; i += 2) {
+      *reinterpret_cast<uint16_t*>(slots - kSlotBytes + i) = 0;
+      // A NaN in every type; part of a group has it already.
+      if (k % kGroup == 0) *reinterpret_cast<uint16_t*>(slots + k * kSlotBytes + i) = 0x7FFF;
+    }
+  }
+
+  // The channels that a group of an output wants: by its order, or as they are.
+  __device__ void channels_of(const Output& out, int group, int (&channels)[8]) const {
+    if (out.order == nullptr || group >= 4 * out.blocks) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) channels[i] = 8 * group + i < k ? 8 * group + i : -1;
+    } else if (kWhole || out.order_aligned) {
+      uint32_t words[8];
+      load_words(out.order + 8 * group, words);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) channels[i] = static_cast<int>(words[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) channels[i] = __ldg(out.order + 8 * group + i);
+    }
+  }
+
+  __device__ void quantize_staged(const Output& out, int group, const int (&channels)[8]) const {
+    uint32_t words[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const unsigned slot = min(static_cast<unsigned>(channels[i]) + 1u, k + 1u);
+      const char* const at = slots - kSlotBytes + slot * kSlotBytes;
+      words[i] = kSlotBytes == 4 ? *reinterpret_cast<const uint32_t*>(at)
+                                 : *reinterpret_cast<const uint16_t*>(at);
+    }
+    if constexpr (kRows == 2) {
+      const float2 amax = widen_pair(block_amax_pair<4>(words, kBFloat16), kBFloat16);
+      Values<8> y[2];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const unsigned position = static_cast<unsigned>(channels[i]) + 1u;
-        y.v[i] = at_slot(static_cast<int>(min(position, static_cast<unsigned>(k) + 1u)) - 1);
+        const float2 pair = widen_pair(words[i], kBFloat16);
+        y[0].v[i] = pair.x, y[1].v[i] = pair.y;
       }
-      return y;
+      quantize_group<kBFloat16>(OutputRow(out, first_row), true, group, y[0], amax.x);
+      quantize_group<kBFloat16>(OutputRow(out, first_row + 1), has_row(1), group, y[1], amax.y);
     } else {
-      const auto read = [&](const RowInput& from, int64_t start) {
-        Eight x{};
-        if (from.data == nullptr) return x;
-        for (int i = 0; i < 8; ++i)
-          if (channels[i] >= 0 && channels[i] < k)
-            x.v[i] = load_one(from.data, from.dtype, start + channels[i]);
-        return x;
-      };
-      Eight x = read(task.x, x_start);
-      const Eight second = read(task.second, second_start);
-      if constexpr (kNorm) x = with_residual<kTypes>(task, x, second);
-      y = finish<kFunction, kTypes>(task, x, second, read(task.weight, 0), read(task.bias, 0),
-                                    of_row);
-      y = rounded(y, task.dtype);
+      Values<8> y;
 #pragma unroll
       for (int i = 0; i < 8; ++i)
-        if (channels[i] < 0 || channels[i] >= k)
-          y.v[i] = channels[i] == -1 ? 0.0f : __uint_as_float(0x7FC00000);
-      return y;
+        y.v[i] = kSlotBytes == 4 ? __uint_as_float(words[i])
+                                 : widen(static_cast<uint16_t>(words[i]), kBFloat16);
+      quantize_group<kBFloat16>(OutputRow(out, first_row), true, group, y, block_amax(y));
     }
   }
 
-  __device__ void quantize_in_order(const Output& out, const Statistics& of_row) const {
-    const int groups = 4 * out.blocks;
+  // A row that does not fit in shared memory: its values are computed where an output wants them.
+  __device__ void quantize_recomputed(const Output& out, int group, const int (&channels)[8],
+                                      const Statistics& of_row) const {
+    const auto there = [&](int i) {
+      return static_cast<unsigned>(channels[i]) < static_cast<unsigned>(k);
+    };
+    const auto read = [&](const RowInput& from) {
+      Values<8> x{};
+      if (from.data == nullptr) return x;
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        if (there(i))
+          x.v[i] = load_one(from.data, from.dtype, first_row * from.stride + channels[i]);
+      return x;
+    };
+    Values<8> x = read(task.x);
+    const Values<8> second = read(task.second);
+    if (kNorm && task.second.data != nullptr) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x.v[i] += second.v[i];
+      x = rounded(x, task.x.dtype);
+    }
+    Values<8> y =
+        finish<kFunction, kTypes, 8>(task, x, second, read(task.weight), read(task.bias), of_row);
+    y = rounded(y, task.dtype);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (!there(i)) y.v[i] = channels[i] == -1 ? 0.0f : __uint_as_float(kNan);
+    quantize_group<false>(OutputRow(out, first_row), true, group, y, block_amax(y));
+  }
+
+  __device__ void compute_direct(const Statistics (&of_rows)[kRows]) const {
+    const Output& out = rows.output[0];
+    const int groups = out.blocks * (mx::kBlock / kGroup);
     for (int first = 0; first < groups; first += blockDim.x) {
       const int group = first + threadIdx.x;
-      int channels[8] = {-1, -1, -1, -1, -1, -1, -1, -1};
-      if (group < groups) {
-        if (out.order_aligned) {
-          const int4* const from = reinterpret_cast<const int4*>(out.order) + 2 * group;
-          const int4 low = __ldg(from), high = __ldg(from + 1);
-          channels[0] = low.x, channels[1] = low.y, channels[2] = low.z, channels[3] = low.w;
-          channels[4] = high.x, channels[5] = high.y, channels[6] = high.z, channels[7] = high.w;
-        } else {
+      KeptGroup kept[kRows];
+      if (has(group)) results(group, of_rows, kept);
 #pragma unroll
-          for (int i = 0; i < 8; ++i) channels[i] = __ldg(out.order + 8 * group + i);
+      for (int r = 0; r < kRows; ++r) {
+        const OutputRow to(out, first_row + r);
+        if constexpr (is_narrow(kTypes)) {
+          const uint32_t halves =
+              block_amax_pair<mx::kBlock / kGroup>(kept[r].bits.word, kBFloat16);
+          const float2 amax = widen_pair(halves, kBFloat16);
+          quantize_group<kBFloat16>(to, has_row(r), group, kept[r].values(),
+                                    largest(amax.x, amax.y));
+        } else {
+          Group y = kept[r].values();
+          if constexpr (!kWhole) pad(group, y, 0.0f);
+          quantize_group<false>(to, true, group, y, block_amax(y));
         }
       }
-      quantize_group<kTypes == Types::kBFloat16>(out, row, group, gathered(channels, of_row));
     }
   }
 
   __device__ void compute() const {
-    Statistics of_row{};
-    if constexpr (kNorm) {
-      of_row = statistics();
-      for_waiting(rows.groups, [&](int group, const Eight& x) {
-        Eight weight{}, bias{};
-        if (task.weight.data != nullptr && has(group))
-          weight = load_vector(task.weight, 8 * group, k, rows.weight_aligned);
-        if (task.bias.data != nullptr && has(group))
-          bias = load_vector(task.bias, 8 * group, k, rows.bias_aligned);
-        emit(group, finish<kFunction, kTypes>(task, x, {}, weight, bias, of_row));
-      });
+    Statistics of_rows[kRows] = {};
+    if constexpr (kNorm) statistics(of_rows);
+    if constexpr (kDirect) {
+      compute_direct(of_rows);
     } else {
-      for_loaded(rows.groups, [&](int group, const Eight& x, const Eight& second) {
-        emit(group, finish<kFunction, kTypes>(task, x, second, {}, {}, of_row));
-      });
-    }
-    if (!rows.ordered) return;
-    if constexpr (kStaged) {
-      if (threadIdx.x == 0) {
-        const Eight nan = {__uint_as_float(0x7FC00000)};
-        slots[-1] = 0;
-        if (k % 8 == 0) stage(k / 8, nan);
+      for (int group = threadIdx.x; has(group); group += blockDim.x) {
+        KeptGroup y[kRows];
+        results(group, of_rows, y);
+        if constexpr (kPlacement == Placement::kStaged) stage(group, y);
       }
-      __syncthreads();
+      if constexpr (kPlacement == Placement::kStaged) {
+        stage_ends();
+        __syncthreads();
+      }
+      for (int o = 0; o < rows.outputs; ++o) {
+        const Output out = rows.output[o];
+        const int groups = 4 * out.blocks;
+        int channels[8], next[8];
+        channels_of(out, threadIdx.x, next);
+        for (int first = 0; first < groups; first += blockDim.x) {
+          const int group = first + threadIdx.x;
+#pragma unroll
+          for (int i = 0; i < 8; ++i) channels[i] = next[i];
+          channels_of(out, group + blockDim.x, next);  // there in time for the next turn
+          if constexpr (kPlacement == Placement::kStaged) {
+            quantize_staged(out, group, channels);
+          } else {
+            quantize_recomputed(out, group, channels, of_rows[0]);
+          }
+        }
+      }
     }
-    for (int o = 0; o < rows.outputs; ++o)
-      if (rows.output[o].order != nullptr) quantize_in_order(rows.output[o], of_row);
   }
 };
 
-template <RowFunction kFunction, Types kTypes, bool kStaged>
-__global__ void __launch_bounds__(kMaxThreads, 1) rows_kernel(const __grid_constant__ Rows rows) {
+template <RowFunction kFunction, Types kTypes, Placement kPlacement, int kRows>
+__global__ void __launch_bounds__(max_threads(kPlacement),
+                                  least_blocks(kFunction, kTypes, kPlacement))
+    rows_kernel(const __grid_constant__ Rows rows) {
   extern __shared__ uint4 shared[];
-  Row<kFunction, kTypes, kStaged>(rows, shared).compute();
+  Block<kFunction, kTypes, kPlacement, kRows>(rows, shared).compute();
+}
+
+using Kernel = void (*)(Rows);
+
+// The kernel of two rows, where they have something to share.
+template <RowFunction kFunction, Types kTypes, Placement kPlacement>
+constexpr Kernel of_two() {
+  if constexpr (kFunction == RowFunction::kPointwise && kPlacement == Placement::kDirect)
+    return nullptr;
+  else
+    return rows_kernel<kFunction, kTypes, kPlacement, 2>;
 }
 
 template <RowFunction kFunction>
 cudaError_t launch(const Rows& rows, const Launch& launch) {
-  void (*kernel)(Rows) = rows_kernel<kFunction, Types::kAny, false>;
-  if (launch.staged) {
-    kernel = launch.types == Types::kBFloat16  ? rows_kernel<kFunction, Types::kBFloat16, true>
-             : launch.types == Types::kFloat16 ? rows_kernel<kFunction, Types::kFloat16, true>
-             : launch.types == Types::kFloat32 ? rows_kernel<kFunction, Types::kFloat32, true>
-                                               : rows_kernel<kFunction, Types::kAny, true>;
-  }
+  constexpr auto kDirect = Placement::kDirect, kStaged = Placement::kStaged;
+  constexpr auto kBFloat16 = Types::kBFloat16, kFloat16 = Types::kFloat16;
+  constexpr auto kFloat32 = Types::kFloat32, kAny = Types::kAny;
+  // By type, placement, and whether there are two rows.
+  static constexpr Kernel kKernels[4][2][2] = {
+      {{rows_kernel<kFunction, kBFloat16, kDirect, 1>, of_two<kFunction, kBFloat16, kDirect>()},
+       {rows_kernel<kFunction, kBFloat16, kStaged, 1>, of_two<kFunction, kBFloat16, kStaged>()}},
+      {{rows_kernel<kFunction, kFloat16, kDirect, 1>, of_two<kFunction, kFloat16, kDirect>()},
+       {rows_kernel<kFunction, kFloat16, kStaged, 1>, of_two<kFunction, kFloat16, kStaged>()}},
+      {{rows_kernel<kFunction, kFloat32, kDirect, 1>},
+       {rows_kernel<kFunction, kFloat32, kStaged, 1>}},
+      {{rows_kernel<kFunction, kAny, kDirect, 1>}, {rows_kernel<kFunction, kAny, kStaged, 1>}}};
+  const Kernel kernel = launch.placement == Placement::kRecomputed
+                            ? rows_kernel<kFunction, kAny, Placement::kRecomputed, 1>
+                            : kKernels[static_cast<int>(launch.types)][launch.placement == kStaged]
+                                      [launch.rows_each - 1];
   if (launch.bytes > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.bytes);
     if (error != cudaSuccess) return error;
   }
-  kernel<<<launch.rows, launch.threads, launch.bytes, launch.stream>>>(rows);
+  const unsigned blocks = (rows.count + launch.rows_each - 1) / launch.rows_each;
+  kernel<<<blocks, launch.threads, launch.bytes, launch.stream>>>(rows);
   return cudaGetLastError();
 }
 

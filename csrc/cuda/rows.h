@@ -18,49 +18,53 @@ struct Output {
   int32_t start6, start8;
   uint32_t increment4, increment6, increment8;  // mx::scale_increment of each
   bool e3m2;                                    // what MXFP6 is
-  bool order_aligned;                           // to 16 bytes
+  bool order_aligned, aligned8;                 // to 16 bytes: the order, the 8-bit elements
 };
 
 constexpr int kMaxOutputs = 16;  // of one launch
 
-// The arguments of a row kernel. Aligned: every row begins at a multiple of 16 bytes.
+// The arguments of a row kernel.
 struct Rows {
   RowTask task;
-  int32_t k;
-  int32_t groups;  // of 8 channels, that one pass over a row covers
-  bool x_aligned, second_aligned, weight_aligned, bias_aligned, sum_aligned, kept_aligned;
-  bool ordered;  // some output has an order
+  int32_t k, count;  // channels and rows
   int32_t outputs;
   Output output[kMaxOutputs];
 };
 
-// What a kernel is compiled for: one type of x, of the other operand and of the result, or any mix
-// of types, decided while it runs.
+// What a kernel is compiled for: one type of x, of the other operand and of the result, with rows
+// that are aligned to 16 bytes and of whole groups; or anything, decided while it runs.
 enum class Types { kBFloat16, kFloat16, kFloat32, kAny };
 
-// Whether eight values of a type take 16 bytes.
+// Whether a value takes two bytes.
 constexpr bool is_narrow(Types types) {
   return types == Types::kBFloat16 || types == Types::kFloat16;
 }
 
-// Shared memory holds channel c at slot kFirstSlot + c, a zero before channel 0, which is what the
-// order's -1 reads, and a NaN behind the last one. Any other channel that is out of range reads the
-// NaN: an order cannot be checked without waiting for the device, and must not be wrong in silence.
+// Where the result waits to be quantised: in registers, for one output without an order; in shared
+// memory; or nowhere, where a row does not fit there: it is computed again for each output.
+enum class Placement { kDirect, kStaged, kRecomputed };
+
+// Shared memory holds channel c, of one or two rows, at slot kFirstSlot + c, a zero before channel
+// 0, which is what the order's -1 reads, and a NaN behind the last one. Any other channel that is
+// out of range reads the NaN: an order cannot be checked without waiting for the device, and must
+// not be wrong in silence.
 constexpr int kFirstSlot = 8;
-
-constexpr int64_t staged_bytes(int64_t k, Types types) {
-  return (kFirstSlot + (k / 8 + 1) * 8) * (is_narrow(types) ? 2 : 4);
+constexpr int slot_bytes(Types types, int rows) { return is_narrow(types) ? 2 * rows : 4; }
+constexpr int64_t staged_bytes(int64_t k, Types types, int rows) {
+  return (kFirstSlot + (k / 16 + 1) * 16) * slot_bytes(types, rows);
 }
-
 constexpr int kOtherSharedBytes = 256;  // at most, that a row kernel uses beside the staged row
 
-// How a kernel is launched. `staged`: a row fits in shared memory; `bytes` is what it takes there.
-// One file for each function, because they take long to compile.
+constexpr int max_threads(Placement placement) {
+  return placement == Placement::kDirect ? 256 : 512;
+}
+
+// How a kernel is launched; `bytes` is of shared memory, `rows_each` of a thread block. One file
+// for each function, because they take long to compile.
 struct Launch {
-  unsigned rows, threads;
-  int bytes;
-  bool staged;
   Types types;
+  Placement placement;
+  int rows_each, threads, bytes;
   cudaStream_t stream;
 };
 cudaError_t launch_rms_norm(const Rows& rows, const Launch& launch);

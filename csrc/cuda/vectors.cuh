@@ -1,4 +1,4 @@
-// Eight neighbouring channels of a row, from and to memory in any of the three types.
+// Neighbouring channels of a row, from and to memory in any of the three types.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,141 +18,155 @@ __device__ __forceinline__ Dtype type_of(Dtype dtype) {
                                      : dtype;
 }
 
+__device__ __forceinline__ uint32_t bits_of(__half2 x) { return *reinterpret_cast<uint32_t*>(&x); }
+__device__ __forceinline__ uint32_t bits_of(__nv_bfloat162 x) {
+  return *reinterpret_cast<uint32_t*>(&x);
+}
+
 __device__ __forceinline__ float widen(uint16_t bits, bool bfloat16) {
   return bfloat16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16)
                   : __half2float(__ushort_as_half(bits));
 }
+__device__ __forceinline__ float2 widen_pair(uint32_t word, bool bfloat16) {
+  if (bfloat16) return {__uint_as_float(word << 16), __uint_as_float(word & 0xFFFF0000u)};
+  return __half22float2(*reinterpret_cast<const __half2*>(&word));
+}
+// Rounds to nearest even.
+__device__ __forceinline__ uint32_t narrow_pair(float low, float high, bool bfloat16) {
+  return bfloat16 ? bits_of(__floats2bfloat162_rn(low, high))
+                  : bits_of(__floats2half2_rn(low, high));
+}
+// The larger magnitude in either half; NaN where one is.
+__device__ __forceinline__ uint32_t largest_pair(uint32_t a, uint32_t b, bool bfloat16) {
+  if (bfloat16)
+    return bits_of(__hmax2_nan(__habs2(*reinterpret_cast<const __nv_bfloat162*>(&a)),
+                               __habs2(*reinterpret_cast<const __nv_bfloat162*>(&b))));
+  return bits_of(__hmax2_nan(__habs2(*reinterpret_cast<const __half2*>(&a)),
+                             __habs2(*reinterpret_cast<const __half2*>(&b))));
+}
 
-__device__ __forceinline__ Eight unpack(uint4 raw, bool bfloat16) {
-  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-  Eight x;
+// Values in a 16-bit type.
+template <int kCount>
+struct Narrow {
+  uint32_t word[kCount / 2];
+};
+
+template <int kCount>
+__device__ __forceinline__ Values<kCount> unpack(const Narrow<kCount>& bits, bool bfloat16) {
+  Values<kCount> x;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (bfloat16) {
-      x.v[2 * i] = __uint_as_float(words[i] << 16);
-      x.v[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
-    } else {
-      const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
-      x.v[2 * i] = pair.x;
-      x.v[2 * i + 1] = pair.y;
-    }
+  for (int i = 0; i < kCount / 2; ++i) {
+    const float2 pair = widen_pair(bits.word[i], bfloat16);
+    x.v[2 * i] = pair.x, x.v[2 * i + 1] = pair.y;
   }
   return x;
 }
-
-// Rounds to nearest even.
-__device__ __forceinline__ uint4 pack(const Eight& x, bool bfloat16) {
-  uint32_t words[4];
+template <int kCount>
+__device__ __forceinline__ Narrow<kCount> pack(const Values<kCount>& x, bool bfloat16) {
+  Narrow<kCount> bits;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (bfloat16) {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(x.v[2 * i], x.v[2 * i + 1]);
-      words[i] = *reinterpret_cast<const uint32_t*>(&pair);
-    } else {
-      const __half2 pair = __floats2half2_rn(x.v[2 * i], x.v[2 * i + 1]);
-      words[i] = *reinterpret_cast<const uint32_t*>(&pair);
-    }
-  }
-  return {words[0], words[1], words[2], words[3]};
+  for (int i = 0; i < kCount / 2; ++i)
+    bits.word[i] = narrow_pair(x.v[2 * i], x.v[2 * i + 1], bfloat16);
+  return bits;
 }
 
 // Rounds to the values of a type.
-__device__ __forceinline__ Eight rounded(const Eight& x, Dtype dtype) {
+template <int kCount>
+__device__ __forceinline__ Values<kCount> rounded(const Values<kCount>& x, Dtype dtype) {
   if (dtype == Dtype::kFloat32) return x;
   const bool bfloat16 = dtype == Dtype::kBFloat16;
   return unpack(pack(x, bfloat16), bfloat16);
 }
 
-// One value, or 0 where there is no such channel.
-__device__ __forceinline__ float load_one(const void* data, Dtype dtype, int64_t i) {
-  if (dtype == Dtype::kFloat32) return __ldg(static_cast<const float*>(data) + i);
-  return widen(__ldg(static_cast<const uint16_t*>(data) + i), dtype == Dtype::kBFloat16);
-}
-
-// Eight values as they are loaded: 16 bytes where the type is narrow, so that loads can wait in few
-// registers.
-template <Types kTypes>
-struct Raw {
-  Eight x;
-  __device__ __forceinline__ Eight values() const { return x; }
+// How a group of values that are of their type waits: packed where the type is narrow and known.
+template <Types kTypes, int kCount>
+struct Kept {
+  Values<kCount> x;
+  __device__ __forceinline__ Kept() : x{} {}
+  __device__ __forceinline__ explicit Kept(const Values<kCount>& x) : x(x) {}
+  __device__ __forceinline__ Values<kCount> values() const { return x; }
 };
-template <Types kTypes>
+template <Types kTypes, int kCount>
   requires(is_narrow(kTypes))
-struct Raw<kTypes> {
-  uint4 bits;
-  __device__ __forceinline__ Eight values() const {
+struct Kept<kTypes, kCount> {
+  Narrow<kCount> bits;
+  __device__ __forceinline__ Kept() : bits{} {}
+  __device__ __forceinline__ explicit Kept(const Values<kCount>& x)
+      : bits(pack(x, kTypes == Types::kBFloat16)) {}
+  __device__ __forceinline__ Values<kCount> values() const {
     return unpack(bits, kTypes == Types::kBFloat16);
   }
 };
 
-// The channels from `first` on of a row that begins at `start`; those from `k` on are 0. Memory
-// that a kernel writes too must not be read with this: `__ldg` may give what was there before.
-template <Types kTypes>
-__device__ __forceinline__ Raw<kTypes> load_eight(const void* data, Dtype dtype, int64_t start,
-                                                  int first, int k, bool aligned) {
-  Raw<kTypes> raw{};
-  dtype = type_of<kTypes>(dtype);
-  const int64_t i = start + first;
-  if (aligned && first + 8 <= k) {
-    if constexpr (is_narrow(kTypes)) {
-      raw.bits = __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(data) + i));
-    } else if (dtype == Dtype::kFloat32) {
-      const auto* const from = reinterpret_cast<const float4*>(static_cast<const float*>(data) + i);
-      const float4 low = __ldg(from), high = __ldg(from + 1);
-      raw.x = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    } else {
-      raw.x = unpack(__ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(data) + i)),
-                     dtype == Dtype::kBFloat16);
-    }
-    return raw;
-  }
-  if constexpr (is_narrow(kTypes)) {
-    uint32_t words[4] = {};
+// 16 bytes at a time. `__ldg` is not for memory that the kernel writes.
+template <int kWords>
+__device__ __forceinline__ void load_words(const void* from, uint32_t (&words)[kWords]) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
-      if (first + j < k)
-        words[j / 2] |= static_cast<uint32_t>(__ldg(static_cast<const uint16_t*>(data) + i + j))
-                        << (16 * (j % 2));
-    raw.bits = {words[0], words[1], words[2], words[3]};
-  } else {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) raw.x.v[j] = first + j < k ? load_one(data, dtype, i + j) : 0.0f;
+  for (int i = 0; i < kWords / 4; ++i) {
+    const uint4 four = __ldg(static_cast<const uint4*>(from) + i);
+    words[4 * i] = four.x, words[4 * i + 1] = four.y;
+    words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
   }
-  return raw;
+}
+template <int kWords>
+__device__ __forceinline__ void store_words(void* to, const uint32_t (&words)[kWords]) {
+#pragma unroll
+  for (int i = 0; i < kWords / 4; ++i)
+    static_cast<uint4*>(to)[i] = {words[4 * i], words[4 * i + 1], words[4 * i + 2],
+                                  words[4 * i + 3]};
 }
 
-__device__ __forceinline__ Eight load_vector(const RowInput& vector, int first, int k,
-                                             bool aligned) {
-  return load_eight<Types::kAny>(vector.data, vector.dtype, 0, first, k, aligned).values();
+__device__ __forceinline__ const void* element(const void* data, Dtype dtype, int64_t i) {
+  return static_cast<const char*>(data) + i * (dtype == Dtype::kFloat32 ? 4 : 2);
+}
+__device__ __forceinline__ void* element(void* data, Dtype dtype, int64_t i) {
+  return static_cast<char*>(data) + i * (dtype == Dtype::kFloat32 ? 4 : 2);
+}
+__device__ __forceinline__ float load_one(const void* data, Dtype dtype, int64_t i) {
+  const void* const from = element(data, dtype, i);
+  if (dtype == Dtype::kFloat32) return __ldg(static_cast<const float*>(from));
+  return widen(__ldg(static_cast<const uint16_t*>(from)), dtype == Dtype::kBFloat16);
 }
 
-// Stores values, rounded to the type, at channels that the row has.
-__device__ __forceinline__ void store_eight(void* data, Dtype dtype, int64_t start, int first,
-                                            int k, bool aligned, const Eight& x) {
-  const int64_t i = start + first;
-  const bool whole = aligned && first + 8 <= k;
-  if (dtype == Dtype::kFloat32) {
-    auto* const to = static_cast<float*>(data) + i;
-    if (whole) {
-      reinterpret_cast<float4*>(to)[0] = {x.v[0], x.v[1], x.v[2], x.v[3]};
-      reinterpret_cast<float4*>(to)[1] = {x.v[4], x.v[5], x.v[6], x.v[7]};
+// Values [i, i + kCount) of a tensor, aligned to 16 bytes.
+template <int kCount>
+__device__ __forceinline__ Values<kCount> load_aligned(const void* data, Dtype dtype, int64_t i) {
+  if (dtype != Dtype::kFloat32) {
+    Narrow<kCount> bits;
+    load_words(element(data, dtype, i), bits.word);
+    return unpack(bits, dtype == Dtype::kBFloat16);
+  }
+  uint32_t words[kCount];
+  load_words(element(data, dtype, i), words);
+  Values<kCount> x;
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) x.v[j] = __uint_as_float(words[j]);
+  return x;
+}
+// Any values; `count` of them are there, the others are 0.
+template <int kCount>
+__device__ __forceinline__ Values<kCount> load_any(const void* data, Dtype dtype, int64_t i,
+                                                   int count) {
+  Values<kCount> x;
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) x.v[j] = j < count ? load_one(data, dtype, i + j) : 0.0f;
+  return x;
+}
+
+template <int kCount>
+__device__ __forceinline__ void store_any(void* data, Dtype dtype, int64_t i, int count,
+                                          const Values<kCount>& x) {
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    if (j >= count) continue;
+    void* const to = element(data, dtype, i + j);
+    if (dtype == Dtype::kFloat32) {
+      *static_cast<float*>(to) = x.v[j];
     } else {
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-        if (first + j < k) to[j] = x.v[j];
+      *static_cast<uint16_t*>(to) =
+          static_cast<uint16_t>(narrow_pair(x.v[j], 0.0f, dtype == Dtype::kBFloat16));
     }
-    return;
   }
-  auto* const to = static_cast<uint16_t*>(data) + i;
-  const uint4 bits = pack(x, dtype == Dtype::kBFloat16);
-  if (whole) {
-    *reinterpret_cast<uint4*>(to) = bits;
-    return;
-  }
-  const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-  for (int j = 0; j < 8; ++j)
-    if (first + j < k) to[j] = static_cast<uint16_t>(words[j / 2] >> (16 * (j % 2)));
 }
 
 }  // namespace micromix::cuda
