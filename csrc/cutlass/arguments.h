@@ -51,6 +51,8 @@ inline LinearArguments arguments_of(const mx::MixedLayout& layout) {
   arguments.row_bytes = layout.row_bytes();
   arguments.row_blocks = layout.blocks();
   arguments.panel_bytes = placed.panel_bytes;
+  // A block takes 16, 24 or 32 bytes, so only an odd number of MXFP6 blocks disturbs.
+  arguments.aligned16 = layout.k6 % (2 * mx::kBlock) == 0;
   const auto segments = layout.segments();
   for (int s = 0; s < 3; ++s) {
     const PlacedSegment& own = placed.segments[s];

@@ -172,7 +172,6 @@ std::vector<Tensor> products(const char* op, const Device& device, const OnDevic
   arguments.data = static_cast<const uint8_t*>(data.const_data_ptr());
   arguments.scales = static_cast<const uint8_t*>(scales.const_data_ptr());
   arguments.m = static_cast<int>(m);
-  arguments.aligned16 = layout.k6 % 64 == 0;
   arguments.out_dtype = out_dtype;
 
   const int32_t shim_dtype = to<int32_t>(from(dtype));

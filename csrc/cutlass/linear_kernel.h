@@ -35,6 +35,7 @@ MICROMIX_DEVICE uint32_t chunk_at(int row, int chunk) {
   return row * T::kRowBytes + ((chunk ^ spread) << 4);
 }
 
+// How a segment fills a stage of tile T, for formats F.
 template <typename T, typename F, int kSegment>
 struct Stage {
   static constexpr bool kPacked = kSegment == 0;
@@ -43,7 +44,7 @@ struct Stage {
   static constexpr int kChunks = T::kRowBytes / 16;
 };
 
-// Copies kBytes, a multiple of 4 that starts at a multiple of min(kBytes & -kBytes, 16) bytes.
+// Copies a chunk: 16 bytes that start at a multiple of 8 at least, or 12 that start at one of 4.
 template <int kBytes>
 MICROMIX_DEVICE void copy_chunk(uint32_t to, const uint8_t* from, bool exists, bool aligned16) {
   if constexpr (kBytes == 16) {

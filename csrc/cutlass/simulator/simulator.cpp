@@ -252,7 +252,6 @@ const char* linear(int tile, int splits, int late_copies, unsigned seed, int64_t
   arguments.data = data;
   arguments.scales = scales;
   arguments.m = static_cast<int>(m);
-  arguments.aligned16 = k6 % 64 == 0;
   arguments.out_dtype = static_cast<micromix::Dtype>(out_dtype);
   arguments.splits = splits;
   arguments.weight_count = count;
