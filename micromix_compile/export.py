@@ -26,7 +26,6 @@ from torch import Tensor, fx, nn
 
 from micromix_compile import _torch_compat as compat
 from micromix_compile.checkpoint import plan_to_use
-from micromix_compile.env import cpu_flags
 from micromix_compile.errors import ExportError, GradientError
 from micromix_compile.ops import ABI, build_id
 from micromix_compile.packing import pack_weight
@@ -318,6 +317,7 @@ def check_path(path: str | os.PathLike) -> None:
 def target(device: torch.device) -> dict[str, Any]:
     """What compiled code depends on, of the machine and the software that run now."""
     from micromix_compile import __version__
+    from micromix_compile.env import cpu_flags  # here: runpy warns if `python -m` finds it imported
 
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     return {
