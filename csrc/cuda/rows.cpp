@@ -81,9 +81,9 @@ Launch choose(const RowTask& task, int64_t count, const RowOutput* outputs, int 
   const auto bytes = [&](int rows) {
     return waits ? staged_bytes(task.k, launch.types, rows) : int64_t{0};
   };
-  // Two rows share what is read of order and weight; not where that leaves multiprocessors idle, or
-  // one thread block on each.
-  const bool two = is_narrow(launch.types) && waits && count > 4 * limits.multiprocessors &&
+  // Two rows share what is read of the order; not where that leaves multiprocessors idle, or one
+  // thread block on each.
+  const bool two = is_narrow(launch.types) && !direct && count > 4 * limits.multiprocessors &&
                    bytes(2) <= limits.shared_bytes / 2;
   launch.rows_each = two ? 2 : 1;
   if (bytes(launch.rows_each) <= limits.shared_bytes) {
@@ -97,7 +97,8 @@ Launch choose(const RowTask& task, int64_t count, const RowOutput* outputs, int 
     channels = std::max(channels, outputs[i].layout.channels());
   const int64_t group = direct && launch.types != Types::kAny ? 16 : 8;
   const int64_t groups = (channels + group - 1) / group;
-  const int64_t most = max_threads(launch.placement);
+  // Smaller thread blocks overlap better where several rows fit on a multiprocessor.
+  const int64_t most = groups <= 512 ? 256 : max_threads(launch.placement);
   const int64_t each = std::max<int64_t>((groups + most - 1) / most, 1);  // groups of a thread
   launch.threads = static_cast<int>(std::clamp<int64_t>((groups / each + 31) / 32 * 32, 32, most));
   return launch;

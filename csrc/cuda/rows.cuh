@@ -219,7 +219,7 @@ struct Block {
   static constexpr bool kDirect = kPlacement == Placement::kDirect;
   static constexpr int kGroup = kDirect && kWhole ? 16 : 8;
   static constexpr int kSlotBytes = slot_bytes(kTypes, kRows);
-  static_assert(kRows == 1 || is_narrow(kTypes));
+  static_assert(kRows == 1 || (is_narrow(kTypes) && kPlacement == Placement::kStaged));
   using Group = Values<kGroup>;
   using KeptGroup = Kept<kTypes, kGroup>;
 
@@ -388,6 +388,11 @@ struct Block {
       if (!has_row(r)) continue;
       Group second{};
       const KeptGroup x = kNorm ? waiting(r, group) : load(task.x, r, group);
+      if (!kNorm && kWhole && task.function == Pointwise::kCast && task.second.data == nullptr) {
+        y[r] = x;  // nothing to compute
+        if (task.kept != nullptr) store(task.kept, dtype, r, group, y[r]);
+        continue;
+      }
       if (!kNorm && task.second.data != nullptr) second = load(task.second, r, group).values();
       y[r] = KeptGroup(rounded(
           finish<kFunction, kTypes, kGroup>(task, x.values(), second, weight, bias, of_rows[r]),
@@ -570,35 +575,24 @@ __global__ void __launch_bounds__(max_threads(kPlacement),
   Block<kFunction, kTypes, kPlacement, kRows>(rows, shared).compute();
 }
 
-using Kernel = void (*)(Rows);
-
-// The kernel of two rows, where they have something to share.
-template <RowFunction kFunction, Types kTypes, Placement kPlacement>
-constexpr Kernel of_two() {
-  if constexpr (kFunction == RowFunction::kPointwise && kPlacement == Placement::kDirect)
-    return nullptr;
-  else
-    return rows_kernel<kFunction, kTypes, kPlacement, 2>;
-}
-
 template <RowFunction kFunction>
 cudaError_t launch(const Rows& rows, const Launch& launch) {
+  using Kernel = void (*)(Rows);
   constexpr auto kDirect = Placement::kDirect, kStaged = Placement::kStaged;
   constexpr auto kBFloat16 = Types::kBFloat16, kFloat16 = Types::kFloat16;
   constexpr auto kFloat32 = Types::kFloat32, kAny = Types::kAny;
-  // By type, placement, and whether there are two rows.
-  static constexpr Kernel kKernels[4][2][2] = {
-      {{rows_kernel<kFunction, kBFloat16, kDirect, 1>, of_two<kFunction, kBFloat16, kDirect>()},
-       {rows_kernel<kFunction, kBFloat16, kStaged, 1>, of_two<kFunction, kBFloat16, kStaged>()}},
-      {{rows_kernel<kFunction, kFloat16, kDirect, 1>, of_two<kFunction, kFloat16, kDirect>()},
-       {rows_kernel<kFunction, kFloat16, kStaged, 1>, of_two<kFunction, kFloat16, kStaged>()}},
-      {{rows_kernel<kFunction, kFloat32, kDirect, 1>},
-       {rows_kernel<kFunction, kFloat32, kStaged, 1>}},
-      {{rows_kernel<kFunction, kAny, kDirect, 1>}, {rows_kernel<kFunction, kAny, kStaged, 1>}}};
+  // By type: direct, staged, and staged with two rows.
+  static constexpr Kernel kKernels[4][3] = {
+      {rows_kernel<kFunction, kBFloat16, kDirect, 1>, rows_kernel<kFunction, kBFloat16, kStaged, 1>,
+       rows_kernel<kFunction, kBFloat16, kStaged, 2>},
+      {rows_kernel<kFunction, kFloat16, kDirect, 1>, rows_kernel<kFunction, kFloat16, kStaged, 1>,
+       rows_kernel<kFunction, kFloat16, kStaged, 2>},
+      {rows_kernel<kFunction, kFloat32, kDirect, 1>, rows_kernel<kFunction, kFloat32, kStaged, 1>},
+      {rows_kernel<kFunction, kAny, kDirect, 1>, rows_kernel<kFunction, kAny, kStaged, 1>}};
   const Kernel kernel = launch.placement == Placement::kRecomputed
                             ? rows_kernel<kFunction, kAny, Placement::kRecomputed, 1>
-                            : kKernels[static_cast<int>(launch.types)][launch.placement == kStaged]
-                                      [launch.rows_each - 1];
+                            : kKernels[static_cast<int>(launch.types)]
+                                      [launch.placement == kDirect ? 0 : launch.rows_each];
   if (launch.bytes > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.bytes);

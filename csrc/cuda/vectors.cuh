@@ -36,13 +36,13 @@ __device__ __forceinline__ uint32_t narrow_pair(float low, float high, bool bflo
   return bfloat16 ? bits_of(__floats2bfloat162_rn(low, high))
                   : bits_of(__floats2half2_rn(low, high));
 }
-// The larger magnitude in either half; NaN where one is.
+// The larger of two magnitudes in either half; NaN where one is.
 __device__ __forceinline__ uint32_t largest_pair(uint32_t a, uint32_t b, bool bfloat16) {
   if (bfloat16)
-    return bits_of(__hmax2_nan(__habs2(*reinterpret_cast<const __nv_bfloat162*>(&a)),
-                               __habs2(*reinterpret_cast<const __nv_bfloat162*>(&b))));
-  return bits_of(__hmax2_nan(__habs2(*reinterpret_cast<const __half2*>(&a)),
-                             __habs2(*reinterpret_cast<const __half2*>(&b))));
+    return bits_of(__hmax2_nan(*reinterpret_cast<const __nv_bfloat162*>(&a),
+                               *reinterpret_cast<const __nv_bfloat162*>(&b)));
+  return bits_of(
+      __hmax2_nan(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b)));
 }
 
 // Values in a 16-bit type.
