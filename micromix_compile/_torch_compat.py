@@ -332,3 +332,26 @@ class AotiModel:
 
     def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         return self._loader.boxed_run(inputs)
+
+
+def serializable_callable() -> type:
+    """What a backend's result must derive from for `aot_compile` to save it. Tried on torch 2.13."""
+    try:
+        from torch._dynamo.aot_compile_types import SerializableCallable
+    except ImportError:  # an older torch, which saves none
+        return object
+    return SerializableCallable
+
+
+def serialized(compiled: Callable[..., Any]) -> bytes:
+    """What `inductor` returned under `aot_compile`, in torch's own form, which is a pickle. Tried on torch 2.13."""
+    from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as Bundled
+
+    return Bundled.serialize_compile_artifacts(Bundled(compiled))
+
+
+def deserialized(data: bytes) -> Callable[..., Any]:
+    """The inverse of `serialized`. Tried on torch 2.13."""
+    from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as Bundled
+
+    return Bundled.deserialize_compile_artifacts(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 import weakref
 from collections import Counter
@@ -157,7 +158,7 @@ def _compile(
         _lower(runner, lowerings, folds, options)
     runner.compile(options)
     record(report, [linear.parameter for linear in linears if linear.parameter is not None])
-    return runner.call
+    return runner
 
 
 def _choose(
@@ -349,7 +350,7 @@ def _guard_plans(linears: list[Linear], options: Options) -> None:
                 compat.guard_attribute(linear.weight, linear.parameter, STRUCTURE)
 
 
-class _Runner:
+class _Runner(compat.serializable_callable()):
     """A graph to run, and how the arguments of Dynamo's graph become its own.
 
     `kept` are the positions of the arguments that are passed on; packed tensors follow them. `region` knows how
@@ -384,7 +385,26 @@ class _Runner:
             ]
             raise StrictError(layers=layers)
 
-    def call(self, *arguments: Any) -> Any:
+    @classmethod
+    def serialize_compile_artifacts(cls, runner: _Runner) -> bytes:
+        """For torch's `save_compiled_function`, whose files are pickles. Float weights are packed again when loaded."""
+        region = runner.region
+        return pickle.dumps(
+            (compat.serialized(runner.run), runner.kept, region.slots, region.kinds)
+        )
+
+    @classmethod
+    def deserialize_compile_artifacts(cls, data: bytes) -> _Runner:
+        run, kept, slots, kinds = pickle.loads(data)
+        result = cls(fx.GraphModule({}, fx.Graph()), [], GraphReport())
+        result.run, result.kept, result.region = (
+            compat.deserialized(run),
+            kept,
+            Region(slots, kinds),
+        )
+        return result
+
+    def __call__(self, *arguments: Any) -> Any:
         packed = self.region.tensors(arguments, self.report)
         return self.run(*[arguments[i] for i in self.kept], *packed)
 

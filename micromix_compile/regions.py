@@ -85,7 +85,7 @@ class Region:
         self.kinds = list(kinds)
         self.positions = [slot.weight for slot in self.slots]
         self.positions += [slot.bias for slot in self.slots if slot.bias is not None]
-        self.last = first or Placed([], [], [])
+        self.last = first or Placed([], [], [], changes=-1)  # of no parameters
         self.known: WeakIdKeyDictionary = WeakIdKeyDictionary()
         if self.last.parameters:
             self.known[self.last.parameters[0]()] = self.last
