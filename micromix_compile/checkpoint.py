@@ -170,12 +170,13 @@ def _group(facts: Mapping[str, Any]) -> LayerPlan:
     )
 
 
-def verify_files(description: Description, files: Iterable[str | os.PathLike]) -> None:
-    """Check the files of a checkpoint before anything is loaded from them.
+def verify_files(description: Description, files: Iterable[str | os.PathLike]) -> dict[str, Path]:
+    """Check the files of a checkpoint before anything is loaded from them; returns the file of each tensor.
 
     Each file must have its digest, and every planned layer's tensors must be there with their shapes and dtypes.
     Raises CheckpointError.
     """
+    holder: dict[str, Path] = {}
     found: dict[str, tuple[list[int], str]] = {}
     files = [Path(file) for file in files]
     missing = description.files.keys() - {file.name for file in files}
@@ -192,6 +193,7 @@ def verify_files(description: Description, files: Iterable[str | os.PathLike]) -
                 for name in opened.keys():  # noqa: SIM118  it is no mapping
                     tensor = opened.get_slice(name)
                     found[name] = (list(tensor.get_shape()), tensor.get_dtype())
+                    holder[name] = file
         except OSError as error:
             raise CheckpointError(path=file, reason=error.strerror or str(error)) from error
         except safetensors.SafetensorError as error:
@@ -207,6 +209,13 @@ def verify_files(description: Description, files: Iterable[str | os.PathLike]) -
             there = f"is {found[name]}" if name in found else "is missing"
             reason = f"{name} must be {(shape, dtype)} and {there}"
             raise CheckpointError(path=files[0].parent if files else "", reason=reason)
+    return holder
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """A tensor of a file in memory of its own: a mapped one stays resident with the rest of its file."""
+    with safetensors.safe_open(file, framework="pt", backend="pread") as opened:
+        return opened.get_tensor(name)
 
 
 def linear_shapes(model: nn.Module) -> dict[str, LayerShape]:

@@ -417,6 +417,53 @@ def test_kill_9_at_20_points(resumes, source, plan, tmp_path):
     assert (continued > 2) == resumes
 
 
+MEMORY = """
+    import sys, torch
+    from pathlib import Path
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from micromix_compile import Recipe, save_pretrained
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+
+    def memory(key):
+        lines = open("/proc/self/status").read().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+
+    def peak(run):
+        open("/proc/self/clear_refs", "w").write("5")
+        before = memory("VmRSS")
+        run()
+        return memory("VmHWM") - before
+
+    def quantise(name):
+        disk = {"device_map": {"": "disk"}, "offload_folder": folder / "offload"}
+        model = AutoModelForCausalLM.from_pretrained(folder / name, **disk)
+        save_pretrained(model, folder / f"{name}-quantised", Recipe(format="mxfp8"), max_shard_size="8MB")
+
+    def size(name):
+        return sum(file.stat().st_size for file in (folder / name).glob("*.safetensors"))
+
+    for name, hidden, layers in (("small", 64, 1), ("large", 1024, 8)):
+        config = LlamaConfig(vocab_size=64, hidden_size=hidden, intermediate_size=4 * hidden,
+                             num_hidden_layers=layers, num_attention_heads=8, dtype="bfloat16")
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / name)
+    quantise("small")
+    AutoModelForCausalLM.from_pretrained(folder / "small-quantised")
+    print(peak(lambda: quantise("large")) / size("large"))
+    print(peak(lambda: AutoModelForCausalLM.from_pretrained(folder / "large-quantised")) / size("large-quantised"))
+"""
+
+
+def test_memory_of_quantising_from_disk_and_of_loading(tmp_path):
+    """134 million weights: quantised within a fraction of their float size, loaded within 1.3 x their packed size."""
+    command = [sys.executable, "-c", textwrap.dedent(MEMORY), str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    quantising, loading = map(float, run.stdout.split())
+    assert quantising < 0.4, f"{quantising:.2f} of the float size"
+    assert loading < 1.3, f"{loading:.2f} of the packed size"
+
+
 def test_another_plan_begins_anew(source, plan, tmp_path):
     partial = tmp_path / "model.partial"
     partial.mkdir()

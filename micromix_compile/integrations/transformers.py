@@ -14,7 +14,13 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from micromix_compile.allocation import uniform_plan
-from micromix_compile.checkpoint import METHOD, Description, linear_shapes, verify_files
+from micromix_compile.checkpoint import (
+    METHOD,
+    Description,
+    linear_shapes,
+    read_tensor,
+    verify_files,
+)
 from micromix_compile.errors import CheckpointError, OptionError
 from micromix_compile.packing import pack_weight
 from micromix_compile.plan import ModelPlan, load_plan
@@ -90,7 +96,7 @@ class MicroMixQuantizer(HfQuantizer):
             return
         description = config.description
         self.path = model.config.name_or_path
-        verify_files(description, checkpoint_files or [])
+        self.holder = verify_files(description, checkpoint_files or [])
         for name, (group, shape) in description.layers.items():
             module = _submodule(model, name)
             found = None if module is None else linear_shape(module)
@@ -116,6 +122,10 @@ class MicroMixQuantizer(HfQuantizer):
         for name, layer in self.plan.items():
             module = model.get_submodule(name)
             module.set_order(layer.order, config.description.owns_order(name))
+            if module.weight.device.type == "cpu" and self.pre_quantized:
+                for tensor in ("weight", "weight_scales"):
+                    key = f"{name}.{tensor}"
+                    getattr(module, tensor).data = read_tensor(self.holder[key], key)
             if module.weight.device.type != "meta":  # else accelerate keeps it on disk
                 module.place()
         model.requires_grad_(False)
