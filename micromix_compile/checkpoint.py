@@ -37,7 +37,7 @@ from micromix_compile.errors import (
 )
 from micromix_compile.files import file_digest, write_tensors, write_text
 from micromix_compile.mx import MixedLayout
-from micromix_compile.packing import is_released, pack_weight
+from micromix_compile.packing import PackedWeight, is_released, pack_weight
 from micromix_compile.plan import LayerPlan, LayerShape, ModelPlan, attached
 from micromix_compile.quantized_linear import QuantizedLinear, linear_shape
 from micromix_compile.recipe import Recipe
@@ -46,6 +46,7 @@ __all__ = [
     "METHOD",
     "Description",
     "linear_shapes",
+    "pack_layer",
     "plan_to_use",
     "restore",
     "save_pretrained",
@@ -351,18 +352,20 @@ def _entries(model: nn.Module, plan: ModelPlan) -> list[_Entry]:
             layer = plan[prefix]
             owner = layer.order is not None and layer not in owned
             owned.add(layer)
-            entries.append(_layer_entry(module, prefix, layer, plan.shapes[prefix], owner))
+            entries.append(_layer_entry(module, prefix, plan, owner))
             own = {}
         for name, tensor in own.items():
             entries.append(_float_entry(module, dot, name, tensor))
     return entries
 
 
-def _layer_entry(
-    module: nn.Module, name: str, plan: LayerPlan, shape: LayerShape, owner: bool
-) -> _Entry:
-    layout = plan.weight_layout
-    n = shape.out_features
+def pack_layer(plan: ModelPlan, name: str, weight: Tensor) -> PackedWeight:
+    """The packed form of a planned layer's float weight."""
+    return pack_weight(weight, plan[name], plan.shapes[name].transposed)
+
+
+def _layer_entry(module: nn.Module, name: str, plan: ModelPlan, owner: bool) -> _Entry:
+    layout, n = plan[name].weight_layout, plan.shapes[name].out_features
     sizes = {f"{name}.weight": n * layout.row_bytes, f"{name}.weight_scales": n * layout.blocks}
     if owner:
         sizes[f"{name}.order"] = 4 * layout.channels
@@ -374,10 +377,10 @@ def _layer_entry(
             if isinstance(module, QuantizedLinear):
                 packed = module.packed()
             else:
-                packed = pack_weight(module.weight, plan, shape.transposed)
+                packed = pack_layer(plan, name, module.weight)
             result = {f"{name}.weight": packed.data, f"{name}.weight_scales": packed.scales}
             if owner:
-                result[f"{name}.order"] = plan.order
+                result[f"{name}.order"] = plan[name].order
             if module.bias is not None:
                 result[f"{name}.bias"] = module.bias.detach()
             return {key: _own_memory(tensor) for key, tensor in result.items()}

@@ -25,10 +25,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from micromix_compile import _torch_compat as compat
-from micromix_compile.checkpoint import plan_to_use
+from micromix_compile.checkpoint import pack_layer, plan_to_use
 from micromix_compile.errors import ExportError, GradientError
 from micromix_compile.ops import ABI, build_id
-from micromix_compile.packing import pack_weight
 from micromix_compile.passes.find_linears import find_linears
 from micromix_compile.passes.lower_linears import Lowering, lower_linears
 from micromix_compile.plan import ModelPlan
@@ -89,11 +88,11 @@ def quantised(model: nn.Module, plan: ModelPlan | Recipe | None) -> Iterator[Mod
     plan = plan_to_use(model, plan)
     floats = {}
     try:
-        for name, layer in plan.items():
+        for name in plan:
             module = model.get_submodule(name)
             if isinstance(module, QuantizedLinear):
                 continue
-            packed = pack_weight(module.weight, layer, plan.shapes[name].transposed)
+            packed = pack_layer(plan, name, module.weight)
             floats[name] = module
             model.set_submodule(
                 name,

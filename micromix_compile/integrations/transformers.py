@@ -18,11 +18,11 @@ from micromix_compile.checkpoint import (
     METHOD,
     Description,
     linear_shapes,
+    pack_layer,
     read_tensor,
     verify_files,
 )
 from micromix_compile.errors import CheckpointError, OptionError
-from micromix_compile.packing import pack_weight
 from micromix_compile.plan import ModelPlan, load_plan
 from micromix_compile.quantized_linear import QuantizedLinear, linear_shape
 from micromix_compile.recipe import Recipe
@@ -167,7 +167,7 @@ class _Quantize(ConversionOps):
         ((key, weight),) = input_dict.items()
         weight = weight[0] if isinstance(weight, list) else weight
         name = key.removesuffix(".weight")
-        packed = pack_weight(weight, self.plan[name], self.plan.shapes[name].transposed)
+        packed = pack_layer(self.plan, name, weight)
         return {key: packed.data, f"{name}.weight_scales": packed.scales}
 
 
