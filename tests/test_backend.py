@@ -355,7 +355,7 @@ def test_released_weights_are_freed_and_never_used_again(block):
     with torch.no_grad():
         assert compiled(torch.randn(7, 96)).shape == (7, 96), "another shape compiles still"
         assert packings() == before
-        with pytest.raises(RuntimeError):
+        with pytest.raises(ReleasedWeightError, match="gate"):
             block(x)
         torch.compiler.reset()
         other = planned_again(block)
