@@ -22,7 +22,7 @@ constexpr int64_t kMaxDims = 16;
 
 inline mx::MixedLayout checked_layout(const char* op, int64_t k4, int64_t k6, int64_t k8,
                                       int64_t format) {
-  const bool code_fits = format >= 0 && format < 256;
+  const bool code_fits = format >= 0 && format < mx::MixedLayout::kCodes;
   const mx::MixedLayout layout{k4, k6, k8, code_fits ? static_cast<int>(format) : -1};
   MICROMIX_CHECK(k4 >= 0 && k6 >= 0 && k8 >= 0 && k4 % mx::kBlock == 0 && k6 % mx::kBlock == 0 &&
                      k8 % mx::kBlock == 0,

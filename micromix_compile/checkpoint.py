@@ -36,7 +36,6 @@ from micromix_compile.errors import (
     UnsavableLayerError,
 )
 from micromix_compile.files import file_digest, write_tensors, write_text
-from micromix_compile.mx import MixedLayout
 from micromix_compile.packing import PackedWeight, is_released, pack_weight
 from micromix_compile.plan import LayerPlan, LayerShape, ModelPlan, attached
 from micromix_compile.quantized_linear import QuantizedLinear, linear_shape
@@ -113,7 +112,7 @@ class Description:
         try:
             if int(facts["version"]) > VERSION:
                 raise CheckpointVersionError(path=path, version=facts["version"], supported=VERSION)
-            groups = [_group(group) for group in facts["groups"]]
+            groups = [LayerPlan.from_dict(group) for group in facts["groups"]]
             owners = [group["order"] for group in facts["groups"]]
             layers = {}
             for name, (group, *shape) in facts["layers"].items():
@@ -159,16 +158,6 @@ class Description:
             reason = "its layers do not match the digest of the plan they were made by"
             raise CheckpointError(path=path, reason=reason)
         return plan
-
-
-def _group(facts: Mapping[str, Any]) -> LayerPlan:
-    return LayerPlan(
-        in_features=facts["in_features"],
-        layout=MixedLayout(*facts["counts"], facts["format6"], tuple(facts["rules"])),
-        weights=facts["weights"],
-        weight_rules=tuple(facts["weight_rules"]),
-        group=facts["group"],
-    )
 
 
 def verify_files(description: Description, files: Iterable[str | os.PathLike]) -> dict[str, Path]:

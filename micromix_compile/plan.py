@@ -25,7 +25,7 @@ from .mx.scales import BLOCK
 __all__ = ["LayerPlan", "LayerShape", "ModelPlan", "attached", "detach", "find_weight", "load_plan"]
 
 _KIND = "micromix_plan"
-_VERSION = 1
+_VERSION = 2
 _ATTRIBUTE = "_micromix_plan"
 STRUCTURE = "_micromix_structure"  # beside it; see ModelPlan._structures
 
@@ -83,6 +83,10 @@ class LayerPlan:
             self.weight_layout  # noqa: B018  the rules are checked by the layout
         except ValueError as error:
             raise InvalidPlanError(reason=f"weight_rules: {error}") from error
+        if self.weights == "mxfp4" and self.layout.rotates_any and not self.layout.rotates_all:
+            raise InvalidPlanError(
+                reason="weights are 'mxfp4', and only some segments of the activations are rotated"
+            )
         if self.order is not None:
             self._check_order()
 
@@ -127,16 +131,37 @@ class LayerPlan:
             "counts": [layout.k4, layout.k6, layout.k8],
             "format6": layout.format6,
             "rules": list(layout.rules),
+            "hadamard": list(layout.hadamard),
             "weights": self.weights,
             "weight_rules": list(self.weight_rules),
             "group": self.group,
         }
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any], order: Tensor | None = None) -> LayerPlan:
+        """The inverse of :meth:`to_dict`. Raises KeyError, TypeError or ValueError for damaged facts."""
+        layout = MixedLayout(
+            *facts["counts"],
+            facts["format6"],
+            tuple(facts["rules"]),
+            tuple(facts.get("hadamard", ())),  # files of version 1 have none
+        )
+        return cls(
+            in_features=facts["in_features"],
+            layout=layout,
+            order=order,
+            weights=facts["weights"],
+            weight_rules=tuple(facts["weight_rules"]),
+            group=facts["group"],
+        )
 
     @cached_property
     def digest(self) -> str:
         """A hash of all that changes a number, the same in every process: 64 hexadecimal digits."""
         facts = self.to_dict()
         del facts["group"]
+        if not facts["hadamard"]:
+            del facts["hadamard"]  # as plans of version 1 were hashed
         facts["order"] = None if self.order is None else self.order.tolist()
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -320,19 +345,10 @@ def load_plan(path: str | os.PathLike) -> ModelPlan:
     """
     content, tensors = read_file(path, _KIND, _VERSION, PlanFileError, PlanVersionError)
     try:
-        groups = []
-        for i, facts in enumerate(content["groups"]):
-            layout = MixedLayout(*facts["counts"], facts["format6"], tuple(facts["rules"]))
-            groups.append(
-                LayerPlan(
-                    in_features=facts["in_features"],
-                    layout=layout,
-                    order=tensors.get(f"order.{i}"),
-                    weights=facts["weights"],
-                    weight_rules=tuple(facts["weight_rules"]),
-                    group=facts["group"],
-                )
-            )
+        groups = [
+            LayerPlan.from_dict(facts, tensors.get(f"order.{i}"))
+            for i, facts in enumerate(content["groups"])
+        ]
         layers = {name: groups[i] for name, (i, *_) in content["layers"].items()}
         shapes = {name: LayerShape(*shape) for name, (_, *shape) in content["layers"].items()}
         plan = ModelPlan(layers, shapes, content["recipe"])

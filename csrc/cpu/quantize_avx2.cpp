@@ -1,5 +1,6 @@
 // Quantisation on AVX2 with F16C: a row is brought to float32 in the order of the layout, then each
 // block of four vectors is scaled, cast and packed.
+#include "../mx/hadamard.h"
 #include "avx2.h"
 
 namespace micromix::cpu {
@@ -43,6 +44,29 @@ void order_row(const QuantizeTask& task, const float* row, float* ordered) {
   y = _mm_max_epu32(y, _mm_shuffle_epi32(y, 0b01001110));
   y = _mm_max_epu32(y, _mm_shuffle_epi32(y, 0b10110001));
   return static_cast<uint32_t>(_mm_cvtsi128_si32(y));
+}
+
+// Sums and differences of lanes whose numbers differ in one bit: `swapped` is x with them
+// exchanged, `high` the lanes where the bit is set.
+template <int kHigh>
+[[gnu::always_inline]] inline __m256 butterfly(__m256 x, __m256 swapped) {
+  return _mm256_blend_ps(_mm256_add_ps(x, swapped), _mm256_sub_ps(swapped, x), kHigh);
+}
+
+// mx::hadamard.
+[[gnu::always_inline]] inline void hadamard(__m256* x) {
+  for (int i = 0; i < 4; ++i) {
+    x[i] = butterfly<0b10101010>(x[i], _mm256_permute_ps(x[i], 0b10110001));
+    x[i] = butterfly<0b11001100>(x[i], _mm256_permute_ps(x[i], 0b01001110));
+    x[i] = butterfly<0b11110000>(x[i], _mm256_permute2f128_ps(x[i], x[i], 0x01));
+  }
+  const __m256 a = _mm256_add_ps(x[0], x[1]), b = _mm256_sub_ps(x[0], x[1]);
+  const __m256 c = _mm256_add_ps(x[2], x[3]), d = _mm256_sub_ps(x[2], x[3]);
+  const __m256 norm = _mm256_set1_ps(mx::kHadamardNorm);
+  x[0] = _mm256_mul_ps(_mm256_add_ps(a, c), norm);
+  x[1] = _mm256_mul_ps(_mm256_add_ps(b, d), norm);
+  x[2] = _mm256_mul_ps(_mm256_sub_ps(a, c), norm);
+  x[3] = _mm256_mul_ps(_mm256_sub_ps(b, d), norm);
 }
 
 // mx::encode, 8 at a time: one code per 32-bit lane.
@@ -101,8 +125,9 @@ void quantize_segment(const mx::Segment& segment, const float* ordered, uint8_t*
   uint8_t* packed = data + segment.byte_start;
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
     const float* const values = ordered + b * mx::kBlock;
-    const __m256 x[4] = {_mm256_load_ps(values), _mm256_load_ps(values + 8),
-                         _mm256_load_ps(values + 16), _mm256_load_ps(values + 24)};
+    __m256 x[4] = {_mm256_load_ps(values), _mm256_load_ps(values + 8), _mm256_load_ps(values + 16),
+                   _mm256_load_ps(values + 24)};
+    if (segment.hadamard) hadamard(x);
     __m256i amax = _mm256_setzero_si256();
     for (int i = 0; i < 4; ++i) {
       amax = _mm256_max_epu32(amax, _mm256_and_si256(_mm256_castps_si256(x[i]), magnitude));

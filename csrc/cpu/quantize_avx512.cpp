@@ -1,6 +1,7 @@
 // Quantisation on AVX-512 with VBMI, in three passes over a row that stays in L1: the values of
 // each block, its even channels in one vector and the odd ones in another, and their amax; the
 // scales, 16 at a time; the codes.
+#include "../mx/hadamard.h"
 #include "avx512.h"
 
 namespace micromix::cpu {
@@ -70,6 +71,27 @@ template <Dtype kDtype>
     return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), real, channels, row, sizeof(float));
   };
   return split(gather(0), gather(16));
+}
+
+// Sums and differences of lanes whose numbers differ in one bit: `swapped` is x with them
+// exchanged, `high` the lanes where the bit is set.
+[[gnu::always_inline]] inline __m512 butterfly(__m512 x, __m512 swapped, __mmask16 high) {
+  return _mm512_mask_sub_ps(_mm512_add_ps(x, swapped), high, swapped, x);
+}
+
+// mx::hadamard. The lowest bit of a channel's number tells the vectors apart, the others its lane.
+[[gnu::always_inline]] inline Pair hadamard(Pair x) {
+  const __m512 parts[2] = {_mm512_add_ps(x.even, x.odd), _mm512_sub_ps(x.even, x.odd)};
+  __m512 sums[2];
+  for (int i = 0; i < 2; ++i) {
+    __m512 y = parts[i];
+    y = butterfly(y, _mm512_permute_ps(y, 0b10110001), 0xAAAA);
+    y = butterfly(y, _mm512_permute_ps(y, 0b01001110), 0xCCCC);
+    y = butterfly(y, _mm512_shuffle_f32x4(y, y, 0b10110001), 0xF0F0);
+    y = butterfly(y, _mm512_shuffle_f32x4(y, y, 0b01001110), 0xFF00);
+    sums[i] = _mm512_mul_ps(y, _mm512_set1_ps(mx::kHadamardNorm));
+  }
+  return {sums[0], sums[1]};
 }
 
 // Lane i of the result is the largest lane of x[i].
@@ -206,12 +228,24 @@ void quantize_segment(const mx::Segment& segment, const Scratch& scratch, const 
   }
 }
 
-template <Dtype kDtype>
+// Whether a block's segment is rotated.
+[[gnu::always_inline]] inline bool rotated(const mx::MixedLayout& layout, int64_t block) {
+  const int64_t channel = block * mx::kBlock;
+  return layout.hadamard((channel >= layout.k4) + (channel >= layout.k4 + layout.k6));
+}
+
+template <Dtype kDtype, bool kRotates>
 void load_row(const QuantizeTask& task, const void* row, const Scratch& scratch) {
   const int64_t k = task.k;
+  const auto turn = [&](Pair values, int64_t block) __attribute__((always_inline)) {
+    if constexpr (kRotates) {
+      if (rotated(task.layout, block)) return hadamard(values);
+    }
+    return values;
+  };
   if (!task.order) {
     load_row(task.layout.blocks(), scratch, [&](int64_t b) __attribute__((always_inline)) {
-      return load_block<kDtype>(row, b * mx::kBlock, k);
+      return turn(load_block<kDtype>(row, b * mx::kBlock, k), b);
     });
     return;
   }
@@ -224,8 +258,17 @@ void load_row(const QuantizeTask& task, const void* row, const Scratch& scratch)
     floats = scratch.row;
   }
   load_row(task.layout.blocks(), scratch, [&](int64_t b) __attribute__((always_inline)) {
-    return gather_block(floats, task.order + b * mx::kBlock);
+    return turn(gather_block(floats, task.order + b * mx::kBlock), b);
   });
+}
+
+template <Dtype kDtype>
+void load_row(const QuantizeTask& task, const void* row, const Scratch& scratch) {
+  if (task.layout.rotates_any()) {
+    load_row<kDtype, true>(task, row, scratch);
+  } else {
+    load_row<kDtype, false>(task, row, scratch);
+  }
 }
 
 void run(const QuantizeTask& task, int64_t first_row, int64_t last_row, void* memory) {

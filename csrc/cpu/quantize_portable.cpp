@@ -1,4 +1,5 @@
 // Quantisation in plain C++.
+#include "../mx/hadamard.h"
 #include "convert.h"
 
 namespace micromix::cpu {
@@ -6,8 +7,8 @@ namespace {
 
 int64_t scratch_bytes(const QuantizeTask& task) { return (task.k + 1) * sizeof(float); }
 
-void quantize_block(const float* values, const mx::Segment& segment, uint8_t* data,
-                    uint8_t* scale) {
+void quantize_block(float* values, const mx::Segment& segment, uint8_t* data, uint8_t* scale) {
+  if (segment.hadamard) mx::hadamard(values);
   uint32_t amax = 0;
   for (int i = 0; i < mx::kBlock; ++i) {
     const uint32_t magnitude = std::bit_cast<uint32_t>(values[i]) & mx::kFloat32Magnitude;

@@ -130,6 +130,11 @@ void run(const Tensor& x, const RowTask& task, int64_t rows,
     MICROMIX_CHECK(output.layout.channels() <= kMostChannels,
                    "micromix: the CUDA kernels take up to ", kMostChannels, " channels; got ",
                    output.layout.channels());
+  for (const RowOutput& output : outputs) {
+    MICROMIX_CHECK(!output.layout.rotates_any(),
+                   "micromix: the CUDA kernels do not rotate blocks yet; make the plan with "
+                   "Recipe(hadamard=()), or run it on the CPU");
+  }
   const OnDevice device(x);
   const Limits limits(device.index);
   const int count = static_cast<int>(outputs.size());

@@ -16,6 +16,7 @@ struct Segment {
   int64_t first_block;
   int64_t blocks;
   int64_t byte_start;
+  bool hadamard;  // the blocks are rotated before they are cast
 };
 
 MX_HOST_DEVICE constexpr int64_t block_bytes(ElementFormat format) {
@@ -29,14 +30,22 @@ struct MixedLayout {
 
   static constexpr int kFormat6Bit = 0b01;
   static constexpr int kWeightIsMxfp4Bit = 0b10;
+  static constexpr int kHadamardShift = 8;  // one bit a segment
+  static constexpr int kCodes = 1 << 11;
 
   MX_HOST_DEVICE constexpr bool valid() const {
-    if (k4 < 0 || k6 < 0 || k8 < 0 || code < 0 || code > 255) return false;
+    if (k4 < 0 || k6 < 0 || k8 < 0 || code < 0 || code >= kCodes) return false;
     if (k4 % kBlock || k6 % kBlock || k8 % kBlock) return false;
     return rule_code(0) <= 2 && rule_code(1) <= 2 && rule_code(2) <= 2;
   }
   MX_HOST_DEVICE constexpr int rule_code(int segment) const {
     return (code >> (2 + 2 * segment)) & 0b11;
+  }
+  MX_HOST_DEVICE constexpr bool hadamard(int segment) const {
+    return (code >> (kHadamardShift + segment)) & 1;
+  }
+  MX_HOST_DEVICE constexpr bool rotates_any() const {
+    return (k4 && hadamard(0)) || (k6 && hadamard(1)) || (k8 && hadamard(2));
   }
   MX_HOST_DEVICE constexpr ElementFormat format6() const {
     return code & kFormat6Bit ? E3M2 : E2M3;
@@ -48,9 +57,9 @@ struct MixedLayout {
   // The three segments of a row, empty ones included.
   MX_HOST_DEVICE constexpr std::array<Segment, 3> segments() const {
     const auto rule = [this](int i) { return static_cast<ScaleRule>(rule_code(i)); };
-    return {{{E2M1, rule(0), 0, k4 / kBlock, 0},
-             {format6(), rule(1), k4 / kBlock, k6 / kBlock, k4 / 2},
-             {E4M3, rule(2), (k4 + k6) / kBlock, k8 / kBlock, k4 / 2 + k6 / 4 * 3}}};
+    return {{{E2M1, rule(0), 0, k4 / kBlock, 0, hadamard(0)},
+             {format6(), rule(1), k4 / kBlock, k6 / kBlock, k4 / 2, hadamard(1)},
+             {E4M3, rule(2), (k4 + k6) / kBlock, k8 / kBlock, k4 / 2 + k6 / 4 * 3, hadamard(2)}}};
   }
 
   // The weight's own layout: MXFP4 in every segment where the format code says so.

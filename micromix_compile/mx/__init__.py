@@ -2,6 +2,7 @@
 
 from .bits import pack_codes, packed_bytes, unpack_codes
 from .elements import E2M1, E2M3, E3M2, E4M3, ElementFormat, decode, encode
+from .hadamard import hadamard
 from .layout import WEIGHT_IS_MXFP4, MixedLayout, Segment
 from .mixed import dequantize, linear, quantize
 from .scales import (
@@ -28,6 +29,7 @@ __all__ = [
     "decode",
     "dequantize",
     "encode",
+    "hadamard",
     "inverse_scale_values",
     "linear",
     "pack_codes",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,6 +16,10 @@ WEIGHT_IS_MXFP4 = 0b10
 """The bit of a format code that says that the weight is MXFP4 in every segment."""
 
 _FORMATS6 = {"e2m3": E2M3, "e3m2": E3M2}
+_WIDTHS = (4, 6, 8)
+_ROTATIONS = {w for count in range(4) for w in itertools.combinations(_WIDTHS, count)}
+_HADAMARD_SHIFT = 8
+_CODES = 1 << (_HADAMARD_SHIFT + len(_WIDTHS))
 
 
 class Segment(NamedTuple):
@@ -26,15 +31,17 @@ class Segment(NamedTuple):
     stop: int
     byte_start: int
     byte_stop: int
+    hadamard: bool
 
 
 @dataclass(frozen=True)
 class MixedLayout:
-    """Channel counts, element formats and scale rules of the three segments of a row.
+    """Channel counts, element formats, scale rules and rotations of the three segments of a row.
 
     ``k4``, ``k6`` and ``k8`` count channels, each a multiple of 32, padding channels included.
     ``format6`` is "e2m3" or "e3m2". ``rules`` names the scale rules ("floor", "ceil", "even") of the
-    4-, 6- and 8-bit segments. Raises ValueError for anything else.
+    4-, 6- and 8-bit segments. ``hadamard`` names the segments, by their bits, whose blocks are rotated
+    (hadamard.py) before they are cast. Raises ValueError for anything else.
     """
 
     k4: int
@@ -42,6 +49,7 @@ class MixedLayout:
     k8: int
     format6: str = "e2m3"
     rules: tuple[str, str, str] = ("even", "ceil", "ceil")
+    hadamard: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("k4", "k6", "k8"):
@@ -56,6 +64,9 @@ class MixedLayout:
             raise ValueError(f"rules must name three scale rules, got {self.rules}")
         for rule in self.rules:
             ScaleRule.from_name(rule)
+        object.__setattr__(self, "hadamard", tuple(self.hadamard))
+        if self.hadamard not in _ROTATIONS:
+            raise ValueError(f"hadamard must name segments out of 4, 6, 8; got {self.hadamard}")
 
     @classmethod
     def uniform(cls, channels: int, fmt: ElementFormat | str) -> MixedLayout:
@@ -82,10 +93,11 @@ class MixedLayout:
         a code that means nothing.
         """
         rules = [(code >> shift) & 0b11 for shift in (2, 4, 6)]
-        if not 0 <= code < 256 or max(rules) > max(ScaleRule):
+        if not 0 <= code < _CODES or max(rules) > max(ScaleRule):
             raise ValueError(f"{code} is not a format code")
         labels = tuple(ScaleRule(rule).label for rule in rules)
-        return cls(k4, k6, k8, format6="e3m2" if code & 1 else "e2m3", rules=labels)
+        rotated = tuple(w for i, w in enumerate(_WIDTHS) if code >> (_HADAMARD_SHIFT + i) & 1)
+        return cls(k4, k6, k8, "e3m2" if code & 1 else "e2m3", labels, rotated)
 
     @classmethod
     def weight_from_code(cls, k4: int, k6: int, k8: int, code: int) -> MixedLayout:
@@ -95,18 +107,35 @@ class MixedLayout:
         return layout.as_mxfp4() if code & WEIGHT_IS_MXFP4 else layout
 
     def as_mxfp4(self) -> MixedLayout:
-        """The layout with the same channels and rules, and every channel in the MXFP4 segment."""
-        return MixedLayout(self.channels, 0, 0, self.format6, self.rules)
+        """The layout with the same channels and rules, and every channel in the MXFP4 segment.
+
+        It is rotated if all segments are; LayerPlan refuses a layout where only some are.
+        """
+        rotated = (4,) if self.rotates_all else ()
+        return MixedLayout(self.channels, 0, 0, self.format6, self.rules, rotated)
+
+    @property
+    def rotates_all(self) -> bool:
+        """Whether the blocks of every segment that has channels are rotated."""
+        counts = zip(_WIDTHS, (self.k4, self.k6, self.k8), strict=True)
+        return all(width in self.hadamard for width, count in counts if count)
+
+    @property
+    def rotates_any(self) -> bool:
+        """Whether the blocks of a segment that has channels are rotated."""
+        return any(segment.hadamard for segment in self.segments())
 
     @property
     def code(self) -> int:
         """The operators' ``format`` argument, without the bit for the weight.
 
         Bit 0: MXFP6 is E3M2. Bits 2-3, 4-5, 6-7: the scale rule of the 4-, 6-, 8-bit segment.
+        Bits 8, 9, 10: the blocks of the 4-, 6-, 8-bit segment are rotated.
         Or it with WEIGHT_IS_MXFP4 if the weight's own layout is :meth:`as_mxfp4`.
         """
         rules = (ScaleRule.from_name(rule) for rule in self.rules)
         code = int(self.format6 == "e3m2")
+        code |= sum(1 << _HADAMARD_SHIFT + _WIDTHS.index(width) for width in self.hadamard)
         return code | sum(rule << shift for rule, shift in zip(rules, (2, 4, 6), strict=True))
 
     @property
@@ -138,9 +167,11 @@ class MixedLayout:
         """The segments of a row that have channels, in order."""
         formats = (E2M1, _FORMATS6[self.format6], E4M3)
         start = byte_start = 0
-        for count, fmt, rule in zip((self.k4, self.k6, self.k8), formats, self.rules, strict=True):
+        counts = (self.k4, self.k6, self.k8)
+        for width, count, fmt, name in zip(_WIDTHS, counts, formats, self.rules, strict=True):
             if not count:
                 continue
             stop, byte_stop = start + count, byte_start + packed_bytes(count, fmt.bits)
-            yield Segment(fmt, ScaleRule.from_name(rule), start, stop, byte_start, byte_stop)
+            rule, rotated = ScaleRule.from_name(name), width in self.hadamard
+            yield Segment(fmt, rule, start, stop, byte_start, byte_stop, rotated)
             start, byte_start = stop, byte_stop

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from .bits import pack_codes, unpack_codes
 from .elements import decode, encode
+from .hadamard import hadamard
 from .layout import MixedLayout
 from .scales import BLOCK, NAN_SCALE, inverse_scale_values, scale_bytes, scale_values
 
@@ -23,7 +24,7 @@ _INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def quantize(x: Tensor, layout: MixedLayout, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Reorders the channels of ``x``, pads them with zeros, and casts them to ``layout``.
+    """Reorders the channels of ``x``, pads them with zeros, rotates blocks, and casts them to ``layout``.
 
     ``x`` is bf16, f16 or f32 ``[..., K]``, any strides. ``order`` int32 ``[layout.channels]`` gives
     for each position the channel of ``x``, or -1 for a padding channel; None means the channels as
@@ -62,7 +63,7 @@ def quantize(x: Tensor, layout: MixedLayout, order: Tensor | None = None) -> tup
 def dequantize(
     data: Tensor, scales: Tensor, layout: MixedLayout, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The values ``[..., layout.channels]`` of packed rows, in the order of the layout.
+    """The values ``[..., layout.channels]`` of packed rows, in the order and the rotation of the layout.
 
     Exact in float64. float32 is exact too, but for Inf where a block's scale is so large that the
     value passes the float32 range; bf16 and f16 are one rounding of float32.
@@ -128,7 +129,8 @@ def linear(
 def _quantize_rows(values: Tensor, layout: MixedLayout, data: Tensor, scales: Tensor) -> None:
     """Casts float32 ``values`` ``[rows, layout.channels]`` into ``data`` and ``scales``."""
     for segment in layout.segments():
-        blocks = values[:, segment.start : segment.stop].unflatten(1, (-1, BLOCK))
+        own = values[:, segment.start : segment.stop]
+        blocks = (hadamard(own) if segment.hadamard else own).unflatten(1, (-1, BLOCK))
         scale = scale_bytes(blocks.abs().amax(-1), segment.fmt, segment.rule)
         codes = encode(blocks * inverse_scale_values(scale).unsqueeze(-1), segment.fmt)
         codes.masked_fill_((scale == NAN_SCALE).unsqueeze(-1), 0)

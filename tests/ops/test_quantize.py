@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -172,3 +174,26 @@ def test_opcheck():
     for x in (rows(3, 128, torch.bfloat16), rows(6, 128, torch.float32).view(2, 3, 128)):
         torch.library.opcheck(op.default, (x, None, *arguments(layout)))
         torch.library.opcheck(op.default, (x, order, *arguments(layout)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rotated", [(4,), (6,), (8,), (4, 6), (4, 6, 8)], ids=str)
+def test_rotated_segments(isa, rotated, dtype):
+    """Bit for bit: the sums of the rotation have one order in every kernel."""
+    generator = torch.Generator().manual_seed(3)
+    for mix in MIXES:
+        layout = replace(mix, hadamard=rotated)
+        channels = layout.channels - 7
+        check(rows(9, channels, dtype), layout)
+        shuffled = torch.randperm(layout.channels, generator=generator).to(torch.int32)
+        check(
+            rows(9, channels, dtype, seed=1), layout, torch.where(shuffled < channels, shuffled, -1)
+        )
+
+
+def test_rotated_blocks_with_nan_inf_and_sums_beyond_float32(isa):
+    layout = MixedLayout(64, 0, 0, hadamard=(4,))
+    x = torch.ones(3, 64)
+    x[0, 3], x[1, 40], x[2, :32] = float("nan"), float("inf"), 3e38
+    check(x, layout)
+    assert op(x, None, *arguments(layout))[1].tolist()[2][0] == 0xFF
