@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .budget import InputBudget, spend
 from .errors import RecipeError
 from .mx.layout import MixedLayout
 from .plan import LayerPlan, LayerShape, ModelPlan
@@ -28,11 +29,18 @@ def allocate(statistics: ModelStatistics, recipe: Recipe) -> ModelPlan:
     if recipe.method == "format":
         return uniform_plan(kept, recipe)
     statistics.require_tokens(kept)
+    groups = [([n for n in names if n in kept], inputs) for names, inputs in statistics.groups()]
+    groups = [(names, inputs) for names, inputs in groups if names]
+    if recipe.method == "bits":
+        budgets = spend(statistics, groups, recipe)
+        plans = [
+            _budget_plan(*group, own, recipe) for group, own in zip(groups, budgets, strict=True)
+        ]
+    else:
+        plans = [_plan_group(names, inputs, recipe) for names, inputs in groups]
     layers = {}
-    for members, inputs in statistics.groups():
-        names = [name for name in members if name in kept]
-        if names:
-            layers.update(dict.fromkeys(names, _plan_group(names, inputs, recipe)))
+    for (names, _), plan in zip(groups, plans, strict=True):
+        layers.update(dict.fromkeys(names, plan))
     return ModelPlan({name: layers[name] for name in kept}, kept, recipe.to_dict())
 
 
@@ -64,14 +72,24 @@ def split_counts(channels: int, fractions: Sequence[float], multiple: int) -> tu
     return padded - k6 - k8, k6, k8
 
 
-def channel_order(metric: Tensor, counts: tuple[int, int, int]) -> Tensor:
+def channel_order(
+    metric: Tensor, counts: tuple[int, int, int], hadamard: Sequence[int] = ()
+) -> Tensor:
     """The order int32 ``[Kp]`` that sorts channels by ``metric`` ``[K]``, the smallest first.
+
+    Inside a segment that is rotated (``hadamard``) the channels keep their own order: a rotation wants
+    blocks of mixed magnitudes.
 
     Padding (-1) stands at the end of the narrowest segment that has channels: there it changes
     neither which blocks the other channels form, nor their scales.
     """
     order = metric.argsort(stable=True).to(torch.int32).cpu()
     padding = sum(counts) - len(order)
+    stop = 0
+    for width, count in zip((4, 6, 8), counts, strict=True):
+        start, stop = stop, stop + max(0, count - (padding if stop == 0 else 0))
+        if width in hadamard:
+            order[start:stop] = order[start:stop].sort().values
     first = next(count for count in counts if count) - padding
     pads = torch.full((padding,), -1, dtype=torch.int32)
     return torch.cat([order[:first], pads, order[first:]])
@@ -88,8 +106,23 @@ def _plan_group(names: list[str], inputs: ChannelStatistics, recipe: Recipe) -> 
         counts = split_counts(inputs.channels, fractions, recipe.multiple)
     return LayerPlan(
         in_features=inputs.channels,
-        layout=MixedLayout(*counts, recipe.format6, recipe.rules),
-        order=channel_order(inputs.metric(recipe.sort), counts),
+        layout=MixedLayout(*counts, recipe.format6, recipe.rules, recipe.hadamard),
+        order=channel_order(inputs.metric(recipe.sort), counts, recipe.hadamard),
+        weights=recipe.weights,
+        weight_rules=recipe.weight_rules,
+        group=names[0],
+    )
+
+
+def _budget_plan(
+    names: list[str], inputs: ChannelStatistics, budget: InputBudget, recipe: Recipe
+) -> LayerPlan:
+    identity = torch.arange(len(budget.order), dtype=torch.int32)
+    identity[inputs.channels :] = -1
+    return LayerPlan(
+        in_features=inputs.channels,
+        layout=MixedLayout(*budget.counts, recipe.format6, recipe.rules, budget.hadamard),
+        order=None if torch.equal(budget.order, identity) else budget.order,
         weights=recipe.weights,
         weight_rules=recipe.weight_rules,
         group=names[0],
@@ -118,7 +151,7 @@ def _uniform_layer(channels: int, recipe: Recipe) -> LayerPlan:
     counts = [padded if recipe.format == name else 0 for name in ("mxfp4", "mxfp6", "mxfp8")]
     return LayerPlan(
         in_features=channels,
-        layout=MixedLayout(*counts, recipe.format6, recipe.rules),
+        layout=MixedLayout(*counts, recipe.format6, recipe.rules, recipe.hadamard),
         weights=recipe.weights,
         weight_rules=recipe.weight_rules,
         group=f"{recipe.format} K={channels}",

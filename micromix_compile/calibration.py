@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from micromix_compile import _torch_compat as compat
 from micromix_compile.allocation import allocate
+from micromix_compile.errors import CalibrationGradientError
 from micromix_compile.passes.find_linears import Linear, choose_name, find_linears, layer_names
 from micromix_compile.passes.observe_linears import observe_linears
 from micromix_compile.plan import LayerShape, ModelPlan
@@ -20,7 +21,7 @@ from micromix_compile.recipe import Recipe
 from micromix_compile.statistics import ModelStatistics
 
 
-def calibrate(model: torch.nn.Module) -> Calibration:
+def calibrate(model: torch.nn.Module, gradients: bool = False) -> Calibration:
     """Collect statistics of the inputs of `model`'s linear layers, as a context or over batches.
 
     Either run the model yourself::
@@ -30,8 +31,12 @@ def calibrate(model: torch.nn.Module) -> Calibration:
                 model(**batch)
 
     or let it be run, with a progress bar: `calibration = micromix.calibrate(model).run(batches)`.
+
+    With `gradients`, the gradient of a loss by each input is observed too, which tells a budget of bits
+    (`Recipe(bits=...)`) what matters to the result; it takes a backward pass of each batch. In a context of your
+    own, call `loss.backward()`.
     """
-    return Calibration(model)
+    return Calibration(model, gradients)
 
 
 class Calibration:
@@ -42,41 +47,55 @@ class Calibration:
     several contexts; `statistics` holds them and can be saved, loaded and merged.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, gradients: bool = False) -> None:
         self.model = getattr(model, "_orig_mod", model)
+        self.gradients = gradients
         self.statistics = ModelStatistics()
+        self.batches: Sequence[Any] | None = None
 
     def __enter__(self) -> Self:
         self._names = layer_names(self.model)
         self._context = compat.compiled_call(self.model, self._observe)
+        # Only the gradients of the layers' inputs are wanted: those of the weights would take a third of the time.
+        self._trained = [p for p in self.model.parameters() if self.gradients and p.requires_grad]
+        for parameter in self._trained:
+            parameter.requires_grad_(False)
         self._context.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._context.__exit__(*exception)
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
 
-    def run(self, batches: Iterable[Any], device: torch.device | str | None = None) -> Calibration:
-        """Run the model on every batch, without gradients, showing progress; returns self.
+    def run(
+        self,
+        batches: Iterable[Any],
+        device: torch.device | str | None = None,
+        loss: Callable[[Any, Any], torch.Tensor] | None = None,
+    ) -> Calibration:
+        """Run the model on every batch, showing progress; returns self.
 
         A batch that is a mapping is given as keyword arguments, a tuple or list as positional ones, anything else
         as the one argument; it may nest tensors in any structure. Tensors are moved to `device`, by default the
         device of the model's first parameter (where accelerate offloads it: the first that is on a device).
+
+        Under `calibrate(gradients=True)`, `loss(output, batch)` is differentiated, by default the cross-entropy of
+        the next token (`output.loss` where the model gives one). Raises CalibrationGradientError if there is none.
         """
+        self.batches = batches if isinstance(batches, (Sequence, torch.Tensor)) else None
         if device is None:
             devices = (p.device for p in self.model.parameters() if p.device.type != "meta")
             device = next(devices, torch.device("cpu"))
         total = len(batches) if isinstance(batches, Sized) else None
-        with self, torch.no_grad():
+        with self, torch.set_grad_enabled(self.gradients):
             for batch in tqdm(batches, "calibrating", total=total, unit="batch", disable=None):
                 batch = optree.tree_map(
                     lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, batch
                 )
-                if isinstance(batch, torch.Tensor) or not hasattr(batch, "__iter__"):
-                    self.model(batch)
-                elif hasattr(batch, "keys"):
-                    self.model(**batch)
-                else:
-                    self.model(*batch)
+                output = call(self.model, batch)
+                if self.gradients:
+                    (loss or next_token_loss)(output, batch).backward()
         return self
 
     def plan(self, recipe: Recipe | None = None) -> ModelPlan:
@@ -105,7 +124,17 @@ class Calibration:
                 for linear, weight in zip(group, weights, strict=True)
             }
             self.statistics.add_group(shapes)
-            self.statistics.update(next(iter(shapes)), x)
+            for name, weight in zip(shapes, weights, strict=True):
+                self.statistics.add_weight(name, weight)
+            first = next(iter(shapes))
+            if not self.gradients:
+                self.statistics.update(first, x)
+                return
+            if not torch.is_grad_enabled():
+                raise CalibrationGradientError(reason="the model ran without gradients")
+            if not x.requires_grad:  # the first layers: nothing before them has a gradient
+                x.requires_grad_()
+            x.register_hook(lambda gradient: self.statistics.update(first, x, gradient))
 
         return observe
 
@@ -118,3 +147,28 @@ class Calibration:
         if weight not in self._names:
             self._names = layer_names(self.model)
         return choose_name(linear.name, self._names.get(weight, ())) or linear.name
+
+
+def call(model: torch.nn.Module, batch: Any) -> Any:
+    """The model's output for a batch: keyword arguments, positional ones, or the one argument."""
+    if isinstance(batch, torch.Tensor) or not hasattr(batch, "__iter__"):
+        return model(batch)
+    return model(**batch) if hasattr(batch, "keys") else model(*batch)
+
+
+def next_token_loss(output: Any, batch: Any) -> torch.Tensor:
+    """The model's own loss, or the summed cross-entropy of each token given those before it.
+
+    Raises CalibrationGradientError if the output has neither a loss nor logits, or the batch no `input_ids`.
+    """
+    if getattr(output, "loss", None) is not None:
+        return output.loss
+    logits = getattr(output, "logits", None)
+    tokens = batch.get("input_ids") if hasattr(batch, "get") else None
+    if logits is None or tokens is None or logits.dim() != 3:
+        raise CalibrationGradientError(
+            reason="the output has no loss, and no logits for the batch's input_ids"
+        )
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum"
+    )

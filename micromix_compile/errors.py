@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 __all__ = [
+    "CalibrationGradientError",
     "CheckpointError",
     "CheckpointExistsError",
     "CheckpointVersionError",
@@ -40,6 +41,8 @@ __all__ = [
     "RecipeError",
     "ReferenceKernelWarning",
     "ReleasedWeightError",
+    "RoundedWeightError",
+    "SensitivityError",
     "StatisticsFileError",
     "StatisticsMismatchError",
     "StatisticsVersionError",
@@ -175,6 +178,42 @@ class NonFiniteCalibrationError(MicroMixError):
         "The input of {layer} holds NaN or Inf, so no channel order can be made from it. "
         "Look for an overflow before this layer (float16 models: try bfloat16), "
         "or for bad values in the calibration batch."
+    )
+
+
+class CalibrationGradientError(MicroMixError):
+    """Gradients were asked for, and there is nothing to differentiate. Facts: reason."""
+
+    template = (
+        "Calibration with gradients cannot go on: {reason}. Give run(batches, loss=lambda output, batch: ...), call "
+        "loss.backward() inside the context without torch.no_grad(), or calibrate(model, gradients=False)."
+    )
+
+
+class SensitivityError(MicroMixError):
+    """Statistics lack what a budget of bits is spent by. Facts: reason."""
+
+    template = (
+        "A budget of bits cannot be spent: {reason}. Calibrate again, with calibrate(model, gradients=True) or "
+        "`micromix calibrate --gradients`."
+    )
+
+
+class RoundedWeightError(MicroMixError):
+    """A plan holds rounded weights of other values than the model's. Facts: layer."""
+
+    template = (
+        "The plan holds the weight of {layer} rounded from other values than the model's. Round the weights again "
+        "(Recipe(rounding='gptq')), load the model that they came from, or take plan.without_rounding()."
+    )
+
+
+class PlanChangedError(MicroMixError):
+    """A plan was attached to, or taken off, a model that was compiled before. Facts: layer."""
+
+    template = (
+        "The plan of {layer} changed after the model was compiled. Call torch.compiler.reset(), "
+        "and the compiled model follows the new plan at its next call."
     )
 
 

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from .errors import RecipeError
+from .mx.layout import ROTATIONS
 from .mx.scales import ScaleRule
 
 __all__ = ["Recipe"]
@@ -19,7 +20,8 @@ FORMATS = ("mxfp8", "mxfp6", "mxfp4")
 _THRESHOLDS = ("published", "paper")
 _SORTS = ("mean", "max", "hessian")
 _RULES = tuple(rule.label for rule in ScaleRule)
-_METHODS = ("thresholds", "split", "counts", "format")
+_METHODS = ("thresholds", "split", "counts", "format", "bits")
+BITS = {"mxfp4": 4, "mxfp6": 6, "mxfp8": 8}
 
 # The output head under the names that Hugging Face models give it.
 _OUTPUT_HEADS = (
@@ -36,7 +38,7 @@ _OUTPUT_HEADS = (
 class Recipe:
     """How channels get their formats. Immutable and hashable; bad values raise RecipeError.
 
-    Exactly one of four methods decides the counts of channels per format (none given means
+    Exactly one of five methods decides the counts of channels per format (none given means
     ``thresholds="published"``):
 
     * ``thresholds``: "published" or "paper", the two forms of the MicroMix thresholds
@@ -46,6 +48,9 @@ class Recipe:
       ``multiple``, summing to the layer's K rounded up to a multiple. The first glob that matches
       a layer wins; layers that share an input share the counts.
     * ``format``: "mxfp8", "mxfp6" or "mxfp4" for all channels; needs no calibration.
+    * ``bits``: an average of the element bits over all weights (scales take 0.25 bit more), spent over
+      all layers where it lowers the error most, on ``formats`` (budget.py). Calibrate with gradients
+      for it.
 
     The other choices:
 
@@ -53,6 +58,11 @@ class Recipe:
     * ``rules``: scale rules ("floor", "ceil", "even") of the activations in the 4-, 6- and 8-bit
       segment; ``weight_rules`` those of the weights, None for the same ones.
     * ``weights``: "match", the weight of a channel in the format of the channel, or "mxfp4".
+    * ``hadamard``: the segments, out of 4, 6 and 8, whose blocks of 32 are rotated before the cast,
+      when the model runs too; with ``bits`` also "measured": each input as is or with (4, 6), whichever
+      lowers the error. None by default.
+    * ``rounding``: of the weights, "nearest" or "gptq" (rounding.py), which takes the calibration's
+      batches again, and several times as long.
     * ``sort``: what channels are sorted by: "mean" of |x|, "max" of |x|, or "hessian", E[x²].
     * ``multiple``: 32, 64 or 128; counts are multiples of it, K is padded to one.
     * ``skip``: globs (case-sensitive, on the full name) of layers to leave alone.
@@ -64,10 +74,14 @@ class Recipe:
     split: tuple[float, float, float] | None = None
     counts: Any = None  # given as a mapping, kept as a tuple of its items: hashable
     format: str | None = None
+    bits: float | None = None
+    formats: tuple[str, ...] = ("mxfp4", "mxfp6", "mxfp8")
     format6: str = "e2m3"
     rules: tuple[str, str, str] = ("even", "ceil", "ceil")
     weight_rules: tuple[str, str, str] | None = None
     weights: str = "match"
+    hadamard: tuple[int, ...] | str = ()
+    rounding: str = "nearest"
     sort: str = "mean"
     multiple: int = 32
     skip: tuple[str, ...] = ()
@@ -84,6 +98,7 @@ class Recipe:
         self._one_of("format", (None, *FORMATS))
         self._one_of("format6", ("e2m3", "e3m2"))
         self._one_of("weights", ("match", "mxfp4"))
+        self._one_of("rounding", ("nearest", "gptq"))
         self._one_of("sort", _SORTS)
         self._one_of("multiple", (32, 64, 128))
         self._one_of("include_lm_head", (False, True))
@@ -94,6 +109,9 @@ class Recipe:
             ("rules", _checked_rules),
             ("weight_rules", _checked_rules),
             ("skip", _checked_skip),
+            ("hadamard", self._checked_hadamard),
+            ("formats", self._checked_formats),
+            ("bits", self._checked_bits),
         ):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, check(name, getattr(self, name)))
@@ -159,6 +177,34 @@ class Recipe:
             _reject(name, value, "a positive number")
         if self.method != "thresholds" and value != 1:
             _reject(name, value, "left out: it scales thresholds, and this recipe has none")
+        return float(value)
+
+    def _checked_hadamard(self, name: str, value: Any) -> tuple[int, ...] | str:
+        if value == "measured":
+            if self.method != "bits":
+                _reject(name, value, "segments, as in (4, 6); it is measured with bits=...")
+            if self.weights != "match":
+                _reject(name, value, "() or (4, 6, 8) with weights='mxfp4', which have one segment")
+            return value
+        if not _is_list(value) or tuple(value) not in ROTATIONS:
+            _reject(name, value, "segments out of 4, 6 and 8, rising, as in (4, 6), or 'measured'")
+        if self.weights == "mxfp4" and len(value) not in (0, 3):
+            _reject(name, value, "() or (4, 6, 8) with weights='mxfp4', which have one segment")
+        return tuple(value)
+
+    def _checked_formats(self, name: str, value: Any) -> tuple[str, ...]:
+        good = _is_list(value) and value and set(value) <= BITS.keys()
+        if not good or len(set(value)) != len(value):
+            _reject(name, value, f"some of {', '.join(BITS)}, each once")
+        formats = tuple(sorted(value, key=BITS.get))
+        if self.bits is None and len(formats) < len(BITS):
+            _reject(name, value, "left out: it limits what bits=... is spent on")
+        return formats
+
+    def _checked_bits(self, name: str, value: Any) -> float:
+        low, high = BITS[self.formats[0]], BITS[self.formats[-1]]
+        if not _is_number(value) or not low <= value <= high:
+            _reject(name, value, f"a number from {low} to {high}, element bits of {self.formats}")
         return float(value)
 
     def _checked_counts(self, name: str, value: Any) -> tuple:

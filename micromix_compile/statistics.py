@@ -22,12 +22,14 @@ from .errors import (
 )
 from .files import read_file, write_file
 from .plan import LayerShape
+from .row_sample import RowSample
 
 __all__ = ["ChannelStatistics", "ModelStatistics", "load_statistics", "thresholds"]
 
 _KIND = "micromix_statistics"
-_VERSION = 1
+_VERSION = 2
 _TENSORS = ("total", "peak", "square", "histogram")
+_SENSITIVITY = ("importance", "gradient")
 
 # A bin of the histogram is the exponent and the upper mantissa bits of a float32 ratio in [0, 1]:
 # 64 bins an octave, from 2^-20 (with all below it) up to 1, which has a bin to itself.
@@ -70,11 +72,16 @@ class Fractions(NamedTuple):
 
 
 class ChannelStatistics:
-    """What calibration keeps of one input ``[..., K]``; all on the CPU, about 20 K + 10 000 bytes.
+    """What calibration keeps of one input ``[..., K]``; all on the CPU, about 300 K + 10 000 bytes.
 
     ``tokens``: rows seen. ``total`` float64 ``[K]``: Σ|x|. ``peak`` float32 ``[K]``: max |x|.
     ``square`` float64 ``[K]``: Σx². ``histogram`` int64: elements by |x| / max|row|, in bins 1/64
     octave wide; rows of zeros are left out of it, because they ask for no format.
+
+    For a budget of bits (budget.py): with gradients g of the loss, ``importance`` float64 ``[K]`` is Σx²g² and
+    ``gradient`` Σg², and ``sample`` holds rows drawn by |x|²|g|². Without, ``importance`` is Σx²/|x|², |x| being
+    the norm of the row, so that no token weighs more than another (the first tokens of a text can be a thousand
+    times as large), ``gradient`` is the number of rows, and the sample is even. ``graded`` tells which.
     """
 
     def __init__(self, channels: int) -> None:
@@ -83,6 +90,10 @@ class ChannelStatistics:
         self.peak = torch.zeros(channels, dtype=torch.float32)
         self.square = torch.zeros(channels, dtype=torch.float64)
         self.histogram = torch.zeros(_BINS, dtype=torch.int64)
+        self.importance = torch.zeros(channels, dtype=torch.float64)
+        self.gradient = torch.zeros(channels, dtype=torch.float64)
+        self.sample = RowSample(channels)
+        self.graded = False
 
     @property
     def channels(self) -> int:
@@ -90,11 +101,12 @@ class ChannelStatistics:
         return len(self.total)
 
     @torch.no_grad()
-    def update(self, x: Tensor, layer: str = "a layer") -> None:
+    def update(self, x: Tensor, layer: str = "a layer", gradient: Tensor | None = None) -> None:
         """Adds the rows of ``x`` ``[..., K]``, of any float dtype and device; no rows are welcome.
 
-        ``layer`` is the name that errors give. Raises NonFiniteCalibrationError for NaN or Inf, and
-        StatisticsMismatchError for another K; nothing of ``x`` has been added then.
+        ``gradient`` is that of the loss by ``x``, same shape. ``layer`` is the name that errors give. Raises
+        NonFiniteCalibrationError for NaN or Inf, and StatisticsMismatchError for another K, or where some
+        rows come with gradients and others without; nothing of ``x`` has been added then.
         """
         if x.dim() == 0 or x.shape[-1] != self.channels:
             difference = f"{layer}: an input {list(x.shape)}, where K is {self.channels}"
@@ -102,12 +114,15 @@ class ChannelStatistics:
         rows = x.detach().reshape(-1, self.channels)
         size = _CPU_CHUNK if x.device.type == "cpu" else _DEVICE_CHUNK
         new = ChannelStatistics(self.channels)
-        for chunk in rows.split(max(1, size // self.channels)):
-            new._add(chunk, layer)
+        new.graded = gradient is not None
+        step = max(1, size // self.channels)
+        slopes = None if gradient is None else gradient.detach().reshape(rows.shape).split(step)
+        for i, chunk in enumerate(rows.split(step)):
+            new._add(chunk, layer, None if slopes is None else slopes[i])
         self.merge(new)
 
-    def _add(self, rows: Tensor, layer: str) -> None:
-        """Adds one chunk of rows ``[M, K]``."""
+    def _add(self, rows: Tensor, layer: str, slopes: Tensor | None) -> None:
+        """Adds one chunk of rows ``[M, K]``, and the loss's slopes there."""
         if not len(rows):
             return
         magnitudes = rows.contiguous().abs().float()  # a copy, whatever the dtype
@@ -119,20 +134,55 @@ class ChannelStatistics:
         self.tokens += len(rows)
         self.total += wide.sum(dim=0).cpu()
         self.peak = torch.maximum(self.peak, magnitudes.amax(dim=0).cpu())
-        self.square += wide.square().sum(dim=0).cpu()
+        squares = wide.square()
+        self.square += squares.sum(dim=0).cpu()
         self.histogram += _histogram(magnitudes, row_peaks)
+        self._add_sensitivity(rows, squares, slopes, layer)
+
+    def _add_sensitivity(
+        self, rows: Tensor, squares: Tensor, slopes: Tensor | None, layer: str
+    ) -> None:
+        energy = squares.sum(dim=1, dtype=torch.float64)
+        if slopes is None:
+            real = energy > 0
+            inverse = torch.where(real, 1 / energy, 0.0).unsqueeze(1)
+            self.importance += (squares * inverse).sum(dim=0).cpu()
+            self.gradient += len(rows)
+            weights = real.double()
+        else:
+            slopes = slopes.float().square()
+            steepness = slopes.sum(dim=1, dtype=torch.float64)
+            if not bool(steepness.isfinite().all()):
+                raise NonFiniteCalibrationError(layer=f"{layer} (its gradient)")
+            self.importance += (squares * slopes).sum(dim=0, dtype=torch.float64).cpu()
+            self.gradient += slopes.sum(dim=0, dtype=torch.float64).cpu()
+            weights = energy * steepness
+        self.sample.add(rows, weights)
 
     def merge(self, other: ChannelStatistics) -> None:
-        """Adds the rows that ``other`` has seen. Raises StatisticsMismatchError for another K."""
+        """Adds the rows that ``other`` has seen.
+
+        Raises StatisticsMismatchError for another K, or if only one of both has gradients.
+        """
         if other.channels != self.channels:
             difference = f"{self.channels} channels here, {other.channels} there"
             raise StatisticsMismatchError(differences=[difference])
+        if self.tokens and other.tokens and self.graded != other.graded:
+            known, new = (
+                "with gradients" if s.graded else "without gradients" for s in (self, other)
+            )
+            raise StatisticsMismatchError(differences=[f"rows {known} here, {new} there"])
+        if other.tokens:
+            self.graded = other.graded
         # Not in place: tensors made under inference_mode could not be changed outside of it.
         self.tokens += other.tokens
         self.total = self.total + other.total
         self.peak = torch.maximum(self.peak, other.peak)
         self.square = self.square + other.square
         self.histogram = self.histogram + other.histogram
+        self.importance = self.importance + other.importance
+        self.gradient = self.gradient + other.gradient
+        self.sample.merge(other.sample)
 
     def metric(self, sort: str) -> Tensor:
         """What channels are sorted by, float64 ``[K]``: "mean" or "max" of |x|, "hessian" E[x²]."""
@@ -184,11 +234,13 @@ def _bin_position(ratio: float) -> float:
 class ModelStatistics:
     """The statistics of all linear layers of a model; layers that read the same input share them.
 
-    ``layers``: name -> LayerShape, in the order they were seen.
+    ``layers``: name -> LayerShape, in the order they were seen. ``columns``: name -> float64 ``[K]``, Σw² of each
+    column of the layer's weight, where calibration has seen the weight.
     """
 
     def __init__(self) -> None:
         self.layers: dict[str, LayerShape] = {}
+        self.columns: dict[str, Tensor] = {}
         self._statistics: dict[str, ChannelStatistics] = {}
 
     def add_group(self, layers: Mapping[str, LayerShape]) -> None:
@@ -218,12 +270,23 @@ class ModelStatistics:
         self.layers.update(shapes)
         self._statistics.update(dict.fromkeys(shapes, shared))
 
-    def update(self, layer: str, x: Tensor) -> None:
-        """Adds an input ``[..., K]`` of the group that this layer is in.
+    def update(self, layer: str, x: Tensor, gradient: Tensor | None = None) -> None:
+        """Adds an input ``[..., K]`` of the group that this layer is in, and the loss's gradient there.
 
         Raises KeyError for an unknown layer, else as ChannelStatistics.update.
         """
-        self._statistics[layer].update(x, layer)
+        self._statistics[layer].update(x, layer, gradient)
+
+    @torch.no_grad()
+    def add_weight(self, layer: str, weight: Tensor) -> None:
+        """Keeps the energy of the columns of a layer's weight, of any float dtype; the first call counts.
+
+        Raises KeyError for an unknown layer.
+        """
+        rows = 0 if not self.layers[layer].transposed else 1
+        if layer not in self.columns:
+            energy = weight.detach().float().square().sum(dim=rows, dtype=torch.float64)
+            self.columns[layer] = energy.cpu()
 
     def __getitem__(self, layer: str) -> ChannelStatistics:
         return self._statistics[layer]
@@ -264,6 +327,7 @@ class ModelStatistics:
         for names, statistics in other.groups():
             self.add_group({name: other.layers[name] for name in names})
             self._statistics[names[0]].merge(statistics)
+        self.columns = other.columns | self.columns
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the statistics as safetensors, atomically. Raises OSError if that fails."""
@@ -272,12 +336,17 @@ class ModelStatistics:
         content = {
             "layers": {name: [number[name], *shape] for name, shape in self.layers.items()},
             "tokens": [statistics.tokens for statistics in groups.values()],
+            "graded": [statistics.graded for statistics in groups.values()],
         }
         tensors = {
             f"{key}.{i}": getattr(statistics, key)
             for i, statistics in enumerate(groups.values())
-            for key in _TENSORS
+            for key in (*_TENSORS, *_SENSITIVITY)
         }
+        for i, statistics in enumerate(groups.values()):
+            tensors[f"sample.rows.{i}"] = statistics.sample.rows
+            tensors[f"sample.keys.{i}"] = statistics.sample.keys
+        tensors |= {f"columns.{name}": energy for name, energy in self.columns.items()}
         write_file(path, _KIND, _VERSION, content, tensors)
 
 
@@ -294,10 +363,12 @@ def load_statistics(path: str | os.PathLike) -> ModelStatistics:
         for name, (i, *facts) in content["layers"].items():
             shape = LayerShape(*facts)
             if i not in groups:
-                groups[i] = _loaded_group(i, shape.in_features, content["tokens"][i], tensors)
+                groups[i] = _loaded_group(i, shape.in_features, content, tensors)
             if groups[i].channels != shape.in_features:
                 raise ValueError(f"{name} has another K than its group")
             result.layers[name], result._statistics[name] = shape, groups[i]
+            if f"columns.{name}" in tensors:
+                result.columns[name] = tensors[f"columns.{name}"]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         reason = f"its content is damaged ({error})"
         raise StatisticsFileError(path=os.fspath(path), reason=reason) from error
@@ -305,11 +376,17 @@ def load_statistics(path: str | os.PathLike) -> ModelStatistics:
 
 
 def _loaded_group(
-    i: int, channels: int, tokens: int, tensors: dict[str, Tensor]
+    i: int, channels: int, content: Mapping, tensors: dict[str, Tensor]
 ) -> ChannelStatistics:
     result = ChannelStatistics(channels)
-    result.tokens = int(tokens)
-    for key in _TENSORS:
+    result.tokens = int(content["tokens"][i])
+    keys = _TENSORS
+    if "graded" in content:  # a file of version 1 has nothing that a budget of bits needs
+        keys = (*_TENSORS, *_SENSITIVITY)
+        result.graded = bool(content["graded"][i])
+        result.sample.rows = tensors[f"sample.rows.{i}"]
+        result.sample.keys = tensors[f"sample.keys.{i}"]
+    for key in keys:
         tensor, empty = tensors[f"{key}.{i}"], getattr(result, key)
         if tensor.shape != empty.shape or tensor.dtype != empty.dtype:
             raise ValueError(f"{key} is {tensor.dtype} {list(tensor.shape)}")

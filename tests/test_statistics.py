@@ -373,6 +373,6 @@ def test_damaged_tensors(tmp_path):
 
 
 def test_newer_version(tmp_path):
-    module.write_file(tmp_path / "s", "micromix_statistics", 2, {}, {})
-    with pytest.raises(StatisticsVersionError, match=r"version 2.*up to 1"):
+    module.write_file(tmp_path / "s", "micromix_statistics", 3, {}, {})
+    with pytest.raises(StatisticsVersionError, match=r"version 3.*up to 2"):
         load_statistics(tmp_path / "s")

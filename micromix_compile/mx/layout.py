@@ -17,7 +17,7 @@ WEIGHT_IS_MXFP4 = 0b10
 
 _FORMATS6 = {"e2m3": E2M3, "e3m2": E3M2}
 _WIDTHS = (4, 6, 8)
-_ROTATIONS = {w for count in range(4) for w in itertools.combinations(_WIDTHS, count)}
+ROTATIONS = {w for count in range(4) for w in itertools.combinations(_WIDTHS, count)}
 _HADAMARD_SHIFT = 8
 _CODES = 1 << (_HADAMARD_SHIFT + len(_WIDTHS))
 
@@ -65,7 +65,7 @@ class MixedLayout:
         for rule in self.rules:
             ScaleRule.from_name(rule)
         object.__setattr__(self, "hadamard", tuple(self.hadamard))
-        if self.hadamard not in _ROTATIONS:
+        if self.hadamard not in ROTATIONS:
             raise ValueError(f"hadamard must name segments out of 4, 6, 8; got {self.hadamard}")
 
     @classmethod

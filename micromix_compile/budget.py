@@ -1,0 +1,228 @@
+"""A budget of bits, spent where it lowers the loss most: statistics + Recipe(bits=...) -> LayerPlans.
+
+For each input, several orders of its channels are tried: the channels as they are, with the most important ones
+(or all) sorted behind them, rotated or not. The error that each format makes in each unit of channels is measured
+on the rows that calibration kept, and one price of a bit for the whole model decides the format of every unit and
+the order of every input.
+
+The error of a unit is the expected change of the loss, to second order and with the Hessian's diagonal in its
+Fisher form, where calibration had gradients g: sum over channels of E[d² g²] for an error d of the activation.
+With noise that is relative to the values it is E[x² g²] (exact, over all tokens) times the relative error of the
+sampled rows; the rounding of the weights adds the relative error of a Gaussian weight in that format, for
+E[g_n² x_c²] dw² is the same sum. Without gradients, the change of the layer's output, relative to its energy and
+token by token, takes the place of the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .errors import SensitivityError
+from .mx import BLOCK, MixedLayout, dequantize, hadamard, quantize
+from .recipe import BITS, Recipe
+from .statistics import ChannelStatistics, ModelStatistics
+
+__all__ = ["InputBudget", "spend"]
+
+# Fractions of the channels, the most important ones, that are sorted.
+_SORTED = (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
+_MEASURED_ROTATIONS = ((), (4, 6))
+
+
+@dataclass(frozen=True)
+class InputBudget:
+    """What an input got: ``counts`` (k4, k6, k8), ``order`` int32 ``[Kp]`` with -1 for padding, ``hadamard``."""
+
+    counts: tuple[int, int, int]
+    order: Tensor
+    hadamard: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """One input of K channels: its orders ``[Kp]``, their rotations, errors ``[O, U, F]``, and ΣN of its layers."""
+
+    channels: int
+    orders: list[Tensor]
+    rotations: list[tuple[int, ...]]
+    errors: Tensor
+    outputs: int
+
+
+def spend(
+    statistics: ModelStatistics,
+    groups: Sequence[tuple[Sequence[str], ChannelStatistics]],
+    recipe: Recipe,
+) -> list[InputBudget]:
+    """Formats and order of each input, the average of the bits over all weights at most ``recipe.bits``.
+
+    ``groups``: the layers that read each input, and its statistics. Scales are not counted: they take 0.25 bit in
+    every format. Padding is. Raises SensitivityError if the statistics come from a version that kept none.
+    """
+    choices = [_choices(statistics, names, inputs, recipe) for names, inputs in groups]
+    widths = torch.tensor([BITS[name] for name in recipe.formats], dtype=torch.float64)
+    total = sum(c.outputs * len(c.orders[0]) for c in choices)
+    unit_costs = [widths * c.outputs * recipe.multiple for c in choices]
+
+    def at(price: float) -> tuple[float, list[tuple[int, Tensor]]]:
+        """What is bought at a price of a bit: its cost, and for each input the order and the units' formats."""
+        cost, bought = 0.0, []
+        for choice, costs in zip(choices, unit_costs, strict=True):
+            least, formats = (choice.errors + price * costs).min(dim=2)
+            best = int(least.sum(dim=1).argmin())
+            bought.append((best, formats[best]))
+            cost += float(costs[formats[best]].sum())
+        return cost, bought
+
+    budget = recipe.bits * total * (1 + 1e-12)
+    cheap, dear = (
+        1e-30,
+        1e30,
+    )  # at the lower price too much is bought; prices are searched by their logarithm
+    cost, bought = at(dear)
+    for _ in range(120):
+        price = (cheap * dear) ** 0.5
+        trial = at(price)
+        if trial[0] <= budget:
+            dear, (cost, bought) = price, trial
+        else:
+            cheap = price
+    _spend_rest(choices, unit_costs, bought, budget - cost)
+    return [
+        _result(choice, best, formats, recipe)
+        for choice, (best, formats) in zip(choices, bought, strict=True)
+    ]
+
+
+def _spend_rest(choices, unit_costs, bought, left: float) -> None:
+    """Widens single units, the best gain for a bit first, as far as what is left goes; orders stay."""
+    moves = []
+    for i, ((best, formats), choice, costs) in enumerate(
+        zip(bought, choices, unit_costs, strict=True)
+    ):
+        errors = choice.errors[best]
+        gain = errors.gather(1, formats.unsqueeze(1)) - errors
+        price = costs - costs[formats].unsqueeze(1)
+        for unit, to in ((gain > 0) & (price > 0)).nonzero().tolist():
+            rate = float(gain[unit, to] / price[unit, to])
+            moves.append((-rate, i, unit, to, float(price[unit, to])))
+    widened = set()
+    for _, i, unit, to, price in sorted(moves):
+        if price <= left and (i, unit) not in widened:
+            widened.add((i, unit))
+            bought[i][1][unit] = to
+            left -= price
+
+
+def _choices(
+    statistics: ModelStatistics, names: Sequence[str], inputs: ChannelStatistics, recipe: Recipe
+) -> _Choices:
+    if not len(inputs.sample.rows) and bool(inputs.peak.any()):
+        raise SensitivityError(reason=f"the statistics of {names[0]} are of an older version")
+    importance, slopes = _sensitivity(statistics, names, inputs)
+    padded = -(-inputs.channels // recipe.multiple) * recipe.multiple
+    rotations = _MEASURED_ROTATIONS if recipe.hadamard == "measured" else (recipe.hadamard,)
+    orders, turned, errors = [], [], []
+    for order in _orders(importance, padded, recipe.multiple):
+        for rotation in rotations:
+            orders.append(order)
+            turned.append(rotation)
+            errors.append(_errors(inputs.sample.rows, importance, slopes, order, rotation, recipe))
+    outputs = sum(statistics.layers[name].out_features for name in names)
+    return _Choices(inputs.channels, orders, turned, torch.stack(errors), outputs)
+
+
+def _sensitivity(
+    statistics: ModelStatistics, names: Sequence[str], inputs: ChannelStatistics
+) -> tuple[Tensor, Tensor]:
+    """Importance and squared slope of each channel, float64 ``[K]``."""
+    if inputs.graded:
+        return inputs.importance, inputs.gradient
+    if missing := [name for name in names if name not in statistics.columns]:
+        raise SensitivityError(reason=f"the weight of {missing[0]} was not seen in calibration")
+    columns = torch.stack([statistics.columns[name] for name in names]).sum(dim=0)
+    importance = inputs.importance * columns
+    return importance / importance.sum().clamp(min=torch.finfo(torch.float64).tiny), columns
+
+
+def _orders(importance: Tensor, padded: int, multiple: int) -> list[Tensor]:
+    """Channel orders ``[Kp]``, int64, K standing for padding; each once."""
+    channels = len(importance)
+    by_importance = importance.argsort(stable=True)
+    padding = torch.full((padded - channels,), channels)
+    orders: dict[int, Tensor] = {}
+    for fraction in _SORTED:
+        last = min(channels, round(fraction * padded / multiple) * multiple)
+        first = channels - last
+        natural = by_importance[:first].sort().values
+        head = [natural, padding] if first else [padding]
+        orders.setdefault(last, torch.cat([*head, by_importance[first:]]))
+    return list(orders.values())
+
+
+def _errors(
+    rows: Tensor,
+    importance: Tensor,
+    slopes: Tensor,
+    order: Tensor,
+    rotation: Sequence[int],
+    recipe: Recipe,
+) -> Tensor:
+    """The error of each unit in each format, float64 ``[U, F]``."""
+    units = (len(order) // recipe.multiple, recipe.multiple)
+    zero = torch.zeros(1, dtype=torch.float64)
+    importance = torch.cat([importance, zero])[order].view(units).sum(dim=1)
+    slopes = torch.cat([slopes, zero])[order]
+    x = torch.nn.functional.pad(rows.float(), (0, 1))[:, order]
+    energy = x.double().square().sum(dim=1, keepdim=True)
+
+    def unit_sums(squares: Tensor) -> Tensor:
+        return (squares / energy).sum(dim=0).mul(slopes).view(units).sum(dim=1)
+
+    whole = unit_sums(x.double().square()).clamp(min=torch.finfo(torch.float64).tiny)
+    turned = hadamard(x) if rotation else x
+    errors = []
+    for name in recipe.formats:
+        layout = _uniform(name, len(order), recipe)
+        rotated = BITS[name] in rotation
+        values = turned if rotated else x
+        difference = dequantize(*quantize(values, layout), layout) - values
+        if rotated:
+            difference = hadamard(difference)
+        weight = "mxfp4" if recipe.weights == "mxfp4" else name
+        noise = unit_sums(difference.double().square()) / whole + _weight_noise(weight, recipe)
+        errors.append(importance * noise)
+    return torch.stack(errors, dim=1)
+
+
+def _uniform(
+    name: str, channels: int, recipe: Recipe, rules: Sequence[str] | None = None
+) -> MixedLayout:
+    counts = [channels if name == known else 0 for known in BITS]
+    return MixedLayout(*counts, recipe.format6, tuple(rules or recipe.rules))
+
+
+@lru_cache
+def _weight_noise(name: str, recipe: Recipe) -> float:
+    """The relative squared error of a Gaussian weight in a format."""
+    weight = torch.randn(256, 16 * BLOCK, generator=torch.Generator().manual_seed(0))
+    layout = _uniform(name, weight.shape[1], recipe, recipe.weight_rules)
+    difference = dequantize(*quantize(weight, layout), layout) - weight
+    return float(difference.double().square().sum() / weight.double().square().sum())
+
+
+def _result(choice: _Choices, best: int, formats: Tensor, recipe: Recipe) -> InputBudget:
+    units = choice.orders[best].view(-1, recipe.multiple)
+    parts, counts = [], []
+    for name in BITS:
+        number = recipe.formats.index(name) if name in recipe.formats else -1
+        parts.append(units[formats == number].flatten())
+        counts.append(len(parts[-1]))
+    order = torch.cat(parts)
+    order = order.masked_fill(order == choice.channels, -1).to(torch.int32)
+    return InputBudget(tuple(counts), order, choice.rotations[best])
