@@ -23,8 +23,12 @@ def allocate(statistics: ModelStatistics, recipe: Recipe) -> ModelPlan:
 
     Channels are sorted by the recipe's metric, the smallest first, so that the largest get the
     widest format. Layers that share an input share one LayerPlan. Raises EmptyCalibrationError if
-    a layer saw no token, and RecipeError if the recipe's counts do not fit a layer.
+    a layer saw no token, and RecipeError if the recipe's counts do not fit a layer, or its rounding
+    needs the model.
     """
+    if recipe.rounding != "nearest":
+        expected = "'nearest' where there is no model; calibration.plan(recipe) rounds by GPTQ"
+        raise RecipeError(option="rounding", value=recipe.rounding, expected=expected)
     kept = {name: shape for name, shape in statistics.layers.items() if not recipe.skips(name)}
     if recipe.method == "format":
         return uniform_plan(kept, recipe)

@@ -274,8 +274,10 @@ def _pack(
         _check_kernel(options.kernel, linear)
         weight = None
         if linear.quantised is None:
+            model_plan, known = _plan_of(linear, options)
+            rounded = None if model_plan is None else model_plan.rounded.get(known)
             weight = placed_weight(
-                name, linear.parameter, plan, linear.transposed, rows, options.kernel
+                name, linear.parameter, plan, linear.transposed, rows, options.kernel, rounded
             )
         bias = None
         if rows is not None and linear.bias is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence, Sized
+from dataclasses import replace
 from typing import Any
 
 import optree
@@ -13,11 +14,12 @@ from typing_extensions import Self
 
 from micromix_compile import _torch_compat as compat
 from micromix_compile.allocation import allocate
-from micromix_compile.errors import CalibrationGradientError
+from micromix_compile.errors import CalibrationGradientError, RecipeError
 from micromix_compile.passes.find_linears import Linear, choose_name, find_linears, layer_names
 from micromix_compile.passes.observe_linears import observe_linears
 from micromix_compile.plan import LayerShape, ModelPlan
 from micromix_compile.recipe import Recipe
+from micromix_compile.rounding import round_weights
 from micromix_compile.statistics import ModelStatistics
 
 
@@ -99,8 +101,20 @@ class Calibration:
         return self
 
     def plan(self, recipe: Recipe | None = None) -> ModelPlan:
-        """Allocate formats to channels. Raises EmptyCalibrationError if nothing was observed."""
-        return allocate(self.statistics, recipe or Recipe.default())
+        """Allocate formats to channels, and round the weights if the recipe says "gptq".
+
+        GPTQ runs the model on the batches of the last `run` again, which must have been a list or a tensor. Raises
+        EmptyCalibrationError if nothing was observed, and RecipeError if there are no batches.
+        """
+        recipe = recipe or Recipe.default()
+        plan = allocate(self.statistics, replace(recipe, rounding="nearest"))
+        if recipe.rounding == "nearest":
+            return plan
+        if self.batches is None:
+            expected = "'nearest', unless run() was given a list or a tensor of batches before"
+            raise RecipeError(option="rounding", value=recipe.rounding, expected=expected)
+        plan = ModelPlan(dict(plan), plan.shapes, recipe.to_dict())
+        return round_weights(self.model, plan, self.batches)
 
     def save(self, path: Any) -> None:
         """Save the statistics; `micromix_compile.load_statistics(path)` reads them."""

@@ -87,7 +87,7 @@ class Description:
                 groups.append(replace(layer, order=None))
                 owners.append(None if layer.order is None else name)
             layers[name] = (number[layer], plan.shapes[name])
-        return cls(groups, layers, owners, plan.digest, plan.recipe)
+        return cls(groups, layers, owners, plan.layers_digest, plan.recipe)
 
     def to_dict(self) -> dict[str, Any]:
         """As values that JSON can hold."""
@@ -154,7 +154,7 @@ class Description:
             raise CheckpointError(
                 path=path, reason=f"a channel order is damaged ({error})"
             ) from error
-        if plan.digest != self.digest:
+        if plan.layers_digest != self.digest:
             reason = "its layers do not match the digest of the plan they were made by"
             raise CheckpointError(path=path, reason=reason)
         return plan
@@ -350,7 +350,8 @@ def _entries(model: nn.Module, plan: ModelPlan) -> list[_Entry]:
 
 def pack_layer(plan: ModelPlan, name: str, weight: Tensor) -> PackedWeight:
     """The packed form of a planned layer's float weight."""
-    return pack_weight(weight, plan[name], plan.shapes[name].transposed)
+    shape, rounded = plan.shapes[name], plan.rounded.get(name)
+    return pack_weight(weight, plan[name], shape.transposed, rounded=rounded, name=name)
 
 
 def _layer_entry(module: nn.Module, name: str, plan: ModelPlan, owner: bool) -> _Entry:

@@ -31,6 +31,7 @@ __all__ = [
     "ModelLoadError",
     "NoPlanWarning",
     "NonFiniteCalibrationError",
+    "NotRoundedWarning",
     "OptionError",
     "PackageError",
     "PackageInputError",
@@ -208,15 +209,6 @@ class RoundedWeightError(MicroMixError):
     )
 
 
-class PlanChangedError(MicroMixError):
-    """A plan was attached to, or taken off, a model that was compiled before. Facts: layer."""
-
-    template = (
-        "The plan of {layer} changed after the model was compiled. Call torch.compiler.reset(), "
-        "and the compiled model follows the new plan at its next call."
-    )
-
-
 class ReleasedWeightError(MicroMixError):
     """A float weight is needed that was released after packing. Facts: layer."""
 
@@ -337,6 +329,14 @@ class ReferenceKernelWarning(MicroMixWarning):
     template = (
         "micromix runs its pure-torch reference on {device}, which is slow: {reason}. "
         "`make install` builds the kernels; `python -m micromix_compile.env` shows what is there."
+    )
+
+
+class NotRoundedWarning(MicroMixWarning):
+    """GPTQ left layers alone, whose weights are rounded to nearest. Facts: layers (a list)."""
+
+    template = (
+        "GPTQ rounds linear modules that run once for each batch. Rounded to nearest:{layers}"
     )
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from micromix_compile.errors import ReleasedWeightError
+from micromix_compile.errors import ReleasedWeightError, RoundedWeightError
 from micromix_compile.ops import EMULATED
-from micromix_compile.plan import LayerPlan
+from micromix_compile.plan import LayerPlan, RoundedWeight, fingerprint
 
 AUTO, MX_EMULATED = "auto", "mx_emulated"
 KERNELS = (AUTO, MX_EMULATED)
@@ -74,7 +74,9 @@ class PlacedWeight:
         transposed: bool,
         rows: torch.Tensor | None = None,
         kernel: str = AUTO,
+        rounded: RoundedWeight | None = None,
     ) -> None:
+        self.rounded = rounded
         self.name = name
         self.plan = plan
         self.kernel = kernel
@@ -93,7 +95,9 @@ class PlacedWeight:
         _packings += 1
         # A buffer made under inference_mode could not be packed again outside of it.
         with torch.inference_mode(False):
-            packed = pack_weight(parameter, self.plan, self.transposed, self.rows)
+            packed = pack_weight(
+                parameter, self.plan, self.transposed, self.rows, self.rounded, self.name
+            )
             return packed.place(self.kernel)
 
     def refresh(self, parameter: torch.Tensor) -> None:
@@ -181,12 +185,23 @@ def pack_weight(
     plan: LayerPlan,
     transposed: bool = False,
     rows: torch.Tensor | None = None,
+    rounded: RoundedWeight | None = None,
+    name: str = "a layer",
 ) -> PackedWeight:
     """Quantise a weight `[N, K]` (`[K, N]` where `transposed`), bf16, f16 or f32, by `plan`.
 
-    `rows` int64 `[N]`: packed row i is row `rows[i]` of the weight.
+    `rows` int64 `[N]`: packed row i is row `rows[i]` of the weight. With `rounded`, the plan's rounded weight, that
+    is what is packed; raises RoundedWeightError, with the layer's `name`, if it was rounded from other values.
     """
     layout = plan.weight_layout
+    if rounded is not None:
+        if fingerprint(weight) != rounded.source:
+            raise RoundedWeightError(layer=name)
+        with torch.inference_mode(False):
+            data, scales = (
+                t if rows is None else t[rows.cpu()] for t in (rounded.data, rounded.scales)
+            )
+            return PackedWeight(data.to(weight.device), scales.to(weight.device), plan)
     with torch.inference_mode(False), torch.no_grad():
         matrix = weight.detach().t() if transposed else weight.detach()
         if rows is not None:
@@ -205,10 +220,11 @@ def placed_weight(
     transposed: bool = False,
     rows: torch.Tensor | None = None,
     kernel: str = AUTO,
+    rounded: RoundedWeight | None = None,
 ) -> PlacedWeight:
     """The placed form of a parameter under `plan`, packed at the first call and kept with the parameter.
 
-    `rows` is as in `pack_weight`, `kernel` one of KERNELS; another of either is another placed weight.
+    `rows` and `rounded` are as in `pack_weight`, `kernel` one of KERNELS; another of any is another placed weight.
     """
     placed = _cache.setdefault(parameter, {})
     key = (
@@ -217,9 +233,10 @@ def placed_weight(
         parameter.device,
         None if rows is None else tuple(rows.tolist()),
         kernel,
+        None if rounded is None else rounded.digest,
     )
     if key not in placed:
-        placed[key] = PlacedWeight(name, parameter, plan, transposed, rows, kernel)
+        placed[key] = PlacedWeight(name, parameter, plan, transposed, rows, kernel, rounded)
     placed[key].refresh(parameter)
     return placed[key]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -22,7 +22,17 @@ from .files import read_file, write_file
 from .mx.layout import WEIGHT_IS_MXFP4, MixedLayout
 from .mx.scales import BLOCK
 
-__all__ = ["LayerPlan", "LayerShape", "ModelPlan", "attached", "detach", "find_weight", "load_plan"]
+__all__ = [
+    "LayerPlan",
+    "LayerShape",
+    "ModelPlan",
+    "RoundedWeight",
+    "attached",
+    "detach",
+    "find_weight",
+    "fingerprint",
+    "load_plan",
+]
 
 _KIND = "micromix_plan"
 _VERSION = 2
@@ -172,6 +182,36 @@ class LayerPlan:
         return hash(self.digest)
 
 
+@dataclass(frozen=True, eq=False)
+class RoundedWeight:
+    """A weight rounded ahead: ``data`` uint8 ``[N, row_bytes]``, ``scales`` uint8 ``[N, Kp/32]`` of the layer's
+    ``weight_layout``, rows in their own order; ``source`` is :func:`fingerprint` of the float weight."""
+
+    data: Tensor
+    scales: Tensor
+    source: int
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of all three: 64 hexadecimal digits."""
+        digest = hashlib.sha256(str(self.source).encode())
+        for tensor in (self.data, self.scales):
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+@torch.no_grad()
+def fingerprint(weight: Tensor) -> int:
+    """A number that changes when a value or the shape of a weight ``[N, K]`` does, whatever its float dtype is."""
+    columns = torch.arange(weight.shape[1], device=weight.device) * 2654435761 + 1
+    sums = [
+        (rows.detach().float().view(torch.int32).long() * columns).sum(dim=1)
+        for rows in weight.split(max(1, (1 << 22) // max(1, weight.shape[1])))
+    ]
+    rows = torch.arange(weight.shape[0], device=weight.device) * 2246822519 + 1
+    return int((torch.cat(sums) * rows).sum()) if sums else 0
+
+
 def _bits(layout: MixedLayout, in_features: int) -> float:
     return 8 * (layout.row_bytes + layout.channels // BLOCK) / in_features
 
@@ -181,8 +221,9 @@ class ModelPlan(Mapping[str, LayerPlan]):
 
     ``layers``: name -> LayerPlan, layers with the same input sharing one object. ``shapes``: name
     -> LayerShape of the same layers. ``recipe``: the recipe as a dict, for the reader only. A
-    layer's name is that of its module, as in ``model.named_modules()``. Raises InvalidPlanError
-    if layers and shapes contradict each other.
+    layer's name is that of its module, as in ``model.named_modules()``. ``rounded``: name -> RoundedWeight,
+    of the layers whose weight is packed as it lies there, not rounded to nearest. Raises InvalidPlanError
+    if layers, shapes and rounded weights contradict each other.
     """
 
     def __init__(
@@ -190,8 +231,10 @@ class ModelPlan(Mapping[str, LayerPlan]):
         layers: Mapping[str, LayerPlan],
         shapes: Mapping[str, LayerShape],
         recipe: Mapping[str, Any] | None = None,
+        rounded: Mapping[str, RoundedWeight] | None = None,
     ) -> None:
         self._layers = dict(layers)
+        self.rounded = dict(rounded or {})
         self.shapes = {name: LayerShape(*shape) for name, shape in shapes.items()}
         self.recipe = dict(recipe or {})
         if self._layers.keys() != self.shapes.keys():
@@ -201,6 +244,15 @@ class ModelPlan(Mapping[str, LayerPlan]):
                 raise InvalidPlanError(
                     reason=f"{name} has {self.shapes[name]}, its plan K={layer.in_features}"
                 )
+        for name, weight in self.rounded.items():
+            self._check_rounded(name, weight)
+
+    def _check_rounded(self, name: str, weight: RoundedWeight) -> None:
+        if name not in self._layers:
+            raise InvalidPlanError(reason=f"a weight of {name} is there, and no plan of it")
+        layout, n = self[name].weight_layout, self.shapes[name].out_features
+        if weight.data.shape != (n, layout.row_bytes) or weight.scales.shape != (n, layout.blocks):
+            raise InvalidPlanError(reason=f"the rounded weight of {name} does not fit its layout")
 
     def __getitem__(self, name: str) -> LayerPlan:
         return self._layers[name]
@@ -221,10 +273,41 @@ class ModelPlan(Mapping[str, LayerPlan]):
         return hash(self.digest)
 
     @cached_property
-    def digest(self) -> str:
-        """A hash of all that changes a number, the same in every process: 64 hexadecimal digits."""
+    def layers_digest(self) -> str:
+        """A hash of layers and shapes, rounded weights left out: 64 hexadecimal digits."""
         facts = [(name, self.shapes[name], self[name].digest) for name in sorted(self)]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of all that changes a number, the same in every process: 64 hexadecimal digits."""
+        if not self.rounded:
+            return self.layers_digest
+        facts = [(name, self.rounded[name].digest) for name in sorted(self.rounded)]
+        return hashlib.sha256(json.dumps([self.layers_digest, facts]).encode()).hexdigest()
+
+    def with_rounded(self, rounded: Mapping[str, RoundedWeight]) -> ModelPlan:
+        """The same plan with these rounded weights. Raises InvalidPlanError if they do not fit it."""
+        return ModelPlan(self._layers, self.shapes, self.recipe, rounded)
+
+    def without_rounding(self) -> ModelPlan:
+        """The same plan, weights rounded to nearest when they are packed."""
+        return self.with_rounded({})
+
+    @property
+    def element_bits(self) -> float:
+        """Bits per weight over all layers, scales (0.25 bit) not counted; 0 if there are no layers."""
+        return self._mean_bits(lambda layer: layer.weight_layout.element_bits)
+
+    @property
+    def activation_element_bits(self) -> float:
+        """Bits per element of the activations, each input weighted by the weights that it meets."""
+        return self._mean_bits(lambda layer: layer.layout.element_bits)
+
+    def _mean_bits(self, bits: Callable[[LayerPlan], float]) -> float:
+        sizes = {n: self.shapes[n].out_features * self[n].layout.channels for n in self}
+        total = sum(sizes.values())
+        return sum(size * bits(self[n]) for n, size in sizes.items()) / total if total else 0.0
 
     @property
     def weight_bits(self) -> float:
@@ -332,9 +415,12 @@ class ModelPlan(Mapping[str, LayerPlan]):
             "groups": [group.to_dict() for group in groups],
             "layers": layers,
             "recipe": self.recipe,
+            "rounded": {name: weight.source for name, weight in self.rounded.items()},
         }
         orders = {f"order.{i}": g.order for i, g in enumerate(groups) if g.order is not None}
-        write_file(path, _KIND, _VERSION, content, orders)
+        weights = {f"rounded.data.{name}": weight.data for name, weight in self.rounded.items()}
+        weights |= {f"rounded.scales.{n}": weight.scales for n, weight in self.rounded.items()}
+        write_file(path, _KIND, _VERSION, content, orders | weights)
 
 
 def load_plan(path: str | os.PathLike) -> ModelPlan:
@@ -351,7 +437,13 @@ def load_plan(path: str | os.PathLike) -> ModelPlan:
         ]
         layers = {name: groups[i] for name, (i, *_) in content["layers"].items()}
         shapes = {name: LayerShape(*shape) for name, (_, *shape) in content["layers"].items()}
-        plan = ModelPlan(layers, shapes, content["recipe"])
+        rounded = {
+            name: RoundedWeight(
+                tensors[f"rounded.data.{name}"], tensors[f"rounded.scales.{name}"], source
+            )
+            for name, source in content.get("rounded", {}).items()
+        }
+        plan = ModelPlan(layers, shapes, content["recipe"], rounded)
         whole = plan.digest == content["digest"]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         reason = f"its content is damaged ({error})"

@@ -1,0 +1,414 @@
+"""Rounding of weights that looks at what the layers are given: GPTQ (arXiv 2210.17323) in the MX grids.
+
+A weight is rounded column by column, in the order of its layout, and the error of each column is made up for by
+the columns that are left, across formats and rotations. What the layer should give is measured on the float
+model, what it is given on the model as far as it is quantised (activations too): the weights are first moved
+towards making up for that drift (the least squares of GPTAQ, arXiv 2504.02692, damped and taken in part, since the
+whole of it fits the calibration text and not the next one).
+
+Memory is that of one block of the model: the inputs of its layers, and one K x K matrix or two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import optree
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import micromix_compile.ops  # noqa: F401  (registers torch.ops.micromix)
+from micromix_compile.errors import EmptyCalibrationError, NotRoundedWarning
+from micromix_compile.mx import (
+    BLOCK,
+    MixedLayout,
+    decode,
+    dequantize,
+    encode,
+    hadamard,
+    inverse_scale_values,
+    pack_codes,
+    quantize,
+    scale_bytes,
+    scale_values,
+)
+from micromix_compile.packing import PackedWeight
+from micromix_compile.plan import LayerPlan, ModelPlan, RoundedWeight, fingerprint
+from micromix_compile.quantized_linear import linear_shape
+
+__all__ = ["compensate", "gptq", "round_weights"]
+
+
+def round_weights(
+    model: nn.Module,
+    plan: ModelPlan,
+    batches: Sequence[Any],
+    *,
+    damping: float = 0.01,
+    drift: float = 0.25,
+    drift_damping: float = 0.1,
+) -> ModelPlan:
+    """The plan with the weights of its layers rounded by GPTQ, on what `batches` (as for `Calibration.run`) bring.
+
+    Blocks of a decoder (the entries of the `ModuleList` that holds most of the planned weights, where each reads
+    what the one before it gives) are taken one after the other, each with those before it quantised; a model without
+    such a list is one block. Layers in a float linear module are rounded, all others stay with nearest.
+    `damping` is a part of the Hessian's mean diagonal; `drift` the part of the drift that weights make up for (0:
+    none), with `drift_damping`. The model is changed while this runs and left as it was.
+
+    Layers that are no float linear module, or do not run once for each batch (experts), keep nearest rounding: a
+    NotRoundedWarning names them. Raises EmptyCalibrationError if there are no batches.
+    """
+    if not len(batches):
+        raise EmptyCalibrationError()
+    layers = {name: model.get_submodule(name) for name in plan if _is_linear(model, name)}
+    rounded: dict[str, RoundedWeight] = {}
+    with _inference(model), torch.no_grad(), contextlib.ExitStack() as replaced:
+        stages = list(_stages(model, layers, batches))
+        total = sum(len(groups) for _, groups in stages)
+        progress = tqdm(total=total, desc="rounding weights", unit="input", disable=None)
+        exact = actual = stages[0][0].inputs if stages else []
+        for stage, groups in stages:
+            if isinstance(
+                stage, _Model
+            ):  # what lies outside of the blocks reads the quantised blocks
+                exact = actual = stage.inputs
+            given, after = _float_run(stage, groups, layers, exact)
+            for names in groups:
+                progress.update()
+                if len(given[names[0]]) != len(actual):
+                    continue
+                layer = plan[names[0]]
+                statistics = _Drift(layer)
+                for i, batch in enumerate(actual):
+                    x = stage.until(layers[names[0]], i, batch)
+                    statistics.add(x, given[names[0]][i])
+                del given[names[0]]
+                moved = statistics.movement(drift_damping) if drift else None
+                for name in names:
+                    weight = _matrix(layers[name])
+                    ordered = _ordered(weight.float(), layer)
+                    if moved is not None:
+                        ordered = ordered + drift * (ordered @ moved)
+                    data, scales = gptq(ordered, statistics.hessian, layer.weight_layout, damping)
+                    rounded[name] = RoundedWeight(
+                        data.cpu(), scales.cpu(), fingerprint(layers[name].weight)
+                    )
+                    replaced.enter_context(_quantised(layers[name], layer, data, scales))
+            actual = [stage.whole(i, batch) for i, batch in enumerate(actual)]
+            exact = after
+        progress.close()
+    if missed := [name for name in plan if name not in rounded]:
+        warnings.warn(NotRoundedWarning(layers=missed), stacklevel=2)
+    return plan.with_rounded({name: rounded[name] for name in plan if name in rounded})
+
+
+def gptq(
+    weight: Tensor, hessian: Tensor, layout: MixedLayout, damping: float = 0.01
+) -> tuple[Tensor, Tensor]:
+    """Rounds a weight `[N, Kp]`, float32, in the layout's order and rotation; returns packed `data` and `scales`.
+
+    `hessian` `[Kp, Kp]` is Σ x xᵀ of the activations, of any scale. A block's scale follows the layout's rule, from
+    the weights as they are when the block's turn comes.
+    """
+    weight = weight.clone()
+    upper = _inverse_factor(hessian, damping).to(weight.device)
+    data = torch.empty(len(weight), layout.row_bytes, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(len(weight), layout.blocks, dtype=torch.uint8, device=weight.device)
+    for segment in layout.segments():
+        codes = []
+        for start in range(segment.start, segment.stop, BLOCK):
+            stop = start + BLOCK
+            block, own = weight[:, start:stop], upper[start:stop, start:stop]
+            scale = scale_bytes(block.abs().amax(dim=1), segment.fmt, segment.rule)
+            shrink, grow = inverse_scale_values(scale), scale_values(scale)
+            scales[:, start // BLOCK] = scale
+            errors = torch.empty_like(block)
+            for i in range(BLOCK):
+                column = block[:, i]
+                codes.append(encode(column * shrink, segment.fmt))
+                error = (column - decode(codes[-1], segment.fmt) * grow) / own[i, i]
+                errors[:, i] = error
+                block[:, i + 1 :] -= torch.outer(error, own[i, i + 1 :])
+            weight[:, stop:] -= errors @ upper[start:stop, stop:]
+        packed = pack_codes(torch.stack(codes, dim=1), segment.fmt.bits)
+        data[:, segment.byte_start : segment.byte_stop] = packed
+    return data, scales
+
+
+def compensate(hessian: Tensor, cross: Tensor, damping: float) -> Tensor:
+    """The matrix M `[K, K]` by which W (1 + M) on the actual inputs x comes closest to W on the exact inputs z.
+
+    `hessian` is Σ x xᵀ, `cross` Σ x (z - x)ᵀ; `damping` is a part of the mean of the hessian's diagonal.
+    """
+    return torch.linalg.solve(_damped(hessian, damping), cross.double()).t().float()
+
+
+def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """The upper Cholesky factor of the inverse of the damped Hessian, float32."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(hessian, damping)))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def _damped(hessian: Tensor, damping: float) -> Tensor:
+    result = hessian.double()
+    diagonal = result.diagonal()
+    diagonal += damping * diagonal.mean() + torch.finfo(torch.float32).tiny
+    return result
+
+
+class _Drift:
+    """Second moments of a layer's actual inputs, quantised, and of what they lack of the exact ones."""
+
+    def __init__(self, plan: LayerPlan) -> None:
+        self.plan = plan
+        self.hessian: Tensor | None = None
+        self.cross: Tensor | None = None
+
+    def add(self, x: Tensor, exact: Tensor) -> None:
+        channels = self.plan.layout.channels
+        rows = dequantize(*_quantize(x, self.plan), self.plan.layout).view(-1, channels)
+        lack = _ordered(exact.float().view(-1, exact.shape[-1]), self.plan) - rows
+        moments = rows.t() @ rows, rows.t() @ lack
+        if self.hessian is None:
+            self.hessian, self.cross = moments
+        else:
+            self.hessian += moments[0]
+            self.cross += moments[1]
+
+    def movement(self, damping: float) -> Tensor:
+        return compensate(self.hessian, self.cross, damping)
+
+
+def _quantize(x: Tensor, plan: LayerPlan) -> tuple[Tensor, Tensor]:
+    """By the device's kernel, or the reference where it has none that rotates."""
+    layout = plan.layout
+    order = None if plan.order is None else plan.order.to(x.device)
+    if x.device.type == "cpu":
+        return torch.ops.micromix.quantize(x, order, layout.k4, layout.k6, layout.k8, layout.code)
+    return quantize(x, layout, order)
+
+
+def _ordered(values: Tensor, plan: LayerPlan) -> Tensor:
+    """float32 `[M, K]` in the order and the rotation of the layout, `[M, Kp]`."""
+    layout = plan.layout
+    values = F.pad(values, (0, layout.channels - plan.in_features + 1))
+    if plan.order is None:
+        values = values[:, :-1]
+    else:
+        last = values.shape[1] - 1
+        order = plan.order.long().to(values.device)
+        values = values[:, torch.where(order < 0, last, order)]
+    parts = [
+        hadamard(part) if segment.hadamard else part
+        for segment in layout.segments()
+        for part in (values[:, segment.start : segment.stop],)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def _is_linear(model: nn.Module, name: str) -> bool:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return False
+    return linear_shape(module) is not None
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    return module.weight.t() if linear_shape(module).transposed else module.weight
+
+
+@contextlib.contextmanager
+def _inference(model: nn.Module) -> Iterator[None]:
+    """The model without dropout, and without a cache, which would keep every block's keys."""
+    training = model.training
+    config = getattr(model, "config", None)
+    cached = getattr(config, "use_cache", None)
+    model.eval()
+    if cached:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        model.train(training)
+        if cached:
+            config.use_cache = cached
+
+
+@contextlib.contextmanager
+def _quantised(module: nn.Module, plan: LayerPlan, data: Tensor, scales: Tensor) -> Iterator[None]:
+    """The module with a quantised weight and quantised activations, as the compiled model runs it."""
+    layout = plan.layout
+    if data.device.type == "cpu":
+        placed = PackedWeight(data, scales, plan).place()
+    else:
+        weight = dequantize(data, scales, plan.weight_layout).to(module.weight.dtype)
+
+    def forward(x: Tensor) -> Tensor:
+        operands = _quantize(x, plan)
+        if x.device.type != "cpu":
+            return F.linear(dequantize(*operands, layout).to(x.dtype), weight, module.bias)
+        counts = (layout.k4, layout.k6, layout.k8, plan.format_code)
+        return torch.ops.micromix.linear(
+            *operands, placed, module.bias, len(data), *counts, x.dtype
+        )
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+class _Reached(Exception):
+    """The layer whose input was wanted has been reached: the rest of the run is not needed."""
+
+
+class _Stage:
+    """A block of the model: runs on what the blocks before it give, batch by batch."""
+
+    def __init__(self, block: nn.Module, calls: list[tuple[tuple, dict]]) -> None:
+        self.block, self.calls = block, calls
+        self.inputs = [args[0] for args, _ in calls]  # None but for the first block
+
+    def whole(self, i: int, x: Any) -> Any:
+        args, kwargs = self.calls[i]
+        return _first(self.block(x, *args[1:], **kwargs))
+
+    def until(self, module: nn.Module, i: int, x: Any) -> Tensor:
+        """The input of a module of this block."""
+        found: list[Tensor] = []
+
+        def stop(_: nn.Module, inputs: tuple) -> None:
+            found.append(inputs[0])
+            raise _Reached
+
+        with _hooked(module, stop), contextlib.suppress(_Reached):
+            self.whole(i, x)
+        return found[0]
+
+
+class _Model(_Stage):
+    """The whole model as one block; a batch is its own input."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[Any]) -> None:
+        self.block, self.inputs = model, list(batches)
+
+    def whole(self, i: int, x: Any) -> Any:
+        from micromix_compile.calibration import call
+
+        device = next(self.block.parameters()).device
+        batch = optree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, x)
+        call(self.block, batch)
+        return x
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextlib.contextmanager
+def _hooked(module: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _stages(
+    model: nn.Module, layers: dict[str, nn.Module], batches: Sequence[Any]
+) -> Iterator[tuple[_Stage, list[list[str]]]]:
+    """The blocks in the order they run, and the layers of each by the input that they read."""
+    whole = _Model(model, batches)
+    groups = _groups(whole, layers)
+    name, blocks = _decoder(model, layers)
+    calls, chained = _block_calls(whole, blocks) if blocks else ([], False)
+    for i, block in enumerate(blocks if chained else ()):
+        inside = [names for names in groups if names[0].startswith(f"{name}.{i}.")]
+        groups = [names for names in groups if names not in inside]
+        yield _Stage(block, calls[i]), inside
+    if groups:
+        yield whole, groups
+
+
+def _decoder(model: nn.Module, layers: dict[str, nn.Module]) -> tuple[str, list[nn.Module]]:
+    """The ModuleList with most of the weights, and its name; among equals the outermost."""
+    best, most = ("", []), 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            size = sum(m.weight.numel() for n, m in layers.items() if n.startswith(f"{name}."))
+            if size > most:
+                best, most = (name, list(module)), size
+    return best
+
+
+def _block_calls(
+    whole: _Model, blocks: list[nn.Module]
+) -> tuple[list[list[tuple[tuple, dict]]], bool]:
+    """What each block is called with besides its input, and whether each reads what the one before it gives."""
+    calls: list[list[tuple[tuple, dict]]] = [[] for _ in blocks]
+    state: dict[str, Any] = {"before": None, "chained": True}
+
+    def entered(i: int, args: tuple, kwargs: dict) -> None:
+        x = args[0] if args else None
+        state["chained"] &= isinstance(x, Tensor) and (i == 0 or x is state["before"])
+        kept = args if i == 0 else (None, *args[1:])
+        calls[i].append((kept, kwargs))
+
+    with contextlib.ExitStack() as hooks:
+        for i, block in enumerate(blocks):
+            handles = (
+                block.register_forward_pre_hook(
+                    lambda _, args, kwargs, i=i: entered(i, args, kwargs), with_kwargs=True
+                ),
+                block.register_forward_hook(
+                    lambda _, args, output: state.update(before=_first(output))
+                ),
+            )
+            for handle in handles:
+                hooks.callback(handle.remove)
+        for i, batch in enumerate(whole.inputs):
+            whole.whole(i, batch)
+    once = all(len(own) == len(whole.inputs) for own in calls)
+    return calls, state["chained"] and once
+
+
+def _groups(whole: _Model, layers: dict[str, nn.Module]) -> list[list[str]]:
+    """The layers that the first batch runs, in the order they run, those that read one tensor together."""
+    groups: list[list[str]] = []
+    tensors: list[Tensor] = []
+
+    def seen(name: str, x: Tensor) -> None:
+        for known, group in zip(tensors, groups, strict=True):
+            if known is x and name not in group:
+                group.append(name)
+                return
+        if not any(name in group for group in groups):
+            tensors.append(x)
+            groups.append([name])
+
+    with contextlib.ExitStack() as hooks:
+        for name, module in layers.items():
+            hooks.enter_context(_hooked(module, lambda _, args, name=name: seen(name, args[0])))
+        whole.whole(0, whole.inputs[0])
+    return groups
+
+
+def _float_run(
+    stage: _Stage, groups: list[list[str]], layers: dict[str, nn.Module], exact: list[Any]
+) -> tuple[dict[str, list[Tensor]], list[Any]]:
+    """The exact inputs of each group, and what the block gives, batch by batch."""
+    given: dict[str, list[Tensor]] = {names[0]: [] for names in groups}
+    with contextlib.ExitStack() as hooks:
+        for names in groups:
+            keep = given[names[0]].append
+            hooks.enter_context(_hooked(layers[names[0]], lambda _, args, keep=keep: keep(args[0])))
+        after = [stage.whole(i, batch) for i, batch in enumerate(exact)]
+    return given, after
