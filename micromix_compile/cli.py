@@ -1,4 +1,4 @@
-"""The command line: `micromix calibrate | plan | quantize | export | generate | eval | demo | env`.
+"""The command line: `micromix calibrate | plan | quantize | export | generate | eval | sweep | report | demo | env`.
 
 Exit codes: 0 done, 1 the task failed (one line on stderr says why and what to do), 2 wrong usage, 130 interrupted.
 """
@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the task failed (one line on stderr says why and what to d
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 import warnings
@@ -73,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
         "calibrate", _calibrate, "run a model on text, and make a plan from what was seen",
         model, recipe,
     )  # fmt: skip
+    calibrate.add_argument(
+        "--gradients", action="store_true",
+        help="observe the loss's gradients too, for --bits (which implies it)",
+    )  # fmt: skip
     calibrate.add_argument("--output", type=Path, metavar="FILE", help="write the plan here")
     calibrate.add_argument(
         "--statistics", type=Path, metavar="FILE",
@@ -137,6 +142,45 @@ def _parser() -> argparse.ArgumentParser:
         "--format", nargs="+", default=[], choices=("mxfp8", "mxfp6", "mxfp4"),
         help="single formats to measure, which need no calibration",
     )  # fmt: skip
+    evaluate.add_argument(
+        "--context", type=_not_negative, default=0, metavar="N",
+        help="sliding windows: each overlaps the one before by N tokens, which are not scored again",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--tasks", nargs="+", default=[], metavar="TASK",
+        help="tasks of lm-evaluation-harness instead of a text: names, or YAML files",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--output", type=Path, metavar="FILE", help="write the figures here, as JSON"
+    )
+
+    sweep = command(
+        "sweep", _sweep, "plan a model for several budgets of bits, and draw perplexity against bits",
+        model, recipe,
+    )  # fmt: skip
+    sweep.add_argument(
+        "--budgets", type=float, nargs="+", default=[4.0, 4.5, 5.0, 6.0], metavar="BITS",
+        help="element bits, each a plan (default: 4 4.5 5 6)",
+    )  # fmt: skip
+    sweep.add_argument(
+        "--statistics",
+        type=Path,
+        metavar="FILE",
+        help="from an earlier run, instead of calibrating",
+    )
+    sweep.add_argument(
+        "--output", type=Path, default=Path("sweep"), metavar="DIR",
+        help="where sweep.json, sweep.md, sweep.png and the plans go (default: %(default)s)",
+    )  # fmt: skip
+
+    report = command(
+        "report", _report, "one picture of a plan: bits, formats and outliers by layer"
+    )
+    report.add_argument("plan", type=Path, help="a plan file")
+    report.add_argument(
+        "--statistics", type=Path, metavar="FILE", help="those it was made from: draws outliers too"
+    )
+    report.add_argument("--output", type=Path, required=True, metavar="PNG", help="write it here")
 
     demo = command("demo", _demo, "SmolLM2-135M in bf16, MXFP8, MXFP4 and the mix, side by side")
     demo.add_argument("--prompt", help="what the model is asked")
@@ -157,6 +201,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, not {value}")
+    return value
+
+
 def _model_flags() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(add_help=False, parents=[_text_flags()])
     flags.add_argument(
@@ -174,8 +225,10 @@ def _text_flags() -> argparse.ArgumentParser:
     add("--samples", type=_positive, default=32, help="windows of text, at most (default: 32)")
     add("--seqlen", type=_positive, default=2048, help="tokens of a window (default: 2048)")
     add(
-        "--text", type=Path, metavar="FILE",
-        help="UTF-8 text (default: the built-in text, its first half for calibrate, its second for eval)",
+        "--text", nargs="+", default=["builtin"], metavar="FILE|builtin",
+        help="UTF-8 text files, or the built-in text (the default), whose first half is for calibrate and "
+        "whose second for eval; calibrate takes windows of all of them, eval measures each, and sweep does "
+        "the one with first halves and the other with second halves",
     )  # fmt: skip
     return flags
 
@@ -192,6 +245,12 @@ def _recipe_flags() -> argparse.ArgumentParser:
     add("--counts", type=_counts, action="append", metavar="GLOB=K4,K6,K8",
         help="channels per format for matching layers; may be given again")  # fmt: skip
     add("--format", choices=("mxfp8", "mxfp6", "mxfp4"), help="one for all")
+    add("--bits", type=float, metavar="B", help="a budget: the average of the element bits")
+    add("--formats", nargs="+", choices=("mxfp4", "mxfp6", "mxfp8"),
+        help="what --bits is spent on (default: all three)")  # fmt: skip
+    add("--hadamard", type=_hadamard, metavar="4,6|measured",
+        help="segments whose blocks are rotated, or, with --bits, what lowers the error")  # fmt: skip
+    add("--rounding", choices=("nearest", "gptq"), help="of the weights (default: nearest)")
     add("--lam", type=float, metavar="L", help="scales the thresholds")
     add("--act-sort-metric", dest="sort", choices=("mean", "max", "hessian"),
         help="what channels are sorted by")  # fmt: skip
@@ -217,6 +276,15 @@ def _counts(text: str) -> tuple[str, tuple[int, ...]]:
     return pattern, counts
 
 
+def _hadamard(text: str) -> tuple[int, ...] | str:
+    if text == "measured":
+        return text
+    try:
+        return tuple(int(width) for width in text.split(",") if width)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not 4,6 or measured") from None
+
+
 def _recipe(arguments: argparse.Namespace):
     from micromix_compile.recipe import Recipe
 
@@ -227,24 +295,49 @@ def _recipe(arguments: argparse.Namespace):
     return Recipe(**given)
 
 
-def _load(arguments: argparse.Namespace, half: int):
-    """The model on its device, and the token windows of the text given, or of one half of the built-in text."""
+def _load(arguments: argparse.Namespace):
+    """The model on its device, and its tokenizer."""
     import torch
 
-    from micromix_compile.models import builtin_text, halves, load, read_text, token_windows
+    from micromix_compile.models import load
 
-    text = read_text(arguments.text) if arguments.text else halves(builtin_text())[half]
     model, tokenizer = load(arguments.model, getattr(torch, arguments.dtype))
-    windows = token_windows(tokenizer, text, arguments.seqlen, arguments.samples)
-    return model.to(arguments.device), windows.to(arguments.device)
+    return model.to(arguments.device), tokenizer
+
+
+def _texts(arguments: argparse.Namespace, half: int) -> dict[str, str]:
+    """The texts given; a half of the built-in one, and of each file where one command calibrates and measures."""
+    from micromix_compile.models import builtin_text, halves, read_text
+
+    texts = {n: builtin_text() if n == "builtin" else read_text(n) for n in arguments.text}
+    cut = {"builtin"} if arguments.command != "sweep" else texts.keys()
+    return {name: halves(text)[half] if name in cut else text for name, text in texts.items()}
+
+
+def _calibration_windows(arguments: argparse.Namespace, tokenizer):
+    """--samples windows of all texts together, each giving what its length allows of an equal part."""
+    import torch
+
+    from micromix_compile.models import token_windows
+
+    windows, texts = [], _texts(arguments, half=0)
+    for i, text in enumerate(texts.values()):
+        left = arguments.samples - sum(map(len, windows))
+        part = -(-left // (len(texts) - i))
+        if part:
+            windows.append(token_windows(tokenizer, text, arguments.seqlen, part))
+    return torch.cat(windows).to(arguments.device)
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
     import micromix_compile as micromix
 
     recipe = _recipe(arguments)  # before the long work: a bad recipe is said at once
-    model, windows = _load(arguments, half=0)
-    calibration = micromix.calibrate(model).run([{"input_ids": window[None]} for window in windows])
+    model, tokenizer = _load(arguments)
+    windows = _calibration_windows(arguments, tokenizer)
+    gradients = arguments.gradients or recipe.method == "bits"
+    batches = [{"input_ids": window[None]} for window in windows]
+    calibration = micromix.calibrate(model, gradients).run(batches)
     print(f"calibrated on {len(windows)} windows of {windows.shape[1]} tokens")
     if arguments.statistics:
         calibration.save(arguments.statistics)
@@ -377,7 +470,6 @@ def _plan_or_recipe(model, tokenizer, arguments: argparse.Namespace):
 def _calibrated(model, tokenizer, arguments: argparse.Namespace):
     """The plan of a model, from OUT.plan.safetensors where an earlier run was stopped after calibrating."""
     import micromix_compile as micromix
-    from micromix_compile.models import builtin_text, halves, read_text, token_windows
 
     path = arguments.output.with_name(arguments.output.name + ".plan.safetensors")
     recipe = _recipe(arguments)
@@ -386,10 +478,9 @@ def _calibrated(model, tokenizer, arguments: argparse.Namespace):
         if plan.recipe == recipe.to_dict():
             print(f"plan: {path}, from an earlier run; remove it to calibrate again")
             return plan
-    text = read_text(arguments.text) if arguments.text else halves(builtin_text())[0]
-    windows = token_windows(tokenizer, text, arguments.seqlen, arguments.samples)
+    windows = _calibration_windows(arguments, tokenizer)
     batches = [{"input_ids": window[None]} for window in windows]
-    plan = micromix.calibrate(model).run(batches).plan(recipe)
+    plan = micromix.calibrate(model, recipe.method == "bits").run(batches).plan(recipe)
     _save_plan(plan, path)
     return plan
 
@@ -406,33 +497,141 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _save_plan(plan, path: Path) -> None:
     plan.save(path)
-    print(f"plan: {path}, {len(plan)} layers, {plan.weight_bits:.2f} bits per weight")
+    print(f"plan: {path}, {len(plan)} layers, {_bits(plan)}")
+
+
+def _bits(plan) -> str:
+    if not len(plan):
+        return "nothing planned"
+    scales = plan.weight_bits - plan.element_bits
+    return (
+        f"{plan.element_bits:.2f} + {scales:.2f} bits per weight (elements + scales and padding), "
+        f"{plan.activation_element_bits:.2f} + 0.25 per activation"
+    )
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    import torch
-
-    from micromix_compile.evaluate import perplexity
+    from micromix_compile.files import write_text
+    from micromix_compile.models import token_windows
     from micromix_compile.plan import load_plan
     from micromix_compile.recipe import Recipe
 
     variants = [(str(path), {"plan": load_plan(path)}) for path in arguments.plan]
     variants += [(name, {"recipe": Recipe(format=name)}) for name in arguments.format]
-    model, windows = _load(arguments, half=1)
+    model, tokenizer = _load(arguments)
+    if arguments.tasks:
+        from micromix_compile.tasks import evaluate_tasks
+
+        results = evaluate_tasks(model, tokenizer, arguments.tasks, variants, arguments.dtype)
+    else:
+        results = []
+        print(
+            "Plans and formats run the lowered graph with the operators of a compiled model, without Inductor."
+        )
+        for name, text in _texts(arguments, half=1).items():
+            windows = token_windows(
+                tokenizer, text, arguments.seqlen, arguments.samples, arguments.context
+            )
+            windows = windows.to(arguments.device)
+            results += _eval_text(model, name, windows, variants, arguments)
+    if arguments.output:
+        write_text(arguments.output, json.dumps(results, indent=1))
+        print(f"figures: {arguments.output}")
+
+
+def _eval_text(model, text: str, windows, variants, arguments) -> list[dict]:
+    """Prints and returns the figures of each variant on one text."""
+    from micromix_compile.evaluate import perplexity
+
+    scored = windows.shape[1] - max(1, arguments.context)
+    print(f"{text}: {len(windows)} windows of {windows.shape[1]} tokens, {scored} scored")
     if len(windows) < 2:
         print("one window: no standard errors; ask for more --samples or a smaller --seqlen")
-    print(f"{len(windows)} windows of {windows.shape[1]} tokens; plans and formats run the lowered")
-    print("graph with the same operators as a compiled model, without Inductor")
-    base = perplexity(model, windows, label=arguments.dtype)
-    print(
-        f"{arguments.dtype}: {base.value:.3f} ± {base.standard_error:.3f} (standard errors, by window)"
-    )
+    base = perplexity(model, windows, arguments.context, label=arguments.dtype)
+    errors = "standard errors, by window"
+    print(f"{arguments.dtype}: {base.value:.3f} ± {base.standard_error:.3f} ({errors})")
+    rows = [{"text": text, "variant": arguments.dtype, "perplexity": base.value}]
     for name, options in variants:
-        options = {**options, "inductor": False}
-        lowered = torch.compile(model, backend="micromix", options=options, dynamic=False)
-        measured = perplexity(lowered, windows, label=name)
-        increase, error = measured.increase_over(base)
-        print(f"{name}: {measured.value:.3f}, {increase:+.2%} ± {error:.2%}")
+        row = {"text": text, "variant": name} | _measure(
+            model, windows, options, arguments.context, name
+        )
+        rows.append(row)
+        print(
+            f"{name}: {row['perplexity']:.3f}, {row['increase']:+.2%} ± {row['increase_error']:.2%}, "
+            f"KL {row['kl']:.4f} ± {row['kl_error']:.4f} nats, "
+            f"same top token {row['top1']:.2%} ± {row['top1_error']:.2%}"
+        )
+    return rows
+
+
+def _measure(model, windows, options: dict, context: int = 0, label: str | None = None) -> dict:
+    """The figures of one variant beside the model itself."""
+    import torch
+
+    from micromix_compile.evaluate import compare
+
+    options = {**options, "inductor": False}
+    lowered = torch.compile(model, backend="micromix", options=options, dynamic=False)
+    try:
+        found = compare(model, lowered, windows, context, label)
+    finally:
+        torch.compiler.reset()  # Dynamo gives up, silently, on the ninth variant of one function
+    row = {"perplexity": found.model.value}
+    for name, (value, error) in {
+        "increase": found.increase, "kl": found.divergence, "top1": found.agreement,
+    }.items():  # fmt: skip
+        row |= {name: value, f"{name}_error": error}
+    return row
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    import micromix_compile as micromix
+    from micromix_compile.models import token_windows
+    from micromix_compile.sweep import write_sweep
+
+    recipe = _recipe(arguments)
+    recipes = [replace(recipe, bits=bits, thresholds=None) for bits in arguments.budgets]
+    model, tokenizer = _load(arguments)
+    windows = _calibration_windows(arguments, tokenizer)
+    batches = [{"input_ids": window[None]} for window in windows]
+    calibration = micromix.calibrate(model, gradients=True)
+    if arguments.statistics:
+        calibration.statistics = micromix.load_statistics(arguments.statistics)
+        calibration.batches = batches
+    else:
+        calibration.run(batches)
+    texts = {
+        name: token_windows(tokenizer, text, arguments.seqlen, arguments.samples).to(windows.device)
+        for name, text in _texts(arguments, half=1).items()
+    }
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for own in recipes:
+        plan = calibration.plan(own)
+        plan.save(arguments.output / f"bits-{own.bits:g}.safetensors")
+        row = {"budget": own.bits, "bits": plan.element_bits, "with_scales": plan.weight_bits}
+        row["activation_bits"] = plan.activation_element_bits
+        row["texts"] = {
+            name: _measure(model, own_windows, {"plan": plan}, label=f"{own.bits:g} bits, {name}")
+            for name, own_windows in texts.items()
+        }
+        rows.append(row)
+        figures = ", ".join(f"{n} {f['increase']:+.2%}" for n, f in row["texts"].items())
+        print(f"{own.bits:g} bits ({_bits(plan)}): {figures}")
+    write_sweep(rows, arguments.output)
+    print(f"table and picture: {arguments.output}")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from micromix_compile.plan import load_plan
+    from micromix_compile.report import draw_report
+    from micromix_compile.statistics import load_statistics
+
+    statistics = load_statistics(arguments.statistics) if arguments.statistics else None
+    draw_report(load_plan(arguments.plan), arguments.output, statistics)
+    print(f"report: {arguments.output}")
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -67,24 +67,93 @@ def perplexity(
     the first `context` are not scored (overlapping windows: see `models.token_windows`). `label=None` hides the progress bar.
     Raises `EvaluationError` when a loss is not finite.
     """
-    length = windows.shape[1]
-    if len(windows) == 0 or not 0 <= context < length - 1:
+    first = _first_scored(windows, context)
+    losses = []
+    for window in tqdm(windows, desc=label, unit="window", disable=label is None, leave=False):
+        logits = _logits(forward, window)[first - 1 : -1]
+        losses.append(F.cross_entropy(logits, window[first:].to(logits.device)).item())
+    return Perplexity(_finite(losses), len(windows) * (windows.shape[1] - first))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same windows: the perplexity of both, and how far apart their predictions are.
+
+    `divergences`: the mean Kullback-Leibler divergence KL(base ‖ model) of the next token's distribution, in nats, and
+    `agreements`: the fraction of tokens where both find the same next token likeliest, for each window.
+    """
+
+    base: Perplexity
+    model: Perplexity
+    divergences: tuple[float, ...]
+    agreements: tuple[float, ...]
+
+    @property
+    def increase(self) -> tuple[float, float]:
+        """As `Perplexity.increase_over`."""
+        return self.model.increase_over(self.base)
+
+    @property
+    def divergence(self) -> tuple[float, float]:
+        """The mean divergence in nats and its standard error."""
+        return statistics.fmean(self.divergences), _standard_error(self.divergences)
+
+    @property
+    def agreement(self) -> tuple[float, float]:
+        """The mean agreement, from 0 to 1, and its standard error."""
+        return statistics.fmean(self.agreements), _standard_error(self.agreements)
+
+
+@torch.no_grad()
+def compare(
+    base: Callable[[torch.Tensor], object],
+    forward: Callable[[torch.Tensor], object],
+    windows: torch.Tensor,
+    context: int = 0,
+    label: str | None = "comparing",
+) -> Comparison:
+    """Both models on every window, side by side; arguments and errors are those of `perplexity`."""
+    first = _first_scored(windows, context)
+    losses: tuple[list[float], list[float]] = ([], [])
+    divergences, agreements = [], []
+    for window in tqdm(windows, desc=label, unit="window", disable=label is None, leave=False):
+        expected, found = (_logits(model, window)[first - 1 : -1] for model in (base, forward))
+        target = window[first:].to(found.device)
+        for own, logits in zip(losses, (expected, found), strict=True):
+            own.append(F.cross_entropy(logits, target).item())
+        expected, found = expected.log_softmax(-1), found.log_softmax(-1)
+        divergence = F.kl_div(found, expected, reduction="batchmean", log_target=True)
+        divergences.append(divergence.item())
+        agreements.append((expected.argmax(-1) == found.argmax(-1)).float().mean().item())
+    tokens = len(windows) * (windows.shape[1] - first)
+    return Comparison(
+        *(Perplexity(_finite(own), tokens) for own in losses), tuple(divergences), tuple(agreements)
+    )
+
+
+def _first_scored(windows: torch.Tensor, context: int) -> int:
+    """The first token of a window that is scored."""
+    if len(windows) == 0 or not 0 <= context < windows.shape[1] - 1:
         raise EvaluationError(
             reason="no token would be scored",
             mend="Give at least one window that is longer than its context by 2 tokens",
         )
-    first = max(context, 1)
-    losses = []
-    for window in tqdm(windows, desc=label, unit="window", disable=label is None, leave=False):
-        output = forward(input_ids=window[None])
-        logits = getattr(output, "logits", output)[0, first - 1 : -1].float()
-        losses.append(F.cross_entropy(logits, window[first:].to(logits.device)).item())
+    return max(context, 1)
+
+
+def _logits(forward: Callable[[torch.Tensor], object], window: torch.Tensor) -> torch.Tensor:
+    """float32 `[length, vocabulary]`."""
+    output = forward(input_ids=window[None])
+    return getattr(output, "logits", output)[0].float()
+
+
+def _finite(losses: list[float]) -> tuple[float, ...]:
     if not all(map(math.isfinite, losses)):
         raise EvaluationError(
             reason="the model's output holds NaN or Inf",
             mend="Check the model in bfloat16 and without a plan first",
         )
-    return Perplexity(tuple(losses), len(windows) * (length - first))
+    return tuple(losses)
 
 
 class Decoder:

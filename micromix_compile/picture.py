@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 
 from micromix_compile.plan import LayerPlan, ModelPlan
 
-_COLOURS = {4: "#dbe7f3", 6: "#4f94cd", 8: "#c23b22"}
+COLOURS = {4: "#dbe7f3", 6: "#4f94cd", 8: "#c23b22"}
 
 
 def draw(
@@ -29,13 +29,23 @@ def draw(
     figure = Figure(figsize=(16, max(4.0, 2.2 * len(maps))), layout="constrained")
     grid = figure.add_gridspec(max(1, len(maps)), 2, width_ratios=(2.4, 1))
     for row, (kind, bits) in enumerate(maps.items()):
-        _draw_map(figure.add_subplot(grid[row, 0]), kind, bits)
+        draw_map(figure.add_subplot(grid[row, 0]), kind, bits)
     _draw_points(figure.add_subplot(grid[:, 1]), points)
-    legend = [Patch(color=colour, label=f"MXFP{bits}") for bits, colour in _COLOURS.items()]
+    legend = [Patch(color=colour, label=f"MXFP{bits}") for bits, colour in COLOURS.items()]
     figure.legend(handles=legend, loc="outside upper left", ncols=3, frameon=False)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: str | os.PathLike) -> None:
+    """Writes a PNG so that `path` holds what it held before or the whole picture."""
     temporary = Path(path).with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=120)
     os.replace(temporary, path)
+
+
+def kind_of(name: str) -> str:
+    """A layer's name without its first number: the same for the layers of one kind."""
+    return re.sub(r"\d+", "*", name, count=1)
 
 
 def channel_bits(layer: LayerPlan) -> torch.Tensor:
@@ -67,11 +77,11 @@ def format_maps(plan: ModelPlan) -> dict[str, torch.Tensor]:
     return {kind: torch.stack(same) for (kind, _), same in rows.items()}
 
 
-def _draw_map(axes: Axes, kind: str, bits: torch.Tensor) -> None:
-    shares = ", ".join(f"{(bits == b).float().mean():.0%} MXFP{b}" for b in _COLOURS)
+def draw_map(axes: Axes, kind: str, bits: torch.Tensor) -> None:
+    shares = ", ".join(f"{(bits == b).float().mean():.0%} MXFP{b}" for b in COLOURS)
     axes.set_title(f"input of {kind}: {shares}", loc="left", fontsize=10)
     axes.imshow(
-        bits.numpy(), cmap=ListedColormap(list(_COLOURS.values())), vmin=4, vmax=8, aspect="auto",
+        bits.numpy(), cmap=ListedColormap(list(COLOURS.values())), vmin=4, vmax=8, aspect="auto",
         interpolation="nearest", origin="lower",
     )  # fmt: skip
     axes.set_xlabel("channel")
@@ -90,7 +100,7 @@ def _draw_points(axes: Axes, points: Sequence[tuple[str, float, float, float]]) 
         **label,
     )
     for name, bits, value, error in others:
-        axes.errorbar(bits, value, yerr=error, fmt="o", color=_COLOURS[8], capsize=3)
+        axes.errorbar(bits, value, yerr=error, fmt="o", color=COLOURS[8], capsize=3)
         axes.annotate(f"{name} {value:.2f}", (bits, value), xytext=(0, 12), **label)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")

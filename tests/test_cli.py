@@ -12,7 +12,9 @@ from micromix_compile import Recipe, load_plan, load_statistics
 from micromix_compile.allocation import allocate
 from micromix_compile.cli import _parser, main
 
-COMMANDS = ("calibrate", "plan", "quantize", "export", "generate", "eval", "demo", "env")
+COMMANDS = (
+    "calibrate", "plan", "quantize", "export", "generate", "eval", "sweep", "report", "demo", "env",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +128,45 @@ def test_eval(directory, statistics, tmp_path, capsys):
     values = [float(line.rpartition(": ")[2].split()[0].rstrip(",")) for line in lines]
     assert len(set(values)) == 4  # four kinds of arithmetic give four perplexities
     assert abs(values[2] / values[0] - 1) < 0.2
+
+
+def test_eval_writes_its_figures(directory, tmp_path, capsys):
+    text, path = tmp_path / "text.txt", tmp_path / "figures.json"
+    text.write_text("A sentence of some words, again and again. " * 40, encoding="utf-8")
+    flags = ["--text", "builtin", str(text), "--context", "16", "--output", str(path)]
+    assert main(["eval", *small(directory), *flags, "--format", "mxfp8"]) == 0
+    assert "3 windows of 64 tokens, 48 scored" in capsys.readouterr().out
+    rows = json.loads(path.read_text())
+    assert [(row["text"], row["variant"]) for row in rows] == [
+        (name, variant) for name in ("builtin", str(text)) for variant in ("bfloat16", "mxfp8")
+    ]
+    assert rows[1]["kl"] > 0 and 0 < rows[1]["top1"] <= 1
+
+
+def test_a_budget_rotated_and_rounded(directory, tmp_path, capsys):
+    path = tmp_path / "plan.safetensors"
+    flags = ["--bits", "5", "--hadamard", "measured", "--rounding", "gptq"]
+    assert main(["calibrate", *small(directory), *flags, "--output", str(path)]) == 0
+    assert "5.00 + 0.25 bits per weight" in capsys.readouterr().out
+    assert len(load_plan(path).rounded) == 14
+
+
+def test_sweep_and_report(directory, tmp_path, capsys):
+    folder, statistics = tmp_path / "sweep", tmp_path / "statistics.safetensors"
+    flags = ["--gradients", "--statistics", str(statistics)]
+    assert main(["calibrate", *small(directory), *flags]) == 0
+    flags = ["--budgets", "4", "6", "--hadamard", "4,6", "--statistics", str(statistics)]
+    assert main(["sweep", *small(directory), *flags, "--output", str(folder)]) == 0
+    rows = json.loads((folder / "sweep.json").read_text())
+    assert [row["bits"] for row in rows] == [4, 6]
+    assert rows[0]["texts"]["builtin"]["kl"] > rows[1]["texts"]["builtin"]["kl"]
+    assert (folder / "sweep.md").read_text().count("\n") == 4
+    picture = tmp_path / "report.png"
+    plan = str(folder / "bits-6.safetensors")
+    assert main(["report", plan, "--statistics", str(statistics), "--output", str(picture)]) == 0
+    for image in (picture, folder / "sweep.png"):
+        assert image.read_bytes().startswith(b"\x89PNG")
+    assert "report: " in capsys.readouterr().out
 
 
 def test_env(capsys):

@@ -160,3 +160,30 @@ def test_decode_speed_takes_turns_and_medians(monkeypatch):
 def test_decode_speed_of_nothing():
     with pytest.raises(EvaluationError):
         decode_speed({})
+
+
+def test_comparing_a_model_with_itself():
+    model, windows = tiny_llama(), torch.randint(0, VOCABULARY, (3, 24))
+    found = evaluate.compare(model, model, windows, label=None)
+    assert found.base == found.model == perplexity(model, windows, label=None)
+    assert found.divergence == pytest.approx((0, 0), abs=1e-6)
+    assert found.agreement == (1, 0)
+    assert found.increase[0] == 0
+
+
+def test_divergence_and_agreement_by_hand():
+    """One model says 1/2, 1/4, 1/4, the other 1/4, 1/2, 1/4: KL = ln(2) / 4, and never the same first choice."""
+
+    def constant(*probabilities):
+        logits = torch.tensor(probabilities).log()
+        return lambda input_ids: logits.expand(1, input_ids.shape[1], 3)
+
+    windows = torch.zeros(2, 6, dtype=torch.int64)
+    found = evaluate.compare(
+        constant(0.5, 0.25, 0.25), constant(0.25, 0.5, 0.25), windows, context=2, label=None
+    )
+    assert found.divergence[0] == pytest.approx(math.log(2) / 4)
+    assert found.agreement[0] == 0
+    assert found.base.value == pytest.approx(2)
+    assert found.model.value == pytest.approx(4)
+    assert found.base.tokens == 2 * 4

@@ -1,0 +1,58 @@
+"""What `micromix sweep` writes: perplexity against bits, as JSON, as a table and as a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from micromix_compile.files import write_text
+from micromix_compile.picture import save_figure
+
+__all__ = ["table", "write_sweep"]
+
+
+def write_sweep(rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Writes sweep.json, sweep.md and sweep.png to `folder`.
+
+    A row has `bits` and `activation_bits` (elements), `with_scales` (of the weights), and `texts`: name -> `increase`,
+    `increase_error`, `kl`, `top1` and the like, as `micromix eval` gives them.
+    """
+    write_text(folder / "sweep.json", json.dumps(list(rows), indent=1))
+    write_text(folder / "sweep.md", table(rows))
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for name in rows[0]["texts"]:
+        found = [row["texts"][name] for row in rows]
+        axes.errorbar(
+            [row["bits"] for row in rows],
+            [100 * own["increase"] for own in found],
+            yerr=[100 * own["increase_error"] for own in found],
+            marker="o",
+            capsize=3,
+            label=Path(name).name,
+        )
+    axes.set_xlabel("element bits (0.25 for the scales not counted)")
+    axes.set_ylabel("increase of perplexity over the float model, %")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    save_figure(figure, folder / "sweep.png")
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a Markdown table, ± standard errors by window."""
+    texts = [Path(name).name for name in rows[0]["texts"]]
+    head = ["bits of weights", "with scales", "bits of activations"]
+    head += [f"{text}: {what}" for text in texts for what in ("perplexity", "KL", "top-1")]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for row in rows:
+        cells = [f"{row[key]:.2f}" for key in ("bits", "with_scales", "activation_bits")]
+        for own in row["texts"].values():
+            cells.append(f"{100 * own['increase']:+.1f} % ± {100 * own['increase_error']:.1f} %")
+            cells += [f"{own['kl']:.4f}", f"{100 * own['top1']:.1f} %"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
