@@ -30,11 +30,11 @@ struct MixedLayout {
 
   static constexpr int kFormat6Bit = 0b01;
   static constexpr int kWeightIsMxfp4Bit = 0b10;
-  static constexpr int kHadamardShift = 8;  // one bit a segment
-  static constexpr int kCodes = 1 << 11;
+  static constexpr int kHadamardShift = 9;  // one bit a segment; bit 8 is ops.EMULATED
+  static constexpr int kCodes = 1 << 12;
 
   MX_HOST_DEVICE constexpr bool valid() const {
-    if (k4 < 0 || k6 < 0 || k8 < 0 || code < 0 || code >= kCodes) return false;
+    if (k4 < 0 || k6 < 0 || k8 < 0 || code < 0 || code >= kCodes || code & 1 << 8) return false;
     if (k4 % kBlock || k6 % kBlock || k8 % kBlock) return false;
     return rule_code(0) <= 2 && rule_code(1) <= 2 && rule_code(2) <= 2;
   }

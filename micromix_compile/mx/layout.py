@@ -18,7 +18,8 @@ WEIGHT_IS_MXFP4 = 0b10
 _FORMATS6 = {"e2m3": E2M3, "e3m2": E3M2}
 _WIDTHS = (4, 6, 8)
 ROTATIONS = {w for count in range(4) for w in itertools.combinations(_WIDTHS, count)}
-_HADAMARD_SHIFT = 8
+_HADAMARD_SHIFT = 9  # bit 8 is ops.EMULATED, which is not a matter of the layout
+_NO_LAYOUT = 1 << (_HADAMARD_SHIFT - 1)
 _CODES = 1 << (_HADAMARD_SHIFT + len(_WIDTHS))
 
 
@@ -93,7 +94,7 @@ class MixedLayout:
         a code that means nothing.
         """
         rules = [(code >> shift) & 0b11 for shift in (2, 4, 6)]
-        if not 0 <= code < _CODES or max(rules) > max(ScaleRule):
+        if not 0 <= code < _CODES or code & _NO_LAYOUT or max(rules) > max(ScaleRule):
             raise ValueError(f"{code} is not a format code")
         labels = tuple(ScaleRule(rule).label for rule in rules)
         rotated = tuple(w for i, w in enumerate(_WIDTHS) if code >> (_HADAMARD_SHIFT + i) & 1)
@@ -130,7 +131,7 @@ class MixedLayout:
         """The operators' ``format`` argument, without the bit for the weight.
 
         Bit 0: MXFP6 is E3M2. Bits 2-3, 4-5, 6-7: the scale rule of the 4-, 6-, 8-bit segment.
-        Bits 8, 9, 10: the blocks of the 4-, 6-, 8-bit segment are rotated.
+        Bits 9, 10, 11: the blocks of the 4-, 6-, 8-bit segment are rotated.
         Or it with WEIGHT_IS_MXFP4 if the weight's own layout is :meth:`as_mxfp4`.
         """
         rules = (ScaleRule.from_name(rule) for rule in self.rules)

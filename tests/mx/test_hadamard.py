@@ -64,7 +64,7 @@ def test_rotation_lowers_the_error_of_blocks_with_outliers():
 
 def test_layout_and_code():
     layout = MixedLayout(32, 32, 32, hadamard=(4, 8))
-    assert layout.code == 0b101_01_01_10_00
+    assert layout.code == 0b101_0_01_01_10_00
     assert MixedLayout.from_code(32, 32, 32, layout.code) == layout
     assert [segment.hadamard for segment in layout.segments()] == [True, False, True]
     assert layout.rotates_any and not layout.rotates_all
