@@ -473,6 +473,7 @@ def _region(
             number.get(folds.consumers.get(lowering.linear)),
             lowering.weight.released,
             lowering.weight.kernel,
+            lowering.weight.rounded,
         )
         for lowering in own
     ]

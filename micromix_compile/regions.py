@@ -25,7 +25,7 @@ from micromix_compile.packing import (
     refuse_released,
 )
 from micromix_compile.passes.fold_order import row_order
-from micromix_compile.plan import LayerPlan, attached, attachment_changes
+from micromix_compile.plan import LayerPlan, RoundedWeight, attached, attachment_changes
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Slot:
     """A lowered layer of a graph: what it needs of the float parameters among the graph's arguments.
 
     `weight` and `bias` are their positions; `bias` is None where the graph reads it as it is. `plan` is that of the
-    layer the graph was compiled for. `consumer` is the slot whose channel order is the order of this one's rows.
+    layer the graph was compiled for, `rounded` that layer's rounded weight. `consumer` is the slot whose channel order is the order of this one's rows.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Slot:
     consumer: int | None = None
     released: bool = False
     kernel: str = AUTO
+    rounded: RoundedWeight | None = None
 
 
 @dataclass(eq=False)
@@ -111,6 +112,9 @@ class Region:
         marks = [attached(weight) for weight in weights]
         plans = [s.plan if m is None else m[0][m[1]] for s, m in zip(self.slots, marks)]
         names = [s.name if m is None else m[1] for s, m in zip(self.slots, marks)]
+        rounded = [
+            s.rounded if m is None else m[0].rounded.get(m[1]) for s, m in zip(self.slots, marks)
+        ]
         held: dict[tuple[str, int], PlacedWeight | OrderedBias] = {}
         for i, slot in enumerate(self.slots):
             rows = None
@@ -118,7 +122,7 @@ class Region:
                 out_features = weights[i].shape[1 if slot.transposed else 0]
                 rows = row_order(plans[slot.consumer], out_features)
             placed = placed_weight(
-                names[i], weights[i], plans[i], slot.transposed, rows, slot.kernel
+                names[i], weights[i], plans[i], slot.transposed, rows, slot.kernel, rounded[i]
             )
             if slot.released and not placed.released:
                 placed.release(weights[i])

@@ -17,13 +17,13 @@ def test_sizes_by_hand():
 
 def test_segments_by_hand():
     assert list(MixedLayout(64, 32, 96, "e3m2", ("floor", "even", "ceil")).segments()) == [
-        (E2M1, ScaleRule.FLOOR, 0, 64, 0, 32),
-        (E3M2, ScaleRule.EVEN, 64, 96, 32, 56),
-        (E4M3, ScaleRule.CEIL, 96, 192, 56, 152),
+        (E2M1, ScaleRule.FLOOR, 0, 64, 0, 32, False),
+        (E3M2, ScaleRule.EVEN, 64, 96, 32, 56, False),
+        (E4M3, ScaleRule.CEIL, 96, 192, 56, 152, False),
     ]
     assert list(MixedLayout(32, 0, 32).segments()) == [
-        (E2M1, ScaleRule.EVEN, 0, 32, 0, 16),
-        (E4M3, ScaleRule.CEIL, 32, 64, 16, 48),
+        (E2M1, ScaleRule.EVEN, 0, 32, 0, 16, False),
+        (E4M3, ScaleRule.CEIL, 32, 64, 16, 48, False),
     ]
 
 
