@@ -117,14 +117,17 @@ class ChannelStatistics:
         new.graded = gradient is not None
         step = max(1, size // self.channels)
         slopes = None if gradient is None else gradient.detach().reshape(rows.shape).split(step)
-        for i, chunk in enumerate(rows.split(step)):
+        weights = [
             new._add(chunk, layer, None if slopes is None else slopes[i])
+            for i, chunk in enumerate(rows.split(step))
+        ]
+        new.sample.add(rows, torch.cat(weights))
         self.merge(new)
 
-    def _add(self, rows: Tensor, layer: str, slopes: Tensor | None) -> None:
-        """Adds one chunk of rows ``[M, K]``, and the loss's slopes there."""
+    def _add(self, rows: Tensor, layer: str, slopes: Tensor | None) -> Tensor:
+        """Adds one chunk of rows ``[M, K]``, and the loss's slopes there; returns their weights in the sample."""
         if not len(rows):
-            return
+            return torch.empty(0, dtype=torch.float64, device=rows.device)
         magnitudes = rows.contiguous().abs().float()  # a copy, whatever the dtype
         row_peaks = magnitudes.amax(dim=1, keepdim=True)
         largest = float(row_peaks.max())  # NaN wins over all else
@@ -137,27 +140,23 @@ class ChannelStatistics:
         squares = wide.square()
         self.square += squares.sum(dim=0).cpu()
         self.histogram += _histogram(magnitudes, row_peaks)
-        self._add_sensitivity(rows, squares, slopes, layer)
+        return self._add_sensitivity(squares, slopes, layer)
 
-    def _add_sensitivity(
-        self, rows: Tensor, squares: Tensor, slopes: Tensor | None, layer: str
-    ) -> None:
+    def _add_sensitivity(self, squares: Tensor, slopes: Tensor | None, layer: str) -> Tensor:
         energy = squares.sum(dim=1, dtype=torch.float64)
         if slopes is None:
             real = energy > 0
             inverse = torch.where(real, 1 / energy, 0.0).unsqueeze(1)
             self.importance += (squares * inverse).sum(dim=0).cpu()
-            self.gradient += len(rows)
-            weights = real.double()
-        else:
-            slopes = slopes.float().square()
-            steepness = slopes.sum(dim=1, dtype=torch.float64)
-            if not bool(steepness.isfinite().all()):
-                raise NonFiniteCalibrationError(layer=f"{layer} (its gradient)")
-            self.importance += (squares * slopes).sum(dim=0, dtype=torch.float64).cpu()
-            self.gradient += slopes.sum(dim=0, dtype=torch.float64).cpu()
-            weights = energy * steepness
-        self.sample.add(rows, weights)
+            self.gradient += len(squares)
+            return real.double()
+        slopes = slopes.float().square()
+        steepness = slopes.sum(dim=1, dtype=torch.float64)
+        if not bool(steepness.isfinite().all()):
+            raise NonFiniteCalibrationError(layer=f"{layer} (its gradient)")
+        self.importance += (squares * slopes).sum(dim=0, dtype=torch.float64).cpu()
+        self.gradient += slopes.sum(dim=0, dtype=torch.float64).cpu()
+        return energy * steepness
 
     def merge(self, other: ChannelStatistics) -> None:
         """Adds the rows that ``other`` has seen.
