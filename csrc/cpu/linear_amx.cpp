@@ -171,7 +171,9 @@ void finish_pair(const LinearTask& task, const Sums& sums, int64_t first_row, in
         store(out, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
       }
     };
-    if (passes_caches(task)) {
+    // A pair that begins at an odd panel, where a thread's share does, begins in the middle of a
+    // line.
+    if (passes_caches(task) && panel % 2 == 0) {
       each_row([](uint16_t* to, __m512i line) {
         _mm512_stream_si512(reinterpret_cast<__m512i*>(to), line);
       });

@@ -329,3 +329,25 @@ def test_the_emulation_of_blackwell_is_not_for_the_cpu():
     data, scales = mx.quantize(rows(3, 128, torch.float32), layout)
     with pytest.raises((RuntimeError, ValueError), match="not a format code"):
         place(data, scales, 64, 32, 32, layout.code | ops.EMULATED)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 4])
+def test_large_results_on_threads_whose_shares_begin_at_odd_panels(isa, threads):
+    """36 panels: 3 and 4 threads get 12 and 9 each; 30 panels on 2 threads, 15. Results of more than 1 MiB."""
+    layout, before = MixedLayout(32, 0, 0), torch.get_num_threads()
+    for outputs in (576, 480):
+        data, scales = mx.quantize(rows(2048, 32, torch.bfloat16), layout)
+        packed_weight = mx.quantize(rows(outputs, 32, torch.bfloat16, seed=1), layout)
+        placed = torch.ops.micromix.place_weight(*packed_weight, *arguments(layout))
+        results = []
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            try:
+                results.append(
+                    torch.ops.micromix.linear(
+                        data, scales, placed, None, outputs, *arguments(layout), torch.bfloat16
+                    )
+                )
+            finally:
+                torch.set_num_threads(before)
+        assert torch.equal(*results)
