@@ -41,6 +41,7 @@ from micromix_compile.passes.fold_order import Folds, fold_orders
 from micromix_compile.passes.lower_linears import Lowering, lower_linears, unsupported
 from micromix_compile.passes.specialise_floats import specialise_floats
 from micromix_compile.plan import (
+    DIGEST,
     STRUCTURE,
     LayerPlan,
     LayerShape,
@@ -491,13 +492,15 @@ def _region(
     held += [lowering.bias for lowering in own if lowering.bias is not None]
     # A plan given as an option knows layers by name, which a call does not bring; the addresses of a
     # CUDA graph's tensors are fixed.
-    shareable = options.plan is None and None not in found and not _uses_cuda_graphs(options)
-    if not shareable:
-        for node in nodes:
-            compat.guard_identity(node)
-        found = []
+    shared = bool(own) and options.plan is None and None not in found
+    shared = shared and not _uses_cuda_graphs(options)
+    follows = options.plan is None and options.recipe is None
+    for node in nodes if not shared else ():
+        compat.guard_identity(node)
+        if follows:
+            compat.guard_attribute(node, values[position[node]], DIGEST)
     first = Placed([weakref.ref(values[position[node]]) for node in nodes], held, packed)
-    runner.region = Region(slots, found, first)
+    runner.region = Region(slots, found, first, shared, follows)
     return dict.fromkeys(nodes)
 
 

@@ -37,7 +37,9 @@ __all__ = [
 _KIND = "micromix_plan"
 _VERSION = 2
 _ATTRIBUTE = "_micromix_plan"
-STRUCTURE = "_micromix_structure"  # beside it; see ModelPlan._structures
+# Beside it what Dynamo can guard: all of the plan that is constant in a graph, and the whole plan.
+STRUCTURE = "_micromix_structure"
+DIGEST = "_micromix_digest"
 
 
 class LayerShape(NamedTuple):
@@ -370,6 +372,7 @@ class ModelPlan(Mapping[str, LayerPlan]):
             if attached(weight) is None:
                 setattr(weight, _ATTRIBUTE, (self, name))
                 setattr(weight, STRUCTURE, self._structures[name])
+                setattr(weight, DIGEST, self.digest)
         return self.attach_rest(model)
 
     def attach_rest(self, model: nn.Module) -> ModelPlan:
@@ -382,6 +385,7 @@ class ModelPlan(Mapping[str, LayerPlan]):
             if attached(parameter) is None:
                 setattr(parameter, _ATTRIBUTE, (self, None))
                 setattr(parameter, STRUCTURE, "left alone")
+                setattr(parameter, DIGEST, self.digest)
         return self
 
     @cached_property
@@ -468,6 +472,7 @@ def detach(model: nn.Module) -> None:
         if attached(parameter) is not None:
             delattr(parameter, _ATTRIBUTE)
             delattr(parameter, STRUCTURE)
+            delattr(parameter, DIGEST)
 
 
 _changes = 0

@@ -57,9 +57,7 @@ class Placed:
     changes: int = field(default_factory=attachment_changes)
 
     def belongs_to(self, parameters: Sequence[torch.Tensor]) -> bool:
-        return self.changes == attachment_changes() and all(
-            ref() is parameter for ref, parameter in zip(self.parameters, parameters)
-        )
+        return all(ref() is parameter for ref, parameter in zip(self.parameters, parameters))
 
     def refresh(self, parameters: Sequence[torch.Tensor]) -> None:
         """Pack again what was changed in place."""
@@ -74,6 +72,8 @@ class Region:
         slots: the lowered layers whose weights are arguments.
         kinds: what each packed tensor is: ("weight", slot), ("bias", slot) or ("order", slot).
         first: the packed form of the parameters that the graph was compiled for.
+        shared: whether other parameters may come; otherwise guards see to it that none do.
+        follows: whether the plans are those attached to the parameters, and not the slots'.
     """
 
     def __init__(
@@ -81,12 +81,16 @@ class Region:
         slots: Sequence[Slot] = (),
         kinds: Sequence[tuple[str, int]] = (),
         first: Placed | None = None,
+        shared: bool = False,
+        follows: bool = False,
     ) -> None:
         self.slots = list(slots)
         self.kinds = list(kinds)
         self.positions = [slot.weight for slot in self.slots]
         self.positions += [slot.bias for slot in self.slots if slot.bias is not None]
-        self.last = first or Placed([], [], [], changes=-1)  # of no parameters
+        self.last = first or Placed([], [], [])
+        self.shared = shared
+        self.follows = follows
         self.known: WeakIdKeyDictionary = WeakIdKeyDictionary()
         if self.last.parameters:
             self.known[self.last.parameters[0]()] = self.last
@@ -94,22 +98,26 @@ class Region:
     def tensors(self, arguments: Sequence[Any], report: GraphReport) -> list[torch.Tensor]:
         """The packed tensors of the parameters among `arguments`, packed at their first call and when they change."""
         parameters = [arguments[i] for i in self.positions]
-        if parameters and not self.last.belongs_to(parameters):
+        if self.shared and not self._is_of(self.last, parameters):
             self.last = self._find(parameters, arguments, report)
         self.last.refresh(parameters)
         return self.last.tensors
+
+    def _is_of(self, placed: Placed, parameters: Sequence[torch.Tensor]) -> bool:
+        current = not self.follows or placed.changes == attachment_changes()
+        return current and placed.belongs_to(parameters)
 
     def _find(
         self, parameters: list[torch.Tensor], arguments: Sequence[Any], report: GraphReport
     ) -> Placed:
         placed = self.known.get(parameters[0])
-        if placed is None or not placed.belongs_to(parameters):
+        if placed is None or not self._is_of(placed, parameters):
             placed = self.known[parameters[0]] = self._place(arguments, report)
         return placed
 
     def _place(self, arguments: Sequence[Any], report: GraphReport) -> Placed:
         weights = [arguments[slot.weight] for slot in self.slots]
-        marks = [attached(weight) for weight in weights]
+        marks = [attached(weight) if self.follows else None for weight in weights]
         plans = [s.plan if m is None else m[0][m[1]] for s, m in zip(self.slots, marks)]
         names = [s.name if m is None else m[1] for s, m in zip(self.slots, marks)]
         rounded = [

@@ -13,7 +13,7 @@ from architectures import build, token_ids
 from reference_model import reference_model
 from torch import nn
 
-from micromix_compile import Recipe, calibrate, explain
+from micromix_compile import Recipe, backend, calibrate, explain
 from micromix_compile.errors import (
     GradientError,
     NoPlanWarning,
@@ -487,6 +487,30 @@ def test_a_plan_of_the_same_structure_needs_no_other_graph(block):
     assert explain(compiled).graphs == 1
     assert torch.equal(second, run(block, x, plan=other)[0])
     assert not torch.equal(first, second)
+
+
+def test_an_attachment_is_no_concern_of_a_plan_or_a_recipe_given_as_an_option(block):
+    x = torch.randn(4, 96)
+    plan = planned(block, x)
+    first, with_plan = run(block, x, plan=plan)
+    second, with_recipe = run(block, x, recipe=Recipe(format="mxfp4"))
+    planned(block, x, recipe=Recipe(split=(0, 1, 0))).attach(block)
+    with torch.no_grad():
+        assert torch.equal(with_plan(x), first)
+        assert torch.equal(with_recipe(x), second)
+    assert not torch.equal(first, second)
+
+
+def test_where_addresses_are_fixed_another_plan_is_another_graph(block, monkeypatch):
+    monkeypatch.setattr(backend, "_uses_cuda_graphs", lambda options: True)
+    x = torch.randn(4, 96)
+    planned(block, x).attach(block)
+    first, compiled = run(block, x)
+    other = planned(block, x * torch.rand(96) * 9).attach(block)
+    with torch.no_grad():
+        second = compiled(x)
+    assert explain(compiled).graphs == 2
+    assert torch.equal(second, run(block, x, plan=other)[0]) and not torch.equal(first, second)
 
 
 @pytest.mark.filterwarnings("error::micromix_compile.errors.NoPlanWarning")
