@@ -357,7 +357,7 @@ class _Runner(compat.serializable_callable()):
     """A graph to run, and how the arguments of Dynamo's graph become its own.
 
     `kept` are the positions of the arguments that are passed on; packed tensors follow them. `region` knows how
-    to make these from the float weights among the arguments, at the positions `watched`.
+    to make these from the float weights among the arguments.
     """
 
     def __init__(self, gm: fx.GraphModule, inputs: list[Any], report: GraphReport) -> None:

@@ -13,7 +13,6 @@ import inspect
 import json
 import os
 import tempfile
-import uuid
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch import Tensor, fx, nn
 from micromix_compile import _torch_compat as compat
 from micromix_compile.checkpoint import pack_layer, plan_to_use
 from micromix_compile.errors import ExportError, GradientError
+from micromix_compile.files import atomically
 from micromix_compile.ops import ABI, build_id
 from micromix_compile.passes.find_linears import find_linears
 from micromix_compile.passes.lower_linears import Lowering, lower_linears
@@ -277,8 +277,8 @@ def write_package(
         "entries": {name: entry.manifest for name, entry in entries.items()},
         "decoder": decoder,
     }
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp.pt2")
-    try:
+
+    def write(temporary: Path) -> None:
         compat.write_aoti_archive(str(temporary), {n: e.files for n, e in entries.items()})
         with zipfile.ZipFile(temporary, "a", zipfile.ZIP_STORED) as archive:
             root = archive.namelist()[0].split("/")[0]
@@ -296,12 +296,8 @@ def write_package(
                     add(TOKENIZER + name, data)
             manifest["members"] = digests
             _write_member(archive, f"{root}/{MANIFEST}", [json.dumps(manifest).encode()])
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+
+    atomically(path, write)
 
 
 def check_path(path: str | os.PathLike) -> None:

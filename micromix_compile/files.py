@@ -48,12 +48,12 @@ def write_tensors(
             raise OSError(f"{path} cannot be written: {error}") from error
         temporary.chmod(mode)
 
-    _atomically(Path(path), write)
+    atomically(Path(path), write)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a UTF-8 file atomically. Raises OSError."""
-    _atomically(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    atomically(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def file_digest(path: str | os.PathLike) -> str:
@@ -65,9 +65,10 @@ def file_digest(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-def _atomically(path: Path, write: Callable[[Path], object]) -> None:
-    # A name of its own, in the same folder: renaming is atomic only within one file system.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+def atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """`write` a file under another name with the same suffix, which then becomes `path`; gone if anything fails."""
+    # In the same folder: renaming is atomic only within one file system.
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp{path.suffix}")
     try:
         write(temporary)
         with open(temporary, "rb") as file:
