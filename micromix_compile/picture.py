@@ -13,6 +13,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from micromix_compile.files import atomically
 from micromix_compile.plan import LayerPlan, ModelPlan
 
 COLOURS = {4: "#dbe7f3", 6: "#4f94cd", 8: "#c23b22"}
@@ -38,9 +39,7 @@ def draw(
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
     """Writes a PNG so that `path` holds what it held before or the whole picture."""
-    temporary = Path(path).with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
-    os.replace(temporary, path)
+    atomically(Path(path), lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
 
 
 def kind_of(name: str) -> str:
