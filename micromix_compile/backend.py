@@ -400,11 +400,8 @@ class _Runner(compat.serializable_callable()):
     def deserialize_compile_artifacts(cls, data: bytes) -> _Runner:
         run, kept, slots, kinds = pickle.loads(data)
         result = cls(fx.GraphModule({}, fx.Graph()), [], GraphReport())
-        result.run, result.kept, result.region = (
-            compat.deserialized(run),
-            kept,
-            Region(slots, kinds),
-        )
+        result.run, result.kept = compat.deserialized(run), kept
+        result.region = Region(slots, kinds, shared=bool(slots))  # nothing is packed yet
         return result
 
     def __call__(self, *arguments: Any) -> Any:

@@ -8,6 +8,7 @@ share a plan) is guarded, by the structure that `ModelPlan.attach` writes on eac
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -57,7 +58,8 @@ class Placed:
     changes: int = field(default_factory=attachment_changes)
 
     def belongs_to(self, parameters: Sequence[torch.Tensor]) -> bool:
-        return all(ref() is parameter for ref, parameter in zip(self.parameters, parameters))
+        mine = [ref() for ref in self.parameters]
+        return len(mine) == len(parameters) and all(map(operator.is_, mine, parameters))
 
     def refresh(self, parameters: Sequence[torch.Tensor]) -> None:
         """Pack again what was changed in place."""

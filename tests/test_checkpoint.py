@@ -394,7 +394,7 @@ KILLED = """
             finished += 1
             continue
         partial = target.with_name(target.name + ".partial")
-        before = {p.name: p.stat().st_mtime_ns for p in partial.glob("*.safetensors")} if partial.exists() else {}
+        before = {p.name: p.stat().st_mtime_ns for p in partial.glob("model-*.safetensors")}
         save(target)
         assert state(target) == whole and not partial.exists()
         kept = [n for n, t in before.items() if (target / n).stat().st_mtime_ns == t]
