@@ -40,7 +40,7 @@ void run(const Tensor&, const RowTask& task, int64_t rows, const std::vector<Row
     cpu::ThreadBuffer buffer(cpu::Buffer::kScratch, row_bytes + scratch_bytes);
     auto* const row = reinterpret_cast<float*>(buffer.data());
     for (int64_t r = first; r < last; ++r) {
-      kernel(task, r, row, row + k);
+      kernel(task, r, row);
       if (task.kept) store(row, k, task.dtype, task.kept, r * k);
       for (cpu::QuantizeTask one : tasks) {
         one.x = row;

@@ -7,13 +7,13 @@
 
 namespace micromix::cpu {
 
-// Bytes of scratch that a row kernel needs: two rows.
+// Bytes of a row in float32, in whole cache lines.
 constexpr int64_t row_scratch_bytes(int64_t k) {
-  return (2 * k * static_cast<int64_t>(sizeof(float)) + 63) / 64 * 64;
+  return (k * static_cast<int64_t>(sizeof(float)) + 63) / 64 * 64;
 }
 
-// `out` is float32 [k], `scratch` as large.
-using RowKernel = void (*)(const RowTask&, int64_t row, float* out, float* scratch);
+// `out` is float32 [k].
+using RowKernel = void (*)(const RowTask&, int64_t row, float* out);
 
 struct RowKernels {
   RowKernel rms_norm, layer_norm, pointwise;

@@ -1,5 +1,5 @@
-// The row kernels, included once for each instruction set: the compiler vectorises these loops for
-// the one that the including file is built for. No product and sum is contracted and every
+// The row kernels, included once for each instruction set: vectors of sixteen channels, for the
+// compiler to split as the including file is built. No product and sum is contracted and every
 // reduction has sixteen lanes, so all instruction sets give the same bits.
 #pragma once
 
@@ -15,76 +15,75 @@ namespace {
 constexpr int kLanes = 16;
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
 typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(float))));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 
-float total(Lanes lanes) {
+// Calls f(i, lanes) for the vectors of a row: channels i to i + lanes, sixteen but for the last.
+template <typename F>
+[[gnu::always_inline]] inline void for_each_vector(int64_t k, F f) {
+  int64_t i = 0;
+  for (; i + kLanes <= k; i += kLanes) f(i, kLanes);
+  if (i < k) f(i, static_cast<int>(k - i));
+}
+
+[[gnu::always_inline]] inline Lanes load_floats(const float* from, int lanes) {
+  Lanes v{};
+  std::memcpy(&v, from, lanes * sizeof(float));
+  return v;
+}
+
+// Apart from the others, whose vectors stay in registers.
+[[gnu::noinline]] void from_float16(const Halves& bits, Lanes& v) {
+  for (int j = 0; j < kLanes; ++j) v[j] = float16_to_float(bits[j]);
+}
+
+[[gnu::noinline]] void to_float16(const Lanes& v, Halves& bits) {
+  for (int j = 0; j < kLanes; ++j) bits[j] = float_to_float16(v[j]);
+}
+
+// Vectors of a row's values; lanes beyond its end are zero.
+[[gnu::always_inline]] inline Lanes load(const void* from, Dtype dtype, int64_t at, int lanes) {
+  if (dtype == Dtype::kFloat32) return load_floats(static_cast<const float*>(from) + at, lanes);
+  Halves bits{};
+  std::memcpy(&bits, static_cast<const uint16_t*>(from) + at, lanes * sizeof(uint16_t));
+  if (dtype == Dtype::kBFloat16) return (Lanes)(__builtin_convertvector(bits, Words) << 16);
+  Lanes v;
+  from_float16(bits, v);
+  return v;
+}
+
+// Stores values that are of `dtype` already.
+[[gnu::always_inline]] inline void store(Lanes v, void* to, Dtype dtype, int64_t at, int lanes) {
+  if (dtype == Dtype::kFloat32) {
+    std::memcpy(static_cast<float*>(to) + at, &v, lanes * sizeof(float));
+    return;
+  }
+  Halves bits;
+  if (dtype == Dtype::kBFloat16) {
+    bits = __builtin_convertvector((Words)v >> 16, Halves);
+  } else {
+    to_float16(v, bits);
+  }
+  std::memcpy(static_cast<uint16_t*>(to) + at, &bits, lanes * sizeof(uint16_t));
+}
+
+[[gnu::always_inline]] inline Lanes rounded(Lanes v, Dtype dtype) {
+  if (dtype == Dtype::kBFloat16) {
+    const Words bits = (Words)v;
+    const Words up = (bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u;
+    return (Lanes)(v == v ? up : Words{} + 0x7FC00000u);
+  }
+  if (dtype == Dtype::kFloat16) {
+    Halves half;
+    to_float16(v, half);
+    from_float16(half, v);
+  }
+  return v;
+}
+
+[[gnu::always_inline]] inline float total(Lanes lanes) {
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
   return lanes[0];
-}
-
-// The sum of f(x[i]) over a row.
-template <typename F>
-inline float sum_of(const float* x, int64_t k, F f) {
-  Lanes sum{};
-  int64_t i = 0;
-  for (; i + kLanes <= k; i += kLanes) {
-    Lanes v;
-    std::memcpy(&v, x + i, sizeof(v));
-    sum += f(v);
-  }
-  if (i < k) {
-    Lanes v{}, counted{};
-    for (int j = 0; i + j < k; ++j) {
-      v[j] = x[i + j];
-      counted[j] = 1.0f;
-    }
-    sum += f(v) * counted;
-  }
-  return total(sum);
-}
-
-inline float round_bfloat16(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000u;
-  const bool nan = (bits & mx::kFloat32Magnitude) > mx::kFloat32Exponent;
-  return std::bit_cast<float>(nan ? 0x7FC00000u : rounded);
-}
-
-void round_row(float* row, int64_t k, Dtype dtype) {
-  if (dtype == Dtype::kBFloat16) {
-    for (int64_t i = 0; i < k; ++i) row[i] = round_bfloat16(row[i]);
-  } else if (dtype == Dtype::kFloat16) {
-    for (int64_t i = 0; i < k; ++i) row[i] = float16_to_float(float_to_float16(row[i]));
-  }
-}
-
-void load_row(const RowInput& input, int64_t row, int64_t k, float* __restrict out) {
-  const int64_t start = row * input.stride;
-  if (input.dtype == Dtype::kFloat32) {
-    std::memcpy(out, static_cast<const float*>(input.data) + start, k * sizeof(float));
-    return;
-  }
-  const uint16_t* const bits = static_cast<const uint16_t*>(input.data) + start;
-  if (input.dtype == Dtype::kBFloat16) {
-    for (int64_t i = 0; i < k; ++i) out[i] = bfloat16_to_float(bits[i]);
-  } else {
-    for (int64_t i = 0; i < k; ++i) out[i] = float16_to_float(bits[i]);
-  }
-}
-
-// Stores a row whose values are of `dtype` already.
-void store_row(const float* __restrict row, int64_t k, Dtype dtype, void* out, int64_t start) {
-  if (dtype == Dtype::kFloat32) {
-    std::memcpy(static_cast<float*>(out) + start, row, k * sizeof(float));
-    return;
-  }
-  uint16_t* const bits = static_cast<uint16_t*>(out) + start;
-  if (dtype == Dtype::kBFloat16) {
-    for (int64_t i = 0; i < k; ++i)
-      bits[i] = static_cast<uint16_t>(std::bit_cast<uint32_t>(row[i]) >> 16);
-  } else {
-    for (int64_t i = 0; i < k; ++i) bits[i] = float_to_float16(row[i]);
-  }
 }
 
 // e^x to 2 units in the last place; below 2^-126 it is that, above 2^127 about that.
@@ -135,103 +134,127 @@ inline Lanes gelu_tanh(Lanes x) {
 // x times the logistic function of 1.702 x: CLIP's activation.
 inline Lanes quick_gelu(Lanes x) { return x / (1.0f + exponential(-1.702f * x)); }
 
-// x, or x + residual rounded to x's type and stored.
-void load_sum(const RowTask& task, int64_t row, float* out, float* scratch) {
-  load_row(task.x, row, task.k, out);
-  if (!task.second.data) return;
-  load_row(task.second, row, task.k, scratch);
-  for (int64_t i = 0; i < task.k; ++i) out[i] += scratch[i];
-  round_row(out, task.k, task.x.dtype);
-  store_row(out, task.k, task.x.dtype, task.sum, row * task.k);
-}
-
-void rms_norm(const RowTask& task, int64_t row, float* out, float* scratch) {
-  const int64_t k = task.k;
-  load_sum(task, row, out, scratch);
-  const float mean = sum_of(out, k, [](Lanes v) { return v * v; }) / static_cast<float>(k);
-  const float factor = 1.0f / std::sqrt(mean + task.eps);
-  for (int64_t i = 0; i < k; ++i) out[i] *= factor;
-  if (task.form == RmsForm::kWeightAfterCast) round_row(out, k, task.x.dtype);
-  if (task.weight.data) {
-    load_row(task.weight, 0, k, scratch);
-    if (task.form == RmsForm::kOnePlusWeight)
-      for (int64_t i = 0; i < k; ++i) scratch[i] += 1.0f;
-    for (int64_t i = 0; i < k; ++i) out[i] *= scratch[i];
-  }
-  round_row(out, k, task.dtype);
-}
-
-void layer_norm(const RowTask& task, int64_t row, float* out, float* scratch) {
-  const int64_t k = task.k;
-  load_sum(task, row, out, scratch);
-  const float mean = sum_of(out, k, [](Lanes v) { return v; }) / static_cast<float>(k);
-  for (int64_t i = 0; i < k; ++i) out[i] -= mean;
-  const float variance = sum_of(out, k, [](Lanes v) { return v * v; }) / static_cast<float>(k);
-  const float factor = 1.0f / std::sqrt(variance + task.eps);
-  for (int64_t i = 0; i < k; ++i) out[i] *= factor;
-  if (task.weight.data) {
-    load_row(task.weight, 0, k, scratch);
-    for (int64_t i = 0; i < k; ++i) out[i] *= scratch[i];
-  }
-  if (task.bias.data) {
-    load_row(task.bias, 0, k, scratch);
-    for (int64_t i = 0; i < k; ++i) out[i] += scratch[i];
-  }
-  round_row(out, k, task.dtype);
-}
-
-// f of each value of a row, in place, sixteen at a time.
+// Calls f with a task whose types are constants to the compiler where all are bfloat16, as they
+// mostly are; the copy's fields stay in registers.
 template <typename F>
-inline void apply(float* row, int64_t k, F f) {
-  Lanes v;
-  int64_t i = 0;
-  for (; i + kLanes <= k; i += kLanes) {
-    std::memcpy(&v, row + i, sizeof(v));
-    v = f(v);
-    std::memcpy(row + i, &v, sizeof(v));
-  }
-  if (i < k) {
-    v = Lanes{};
-    std::memcpy(&v, row + i, (k - i) * sizeof(float));
-    v = f(v);
-    std::memcpy(row + i, &v, (k - i) * sizeof(float));
+[[gnu::always_inline]] inline void specialised(RowTask task, F f) {
+  const auto is_bfloat16 = [](const RowInput& input) {
+    return !input.data || input.dtype == Dtype::kBFloat16;
+  };
+  if (is_bfloat16(task.x) && is_bfloat16(task.second) && is_bfloat16(task.weight) &&
+      is_bfloat16(task.bias) && task.dtype == Dtype::kBFloat16) {
+    task.x.dtype = task.second.dtype = task.weight.dtype = task.bias.dtype = Dtype::kBFloat16;
+    task.dtype = Dtype::kBFloat16;
+    f(task);
+  } else {
+    f(task);
   }
 }
 
-void pointwise(const RowTask& task, int64_t row, float* out, float* scratch) {
+// The values that a norm is of, x or x + residual rounded to x's type and stored, and f of each
+// vector of them.
+template <typename F>
+[[gnu::always_inline]] inline void load_sum(const RowTask& task, int64_t row, float* out, F f) {
+  for_each_vector(task.k, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+    Lanes v = load(task.x.data, task.x.dtype, row * task.x.stride + i, lanes);
+    if (task.second.data) {
+      v += load(task.second.data, task.second.dtype, row * task.second.stride + i, lanes);
+      v = rounded(v, task.x.dtype);
+      store(v, task.sum, task.x.dtype, row * task.k + i, lanes);
+    }
+    store(v, out, Dtype::kFloat32, i, lanes);
+    f(v);
+  });
+}
+
+[[gnu::always_inline]] inline void rms_norm_of(const RowTask& task, int64_t row, float* out) {
   const int64_t k = task.k;
-  load_row(task.x, row, k, out);
+  Lanes squares{};
+  load_sum(task, row, out, [&](Lanes v) __attribute__((always_inline)) { squares += v * v; });
+  const float mean = total(squares) / static_cast<float>(k);
+  const float factor = 1.0f / std::sqrt(mean + task.eps);
+  for_each_vector(k, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+    Lanes v = load_floats(out + i, lanes) * factor;
+    if (task.form == RmsForm::kWeightAfterCast) v = rounded(v, task.x.dtype);
+    if (task.weight.data) {
+      const Lanes weight = load(task.weight.data, task.weight.dtype, i, lanes);
+      v *= task.form == RmsForm::kOnePlusWeight ? weight + 1.0f : weight;
+    }
+    store(rounded(v, task.dtype), out, Dtype::kFloat32, i, lanes);
+  });
+}
+
+[[gnu::always_inline]] inline void layer_norm_of(const RowTask& task, int64_t row, float* out) {
+  const int64_t k = task.k;
+  Lanes sum{}, squares{};
+  load_sum(task, row, out, [&](Lanes v) __attribute__((always_inline)) { sum += v; });
+  const float mean = total(sum) / static_cast<float>(k);
+  for_each_vector(k, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+    store(load_floats(out + i, lanes) - mean, out, Dtype::kFloat32, i, lanes);
+    const Lanes v = load_floats(out + i, lanes);  // zero beyond the row's end
+    squares += v * v;
+  });
+  const float variance = total(squares) / static_cast<float>(k);
+  const float factor = 1.0f / std::sqrt(variance + task.eps);
+  for_each_vector(k, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+    Lanes v = load_floats(out + i, lanes) * factor;
+    if (task.weight.data) v *= load(task.weight.data, task.weight.dtype, i, lanes);
+    if (task.bias.data) v += load(task.bias.data, task.bias.dtype, i, lanes);
+    store(rounded(v, task.dtype), out, Dtype::kFloat32, i, lanes);
+  });
+}
+
+void rms_norm(const RowTask& task, int64_t row, float* out) {
+  specialised(
+      task, [=](const RowTask& one) __attribute__((always_inline)) { rms_norm_of(one, row, out); });
+}
+
+void layer_norm(const RowTask& task, int64_t row, float* out) {
+  specialised(task, [=](const RowTask& one)
+                        __attribute__((always_inline)) { layer_norm_of(one, row, out); });
+}
+
+template <typename F>
+[[gnu::always_inline]] inline void pointwise_of(const RowTask& task, int64_t row, float* out, F f) {
+  for_each_vector(task.k, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+    Lanes v = f(load(task.x.data, task.x.dtype, row * task.x.stride + i, lanes));
+    if (task.second.data) {
+      const Lanes other =
+          load(task.second.data, task.second.dtype, row * task.second.stride + i, lanes);
+      // An activation has a value of its own in the model, of x's type.
+      v = task.function == Pointwise::kAdd ? v + other : rounded(v, task.x.dtype) * other;
+    }
+    store(rounded(v, task.dtype), out, Dtype::kFloat32, i, lanes);
+  });
+}
+
+void pointwise(const RowTask& task, int64_t row, float* out) {
+  const auto apply = [&](auto f) {
+    specialised(task, [=](const RowTask& one)
+                          __attribute__((always_inline)) { pointwise_of(one, row, out, f); });
+  };
   switch (task.function) {
     case Pointwise::kRelu:
-      apply(out, k, [](Lanes x) { return x < 0.0f ? Lanes{} : x; });
-      break;
+      return apply([](Lanes x) __attribute__((always_inline)) { return x < 0.0f ? Lanes{} : x; });
     case Pointwise::kSilu:
-      apply(out, k, [](Lanes x) { return silu(x); });
-      break;
+      return apply([](Lanes x) __attribute__((always_inline)) { return silu(x); });
     case Pointwise::kGelu:
-      apply(out, k, [](Lanes x) { return gelu(x); });
-      break;
+      return apply([](Lanes x) __attribute__((always_inline)) { return gelu(x); });
     case Pointwise::kGeluTanh:
-      apply(out, k, [](Lanes x) { return gelu_tanh(x); });
-      break;
+      return apply([](Lanes x) __attribute__((always_inline)) { return gelu_tanh(x); });
     case Pointwise::kQuickGelu:
-      apply(out, k, [](Lanes x) { return quick_gelu(x); });
-      break;
+      return apply([](Lanes x) __attribute__((always_inline)) { return quick_gelu(x); });
     case Pointwise::kCast:
     case Pointwise::kAdd:
-      break;
+      return apply([](Lanes x) __attribute__((always_inline)) { return x; });
   }
-  if (task.second.data) {
-    load_row(task.second, row, k, scratch);
-    if (task.function == Pointwise::kAdd) {
-      for (int64_t i = 0; i < k; ++i) out[i] += scratch[i];
-    } else {
-      // An activation has a value of its own in the model, of x's type.
-      round_row(out, k, task.x.dtype);
-      for (int64_t i = 0; i < k; ++i) out[i] *= scratch[i];
-    }
-  }
-  round_row(out, k, task.dtype);
+}
+
+// Stores a row whose values are of `dtype` already.
+void store_row(const float* row, int64_t k, Dtype dtype, void* out, int64_t start) {
+  for_each_vector(k, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+    store(load_floats(row + i, lanes), out, dtype, start + i, lanes);
+  });
 }
 
 }  // namespace
