@@ -363,7 +363,10 @@ def _quantize(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="micromix-offload-") as folder:
         start = time.monotonic()
         offload = Path(folder) if arguments.offload else None
-        model, tokenizer = load(arguments.model, getattr(torch, arguments.dtype), offload)
+        calibrates = plan is None and _calibrates(arguments)
+        model, tokenizer = load(
+            arguments.model, getattr(torch, arguments.dtype), offload, needs_tokenizer=calibrates
+        )
         if not arguments.offload:
             model.to(arguments.device)
         if plan is None:
@@ -463,8 +466,13 @@ def _given_plan(arguments: argparse.Namespace):
 
 def _plan_or_recipe(model, tokenizer, arguments: argparse.Namespace):
     """What the flags of a recipe ask for: a recipe that needs no calibration, or a plan from one."""
-    recipe = _recipe(arguments)
-    return recipe if recipe.method == "format" else _calibrated(model, tokenizer, arguments)
+    return (
+        _calibrated(model, tokenizer, arguments) if _calibrates(arguments) else _recipe(arguments)
+    )
+
+
+def _calibrates(arguments: argparse.Namespace) -> bool:
+    return _recipe(arguments).method != "format"
 
 
 def _calibrated(model, tokenizer, arguments: argparse.Namespace):

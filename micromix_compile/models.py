@@ -21,12 +21,14 @@ def load(
     name_or_path: str | Path,
     dtype: torch.dtype | str = torch.bfloat16,
     offload: Path | None = None,
-) -> tuple[PreTrainedModel, Tokenizer]:
+    needs_tokenizer: bool = True,
+) -> tuple[PreTrainedModel, Tokenizer | None]:
     """The causal language model and the tokenizer of a Hugging Face directory, or of the built-in name `smollm2`.
 
     A name that is no local directory is looked for in the Hugging Face cache of this machine; nothing is downloaded.
     The model is in evaluation mode. With `offload`, its weights stay on disk until the layer that needs them runs:
-    in its own files where they can be read as they are, else in that folder. `dtype` may be "auto". Raises `ModelLoadError` when there is no such model, or it cannot be read.
+    in its own files where they can be read as they are, else in that folder. `dtype` may be "auto". A tokenizer that is not needed is None where the
+    directory has none. Raises `ModelLoadError` when there is no such model, or it cannot be read.
     """
     if str(name_or_path) == SMOLLM2:
         return load_smollm2(dtype)
@@ -35,7 +37,9 @@ def load(
         model = AutoModelForCausalLM.from_pretrained(
             name_or_path, dtype=dtype, local_files_only=True, **placement
         )
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=True)
+        tokenizer = None
+        if needs_tokenizer or _has_tokenizer(Path(name_or_path)):
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         if Path(name_or_path).is_dir():
             reason = str(error).strip().splitlines()[0].rstrip(".")
@@ -45,6 +49,12 @@ def load(
             mend = f"Give a directory, or {SMOLLM2}, or first run: hf download {name_or_path}"
         raise ModelLoadError(model=name_or_path, reason=reason, mend=mend) from error
     return model.eval(), tokenizer
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    return not directory.is_dir() or any(
+        file.name.startswith(("token", "vocab")) for file in directory.iterdir()
+    )
 
 
 def load_smollm2(dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrainedModel, Tokenizer]:

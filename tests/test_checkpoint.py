@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from architectures import build
-from tiny_llama import save_tiny
+from tiny_llama import save_tiny, tiny_llama
 from transformers import AutoModelForCausalLM
 
 import micromix_compile as micromix
@@ -499,3 +499,14 @@ def test_the_command(source, ids, tmp_path, capsys):
     assert main(["quantize", str(source), str(tmp_path / "third"), *arguments]) == 0
     assert contents(tmp_path / "other") == contents(tmp_path / "third")
     assert main(["quantize", str(source), str(tmp_path / "x"), *arguments, *flags]) == 1
+
+
+def test_a_model_without_a_tokenizer(tmp_path):
+    """A plan or one format needs none; calibration does, and says so."""
+    source, out = tmp_path / "model", tmp_path / "packed"
+    tiny_llama().save_pretrained(source)
+    assert main(["quantize", str(source), str(out), "--format", "mxfp8"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md", "config.json", "generation_config.json", "model.safetensors",
+    ]  # fmt: skip
+    assert main(["quantize", str(source), str(tmp_path / "other")]) == 1
