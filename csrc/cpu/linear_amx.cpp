@@ -142,54 +142,81 @@ void load_sums(const Sums& sums) {
   _tile_loadd(3, sums.values[3], kLine);
 }
 
-// Whether bfloat16 results are written past the caches: whole lines of a result that L2 would not
-// keep. To read each line first, as a store does, costs an eighth of the product's time.
-bool passes_caches(const LinearTask& task) {
-  constexpr int64_t kKept = 1 << 20;
-  return task.m * task.n * 2 > kKept && task.n * 2 % kLine == 0 &&
-         reinterpret_cast<uintptr_t>(task.out) % kLine == 0;
+// Stores sums and loads, or clears, the next ones, tile by tile: products on the tiles that are
+// loaded run while others are stored.
+void exchange_sums(Sums& to, const Sums* from) {
+  if (!from) {
+    store_sums(to);
+    return clear_sums();
+  }
+  _tile_stored(0, to.values[0], kLine);
+  _tile_loadd(0, from->values[0], kLine);
+  _tile_stored(1, to.values[1], kLine);
+  _tile_loadd(1, from->values[1], kLine);
+  _tile_stored(2, to.values[2], kLine);
+  _tile_loadd(2, from->values[2], kLine);
+  _tile_stored(3, to.values[3], kLine);
+  _tile_loadd(3, from->values[3], kLine);
 }
 
-// The end of 2 x 2 tiles: bias, one rounding, store. A second panel that does not exist is left
-// out.
-void finish_pair(const LinearTask& task, const Sums& sums, int64_t first_row, int64_t panel,
-                 int64_t last_panel) {
-  const int64_t rows = task.m - first_row < 2 * kTileRows ? task.m - first_row : 2 * kTileRows;
-  const bool whole = panel + 2 <= last_panel && task.n >= (panel + 2) * kTileRows;
-  if (whole && task.out_dtype == Dtype::kBFloat16) {
+// The end of 2 x 2 tiles whose sums are in memory: bias, one rounding, store. A second panel that
+// does not exist is left out.
+class PairEnd {
+ public:
+  PairEnd() = default;
+  PairEnd(const LinearTask& task, const Sums& sums, int64_t first_row, int64_t panel,
+          int64_t last_panel)
+      : sums_(&sums), first_row_(first_row), panel_(panel), last_panel_(last_panel) {
+    rows_ = task.m - first_row < 2 * kTileRows ? task.m - first_row : 2 * kTileRows;
+    whole_ = panel + 2 <= last_panel && task.n >= (panel + 2) * kTileRows &&
+             task.out_dtype == Dtype::kBFloat16;
+  }
+
+  // Brings the lines of rows [first, last) to L2: a store that waits for L3 holds up all others.
+  [[gnu::always_inline]] void fetch(const LinearTask& task, int64_t first, int64_t last) const {
+    last = last < rows_ ? last : rows_;
+    if (!whole_) return;
+    const uint16_t* out = at(task, first);
+    for (int64_t r = first; r < last; ++r, out += task.n) _mm_prefetch(out, _MM_HINT_T1);
+  }
+
+  // Rows [first, last) of the pair, those of them that exist.
+  [[gnu::always_inline]] void run(const LinearTask& task, int64_t first, int64_t last) const {
+    last = last < rows_ ? last : rows_;
+    if (!whole_) return run_slow(task, first, last);
     const auto bias = [&](int c) {
-      const int64_t n = (panel + c) * kTileRows;
+      const int64_t n = (panel_ + c) * kTileRows;
       return task.bias ? load_floats(task.bias, task.bias_dtype, n, 0xFFFF) : _mm512_setzero_ps();
     };
     const __m512 bias0 = bias(0), bias1 = bias(1);
-    uint16_t* out = static_cast<uint16_t*>(task.out) + first_row * task.n + panel * kTileRows;
-    const auto each_row = [&](auto store) [[gnu::always_inline]] {
-      for (int64_t r = 0; r < rows; ++r, out += task.n) {
-        const auto* const tiles = sums.values + r / kTileRows * 2;
-        const __m512 low = _mm512_add_ps(_mm512_load_ps(tiles[0][r % kTileRows]), bias0);
-        const __m512 high = _mm512_add_ps(_mm512_load_ps(tiles[1][r % kTileRows]), bias1);
-        store(out, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+    uint16_t* out = at(task, first);
+    for (int64_t r = first; r < last; ++r, out += task.n) {
+      const auto* const tiles = sums_->values + r / kTileRows * 2;
+      const __m512 low = _mm512_add_ps(_mm512_load_ps(tiles[0][r % kTileRows]), bias0);
+      const __m512 high = _mm512_add_ps(_mm512_load_ps(tiles[1][r % kTileRows]), bias1);
+      _mm512_storeu_si512(out, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+    }
+  }
+
+ private:
+  uint16_t* at(const LinearTask& task, int64_t row) const {
+    return static_cast<uint16_t*>(task.out) + (first_row_ + row) * task.n + panel_ * kTileRows;
+  }
+
+  void run_slow(const LinearTask& task, int64_t first, int64_t last) const {
+    for (int c = 0; c < 2 && panel_ + c < last_panel_; ++c) {
+      const __mmask16 columns = column_mask(task, panel_ + c);
+      for (int64_t r = first; r < last; ++r) {
+        const float* const row = sums_->values[r / kTileRows * 2 + c][r % kTileRows];
+        finish(task, first_row_ + r, panel_ + c, columns, _mm512_load_ps(row));
       }
-    };
-    // A pair that begins at an odd panel, where a thread's share does, begins in the middle of a
-    // line.
-    if (passes_caches(task) && panel % 2 == 0) {
-      each_row([](uint16_t* to, __m512i line) {
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(to), line);
-      });
-    } else {
-      each_row([](uint16_t* to, __m512i line) { _mm512_storeu_si512(to, line); });
-    }
-    return;
-  }
-  for (int c = 0; c < 2 && panel + c < last_panel; ++c) {
-    const __mmask16 columns = column_mask(task, panel + c);
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* const row = sums.values[r / kTileRows * 2 + c][r % kTileRows];
-      finish(task, first_row + r, panel + c, columns, _mm512_load_ps(row));
     }
   }
-}
+
+  const Sums* sums_ = nullptr;
+  int64_t first_row_ = 0, panel_ = 0, last_panel_ = 0, rows_ = 0;
+  bool whole_ = false;
+};
 
 // The end of 3 or 4 row tiles x 1.
 void finish_column(const LinearTask& task, const Sums& sums, int64_t first_row, int64_t panel) {
@@ -244,7 +271,7 @@ void run_streamed(const Context& context, int64_t first_row, int64_t first_panel
     }
     store_sums(*context.sums);
     if constexpr (kColumns == 2) {
-      finish_pair(task, *context.sums, first_row, p, context.last_panel);
+      PairEnd(task, *context.sums, first_row, p, context.last_panel).run(task, 0, 2 * kTileRows);
     } else {
       finish_column(task, *context.sums, first_row, p);
     }
@@ -257,68 +284,102 @@ int64_t blocks_at_once(int64_t blocks) {
   return (blocks + steps - 1) / steps;
 }
 
-// Many rows.
-void run_blocked(const Context& context, int64_t first_panel) {
+// What run_blocked has in the caches at once: panels [p0, p1), row tiles [t0, t1), blocks [b0, b1).
+struct Range {
+  int64_t p0, p1, t0, t1, b0, b1;
+
+  int64_t blocks() const { return b1 - b0; }
+  int64_t pair_bytes() const { return blocks() * 2 * kTileBytes; }
+};
+
+// Decodes the weight of the range: pairs of panels, each [block][2 tiles].
+void decode_range(const Context& context, const Range& range) {
+  for (int64_t p = range.p0; p < range.p1 || (p - range.p0) % 2; ++p) {
+    const uint8_t *const panel = context.panel(p), *const next = context.panel(p + 1);
+    const int64_t of_pair = (p - range.p0) % 2 * kTileBytes;
+    uint8_t* out = context.decoded + (p - range.p0) / 2 * range.pair_bytes() + of_pair;
+    for_each_block(context.task.layout, context.sizes.scale_bytes, range.b0, range.b1,
+                   [&]<mx::ElementFormat kFormat>(int64_t b, int64_t tile) {
+                     // The same block of the next panel, which no hardware would foresee, and the
+                     // place of the block after the next one.
+                     for (int line = 0; line < kFormat.bits; ++line) {
+                       _mm_prefetch(next + tile + line * kLine, _MM_HINT_T0);
+                     }
+                     for (int line = 0; line < kTileRows; ++line) {
+                       __builtin_prefetch(out + 4 * kTileBytes + line * kLine, 1);
+                     }
+                     decode_tile<kFormat>(panel + tile, panel + b * kTileRows, out);
+                     out += 2 * kTileBytes;
+                   });
+  }
+}
+
+// Adds the products of the range to the sums; at the end of K, brings those to their end.
+void multiply_range(const Context& context, const Range& range) {
   const LinearTask& task = context.task;
-  const int64_t last_panel = context.last_panel, blocks = task.layout.blocks();
-  const int64_t step = blocks_at_once(blocks), rows = blocks * kTileBytes;
-  for (int64_t p0 = first_panel; p0 < last_panel; p0 += 2 * kMaxPairs) {
-    const int64_t p1 = p0 + 2 * kMaxPairs < last_panel ? p0 + 2 * kMaxPairs : last_panel;
-    for (int64_t t0 = 0; t0 < row_tiles(task); t0 += kMaxRowTiles) {
-      const int64_t t1 = t0 + kMaxRowTiles < row_tiles(task) ? t0 + kMaxRowTiles : row_tiles(task);
-      for (int64_t first = 0; first < blocks; first += step) {
-        const int64_t last = first + step < blocks ? first + step : blocks;
-        // Pairs of panels, each [block][2 tiles].
-        const int64_t pair_bytes = (last - first) * 2 * kTileBytes;
-        for (int64_t p = p0; p < p1 || (p - p0) % 2; ++p) {
-          const uint8_t *const panel = context.panel(p), *const next = context.panel(p + 1);
-          uint8_t* const out =
-              context.decoded + (p - p0) / 2 * pair_bytes + (p - p0) % 2 * kTileBytes;
-          for_each_block(task.layout, context.sizes.scale_bytes, first, last,
-                         [&]<mx::ElementFormat kFormat>(int64_t b, int64_t tile) {
-                           // The same block of the next panel, which no hardware would foresee.
-                           for (int line = 0; line < kFormat.bits; ++line) {
-                             _mm_prefetch(next + tile + line * kLine, _MM_HINT_T0);
-                           }
-                           decode_tile<kFormat>(panel + tile, panel + b * kTileRows,
-                                                out + (b - first) * 2 * kTileBytes);
-                         });
+  const int64_t rows = task.layout.blocks() * kTileBytes;
+  const bool begins = range.b0 == 0, ends = range.b1 == task.layout.blocks();
+  // The last sums of a pair stay in L1, and are brought to their end beside the next pair's
+  // products.
+  Sums& ended = context.sums[kMaxPairs * ((range.t1 - range.t0) / 2)];
+  PairEnd end;
+  const int64_t end_rows = (2 * kTileRows + range.blocks() - 1) / range.blocks();
+  Sums* sums = context.sums;
+  if (begins) {
+    clear_sums();
+  } else {
+    load_sums(*sums);
+  }
+  for (int64_t t = range.t0; t < range.t1; t += 2) {
+    const uint8_t* const a = context.prepared + t * rows + range.b0 * kTileBytes;
+    for (int64_t p = range.p0; p < range.p1; p += 2, ++sums) {
+      const uint8_t* const b = context.decoded + (p - range.p0) / 2 * range.pair_bytes();
+      // Each pair of panels fetches the next pair's sums to L1, which lie on another page, and a
+      // quarter of one of the next two row tiles to L2.
+      const int64_t pair = (p - range.p0) / 2, quarter = range.blocks() * kTileBytes / 4;
+      const uint8_t* const next = a + (2 + pair / 4) * rows + pair % 4 * quarter;
+      const uint8_t* const next_sums = reinterpret_cast<const uint8_t*>(sums + 1);
+      const PairEnd next_end = ends ? PairEnd(task, ended, t * kTileRows, p, range.p1) : PairEnd();
+      for (int64_t i = 0; i < range.blocks(); ++i) {
+#pragma GCC unroll 4
+        for (int line = 0; line < 4; ++line) {
+          _mm_prefetch(next + i * kTileBytes / 4 + line * kLine, _MM_HINT_T1);
         }
-        asm volatile("" : : : "memory");  // gcc 12: _tile_loadd reads memory
-        Sums* sums = context.sums;
-        for (int64_t t = t0; t < t1; t += 2) {
-          const uint8_t* const a = context.prepared + t * rows + first * kTileBytes;
-          for (int64_t p = p0; p < p1; p += 2, ++sums) {
-            const uint8_t* const b = context.decoded + (p - p0) / 2 * pair_bytes;
-            if (first == 0) {
-              clear_sums();
-            } else {
-              load_sums(*sums);
-            }
-            // Each pair of panels fetches the next pair's sums to L1, which lie on another page,
-            // and a quarter of one of the next two row tiles to L2.
-            const int64_t pair = (p - p0) / 2, quarter = (last - first) * kTileBytes / 4;
-            const uint8_t* const next = a + (2 + pair / 4) * rows + pair % 4 * quarter;
-            for (int64_t i = 0; i < last - first; ++i) {
+        if (!begins || !ends) {
 #pragma GCC unroll 4
-              for (int line = 0; line < 4; ++line) {
-                _mm_prefetch(next + i * kTileBytes / 4 + line * kLine, _MM_HINT_T1);
-              }
-              const char* const next_sums = reinterpret_cast<const char*>(sums + 1);
-#pragma GCC unroll 4
-              for (int line = 0; line < 4; ++line) {
-                _mm_prefetch(next_sums + (4 * i + line) * kLine, _MM_HINT_T0);
-              }
-              multiply<2, true>(a + i * kTileBytes, rows, b + i * 2 * kTileBytes);
-            }
-            store_sums(*sums);
-            if (last == blocks) finish_pair(task, *sums, t * kTileRows, p, p1);
+          for (int line = 0; line < 4; ++line) {
+            _mm_prefetch(next_sums + (4 * i + line) * kLine, _MM_HINT_T0);
           }
         }
+        next_end.fetch(task, i * end_rows, (i + 1) * end_rows);
+        multiply<2, true>(a + i * kTileBytes, rows, b + i * 2 * kTileBytes);
+        end.run(task, i * end_rows, (i + 1) * end_rows);
+      }
+      exchange_sums(ends ? ended : *sums, begins ? nullptr : sums + 1);
+      end = next_end;
+    }
+  }
+  end.run(task, 0, 2 * kTileRows);
+}
+
+// Many rows.
+void run_blocked(const Context& context, int64_t first_panel) {
+  const int64_t blocks = context.task.layout.blocks(), tiles = row_tiles(context.task);
+  const int64_t step = blocks_at_once(blocks);
+  const auto at_most = [](int64_t value, int64_t limit) { return value < limit ? value : limit; };
+  for (int64_t p = first_panel; p < context.last_panel; p += 2 * kMaxPairs) {
+    for (int64_t t = 0; t < tiles; t += kMaxRowTiles) {
+      for (int64_t b = 0; b < blocks; b += step) {
+        const Range range{p, at_most(p + 2 * kMaxPairs, context.last_panel),
+                          t, at_most(t + kMaxRowTiles, tiles),
+                          b, at_most(b + step, blocks)};
+        // With all of K in one step the weight of the rows before serves these.
+        if (t == 0 || step < blocks) decode_range(context, range);
+        asm volatile("" : : : "memory");  // gcc 12: _tile_loadd reads memory
+        multiply_range(context, range);
       }
     }
   }
-  _mm_sfence();  // after stores that pass the caches
 }
 
 // Scratch: the decoded weight, the sums, one row for AVX-512.
@@ -329,7 +390,7 @@ struct Scratch {
     const bool streamed = task.m <= kStreamedRows;
     const int64_t tiles = row_tiles(task) < kMaxRowTiles ? row_tiles(task) : kMaxRowTiles;
     decoded = (streamed ? kRing : kMaxPairs * kMaxBlocks) * 2 * kTileBytes;
-    sums = (streamed ? 1 : kMaxPairs * ((tiles + 1) / 2)) * sizeof(Sums);
+    sums = (streamed ? 1 : kMaxPairs * ((tiles + 1) / 2) + 1) * sizeof(Sums);
     LinearTask one = task;
     one.m = 1;
     row = kLinearAvx512.prepared_bytes(one);
