@@ -11,13 +11,15 @@ using namespace avx512;
 
 constexpr int kGroup = 16;  // blocks whose amax are found together
 
-// What a row needs: the row in float32 where it must be gathered from another type, the values
-// block by block, and per block its amax and its factor, whole groups of them.
+// What a row needs: its values block by block, and per block its amax and its factor, whole groups
+// of them. Rows of a 16-bit type that an order gathers come in pairs: channel by channel the two
+// side by side in one word, so that one index and one load serve both, and the same in the order.
 struct Scratch {
-  float* row;
   float* values;
   uint32_t* amax;
   float* factor;
+  uint32_t* ordered;
+  uint32_t* pairs;
   int64_t bytes;
 
   Scratch(const QuantizeTask& task, void* memory) {
@@ -25,8 +27,9 @@ struct Scratch {
     values = static_cast<float*>(memory);
     amax = reinterpret_cast<uint32_t*>(values + task.layout.channels());
     factor = reinterpret_cast<float*>(amax + blocks);
-    row = factor + blocks;
-    bytes = (task.layout.channels() + 2 * blocks + task.k) * static_cast<int64_t>(sizeof(float));
+    ordered = reinterpret_cast<uint32_t*>(factor + blocks);
+    pairs = ordered + task.layout.channels();
+    bytes = (2 * task.layout.channels() + 2 * blocks + task.k) * int64_t{sizeof(float)};
   }
 };
 
@@ -63,14 +66,45 @@ template <Dtype kDtype>
                load_floats(row, kDtype, at + 16, lanes_before(at + 16, k)));
 }
 
-// The values of the channels that `order` names; -1 names none and gives zero.
-[[gnu::always_inline]] inline Pair gather_block(const float* row, const int32_t* order) {
-  const auto gather = [&](int64_t i) __attribute__((always_inline)) {
-    const __m512i channels = _mm512_loadu_si512(order + i);
+// The 32-bit words of the channels that `order` names; -1 names none and gives zero.
+[[gnu::always_inline]] inline Pair gather_block(const void* words, const int32_t* order) {
+  const auto gather = [&](__m512 indices) __attribute__((always_inline)) {
+    const __m512i channels = _mm512_castps_si512(indices);
     const __mmask16 real = _mm512_cmpge_epi32_mask(channels, _mm512_setzero_si512());
-    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), real, channels, row, sizeof(float));
+    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), real, channels, words, sizeof(float));
   };
-  return split(gather(0), gather(16));
+  const Pair channels = split(_mm512_loadu_ps(order), _mm512_loadu_ps(order + 16));
+  return {gather(channels.even), gather(channels.odd)};
+}
+
+// Brings two rows of a 16-bit type into `order`.
+void order_pair(const QuantizeTask& task, const uint16_t* row, const uint16_t* next,
+                const Scratch& scratch) {
+  for (int64_t i = 0; i < task.k; i += 16) {
+    const __mmask16 mask = lanes_before(i, task.k);
+    const auto widen = [&](const uint16_t* from) __attribute__((always_inline)) {
+      return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from + i));
+    };
+    const __m512i words = _mm512_or_si512(widen(row), _mm512_slli_epi32(widen(next), 16));
+    _mm512_mask_storeu_epi32(scratch.pairs + i, mask, words);
+  }
+  for (int64_t i = 0; i < task.layout.channels(); i += mx::kBlock) {
+    const Pair words = gather_block(scratch.pairs, task.order + i);
+    _mm512_storeu_ps(scratch.ordered + i, words.even);
+    _mm512_storeu_ps(scratch.ordered + i + 16, words.odd);
+  }
+}
+
+// The values of one row of a pair.
+template <Dtype kDtype>
+[[gnu::always_inline]] inline __m512 of_pair(const uint32_t* words, bool second) {
+  __m512i bits = _mm512_loadu_si512(words);
+  if constexpr (kDtype == Dtype::kBFloat16) {
+    const __m512i high = _mm512_set1_epi32(static_cast<int32_t>(0xFFFF0000));
+    return _mm512_castsi512_ps(second ? _mm512_and_si512(bits, high) : _mm512_slli_epi32(bits, 16));
+  }
+  if (second) bits = _mm512_srli_epi32(bits, 16);
+  return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(bits));
 }
 
 // Sums and differences of lanes whose numbers differ in one bit: `swapped` is x with them
@@ -234,67 +268,74 @@ void quantize_segment(const mx::Segment& segment, const Scratch& scratch, const 
   return layout.hadamard((channel >= layout.k4) + (channel >= layout.k4 + layout.k6));
 }
 
+// The first pass over a row; of a pair that is in order, over its first or second row.
 template <Dtype kDtype, bool kRotates>
-void load_row(const QuantizeTask& task, const void* row, const Scratch& scratch) {
-  const int64_t k = task.k;
-  const auto turn = [&](Pair values, int64_t block) __attribute__((always_inline)) {
-    if constexpr (kRotates) {
-      if (rotated(task.layout, block)) return hadamard(values);
-    }
-    return values;
+void load_row(const QuantizeTask& task, const void* row, bool second, const Scratch& scratch) {
+  const auto load = [&](const auto& block_at) __attribute__((always_inline)) {
+    load_row(task.layout.blocks(), scratch, [&](int64_t b) __attribute__((always_inline)) {
+      const Pair values = block_at(b * mx::kBlock);
+      if constexpr (kRotates) {
+        if (rotated(task.layout, b)) return hadamard(values);
+      }
+      return values;
+    });
   };
   if (!task.order) {
-    load_row(task.layout.blocks(), scratch, [&](int64_t b) __attribute__((always_inline)) {
-      return turn(load_block<kDtype>(row, b * mx::kBlock, k), b);
+    load([&](int64_t at)
+             __attribute__((always_inline)) { return load_block<kDtype>(row, at, task.k); });
+  } else if constexpr (kDtype == Dtype::kFloat32) {
+    load([&](int64_t at)
+             __attribute__((always_inline)) { return gather_block(row, task.order + at); });
+  } else {
+    load([&](int64_t at) __attribute__((always_inline)) {
+      const uint32_t* const words = scratch.ordered + at;
+      return Pair{of_pair<kDtype>(words, second), of_pair<kDtype>(words + 16, second)};
     });
-    return;
   }
-  const float* floats = static_cast<const float*>(row);
-  if constexpr (kDtype != Dtype::kFloat32) {
-    for (int64_t i = 0; i < k; i += 16) {
-      const __mmask16 mask = lanes_before(i, k);
-      _mm512_mask_storeu_ps(scratch.row + i, mask, load_floats(row, kDtype, i, mask));
-    }
-    floats = scratch.row;
-  }
-  load_row(task.layout.blocks(), scratch, [&](int64_t b) __attribute__((always_inline)) {
-    return turn(gather_block(floats, task.order + b * mx::kBlock), b);
-  });
 }
 
 template <Dtype kDtype>
-void load_row(const QuantizeTask& task, const void* row, const Scratch& scratch) {
-  if (task.layout.rotates_any()) {
-    load_row<kDtype, true>(task, row, scratch);
-  } else {
-    load_row<kDtype, false>(task, row, scratch);
-  }
-}
-
 void run(const QuantizeTask& task, int64_t first_row, int64_t last_row, void* memory) {
   const mx::MixedLayout& layout = task.layout;
   const Scratch scratch(task, memory);
-  const int64_t element = task.x_dtype == Dtype::kFloat32 ? sizeof(float) : sizeof(uint16_t);
+  constexpr int64_t kElement = kDtype == Dtype::kFloat32 ? sizeof(float) : sizeof(uint16_t);
+  constexpr int64_t kBlockBytes = mx::kBlock * kElement;
+  const int64_t rows_at_once = task.order && kDtype != Dtype::kFloat32 ? 2 : 1;
+  const auto at = [&](int64_t r) {
+    return static_cast<const uint8_t*>(task.x) +
+           (r < last_row ? r : last_row - 1) * task.k * kElement;
+  };
   for (int64_t r = first_row; r < last_row; ++r) {
-    const uint8_t* const row = static_cast<const uint8_t*>(task.x) + r * task.k * element;
-    const uint8_t* const next = r + 1 < last_row ? row + task.k * element : row;
-    const int64_t block_bytes = mx::kBlock * element;
-    if (task.x_dtype == Dtype::kBFloat16) load_row<Dtype::kBFloat16>(task, row, scratch);
-    if (task.x_dtype == Dtype::kFloat16) load_row<Dtype::kFloat16>(task, row, scratch);
-    if (task.x_dtype == Dtype::kFloat32) load_row<Dtype::kFloat32>(task, row, scratch);
+    const bool second = (r - first_row) % rows_at_once != 0;
+    if (rows_at_once == 2 && !second) {
+      order_pair(task, reinterpret_cast<const uint16_t*>(at(r)),
+                 reinterpret_cast<const uint16_t*>(at(r + 1)), scratch);
+    }
+    if (layout.rotates_any()) {
+      load_row<kDtype, true>(task, at(r), second, scratch);
+    } else {
+      load_row<kDtype, false>(task, at(r), second, scratch);
+    }
+    const uint8_t* const next = at(r + rows_at_once);
     uint8_t* const data = task.data + r * layout.row_bytes();
     uint8_t* const scales = task.scales + r * layout.blocks();
     for (const mx::Segment& s : layout.segments()) {
       if (s.format == mx::E2M1)
-        quantize_segment<mx::E2M1>(s, scratch, next, block_bytes, data, scales);
+        quantize_segment<mx::E2M1>(s, scratch, next, kBlockBytes, data, scales);
       if (s.format == mx::E2M3)
-        quantize_segment<mx::E2M3>(s, scratch, next, block_bytes, data, scales);
+        quantize_segment<mx::E2M3>(s, scratch, next, kBlockBytes, data, scales);
       if (s.format == mx::E3M2)
-        quantize_segment<mx::E3M2>(s, scratch, next, block_bytes, data, scales);
+        quantize_segment<mx::E3M2>(s, scratch, next, kBlockBytes, data, scales);
       if (s.format == mx::E4M3)
-        quantize_segment<mx::E4M3>(s, scratch, next, block_bytes, data, scales);
+        quantize_segment<mx::E4M3>(s, scratch, next, kBlockBytes, data, scales);
     }
   }
+}
+
+void run(const QuantizeTask& task, int64_t first_row, int64_t last_row, void* memory) {
+  if (task.x_dtype == Dtype::kBFloat16) run<Dtype::kBFloat16>(task, first_row, last_row, memory);
+  if (task.x_dtype == Dtype::kFloat16) run<Dtype::kFloat16>(task, first_row, last_row, memory);
+  if (task.x_dtype == Dtype::kFloat32) run<Dtype::kFloat32>(task, first_row, last_row, memory);
 }
 
 }  // namespace
