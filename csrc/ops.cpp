@@ -148,6 +148,28 @@ void launch(const cpu::LinearKernel& kernel, const cpu::LinearTask* tasks, size_
   });
 }
 
+// Checks a weight and its bias, and gives the task, which has its activations, what it lacks of
+// them. Returns the result's memory: rows of `like`, a tensor whose rows the activations are.
+Tensor add_weight(const char* op, cpu::LinearTask& task, const Tensor& like, const Tensor& weight,
+                  std::optional<Tensor>& bias, ScalarType dtype) {
+  const int64_t n = task.n;
+  MICROMIX_CHECK(n >= 0, "micromix::", op, ": n must not be negative; got ", n);
+  task.out_dtype = checked_dtype(op, "dtype", dtype);
+  check_placed(op, weight, task.layout, n);
+  task.weight = static_cast<const uint8_t*>(weight.const_data_ptr());
+  if (bias) {
+    task.bias_dtype = checked_dtype(op, "bias", bias->scalar_type());
+    MICROMIX_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == n, "micromix::", op,
+                   ": bias must be [", n, "] on the CPU");
+    *bias = dense(*bias);
+    task.bias = bias->const_data_ptr();
+  }
+  const int32_t shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  Tensor result = empty_rows(like, n, shim_dtype);
+  task.out = result.mutable_data_ptr();
+  return result;
+}
+
 // Products of one activation with several weights of one layout, in one launch: the activations are
 // decoded once, and the panels of all weights are shared out together.
 std::vector<Tensor> products(const char* op, Tensor data, Tensor scales,
@@ -157,7 +179,6 @@ std::vector<Tensor> products(const char* op, Tensor data, Tensor scales,
                              ScalarType dtype) {
   check_bytes(op, "data", data);
   check_bytes(op, "scales", scales);
-  const Dtype out_dtype = checked_dtype(op, "dtype", dtype);
   MICROMIX_CHECK(data.dim() > 0 && data.size(data.dim() - 1) == layout.row_bytes(),
                  "micromix::", op, ": data must be [..., ", layout.row_bytes(),
                  "], the last dimension is ", data.dim() ? data.size(data.dim() - 1) : 0);
@@ -169,26 +190,13 @@ std::vector<Tensor> products(const char* op, Tensor data, Tensor scales,
   data = dense(data);
   scales = dense(scales);
 
-  const int32_t shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   std::vector<Tensor> results;
   std::vector<cpu::LinearTask> tasks;
   for (size_t i = 0; i < weights.size(); ++i) {
-    MICROMIX_CHECK(n[i] >= 0, "micromix::", op, ": n must not be negative; got ", n[i]);
-    check_placed(op, weights[i], layout, n[i]);
     cpu::LinearTask task{layout, m, n[i]};
     task.data = static_cast<const uint8_t*>(data.const_data_ptr());
     task.scales = static_cast<const uint8_t*>(scales.const_data_ptr());
-    task.weight = static_cast<const uint8_t*>(weights[i].const_data_ptr());
-    if (biases[i]) {
-      task.bias_dtype = checked_dtype(op, "bias", biases[i]->scalar_type());
-      MICROMIX_CHECK(biases[i]->is_cpu() && biases[i]->dim() == 1 && biases[i]->size(0) == n[i],
-                     "micromix::", op, ": bias must be [", n[i], "] on the CPU");
-      *biases[i] = dense(*biases[i]);
-      task.bias = biases[i]->const_data_ptr();
-    }
-    results.push_back(empty_rows(data, n[i], shim_dtype));
-    task.out = results.back().mutable_data_ptr();
-    task.out_dtype = out_dtype;
+    results.push_back(add_weight(op, task, data, weights[i], biases[i], dtype));
     if (m > 0 && n[i] > 0) tasks.push_back(task);
   }
   for (size_t first = 0; first < tasks.size();) {
@@ -216,6 +224,24 @@ std::vector<Tensor> linears(Tensor data, Tensor scales, std::vector<Tensor> weig
                  "micromix::linears: weights, biases and n must be of one length; got ",
                  weights.size(), ", ", biases.size(), " and ", n.size());
   return products("linears", data, scales, weights, biases, n, layout, dtype);
+}
+
+Tensor weight_only_linear(Tensor x, std::optional<Tensor> order, Tensor weight,
+                          std::optional<Tensor> bias, int64_t n, int64_t k4, int64_t k6, int64_t k8,
+                          int64_t format, ScalarType dtype) {
+  const char* const op = "weight_only_linear";
+  const mx::MixedLayout layout = checked_layout(op, k4, k6, k8, format);
+  MICROMIX_CHECK(x.dim() > 0, "micromix::", op, ": x needs at least one dimension, the channels");
+  cpu::LinearTask task{layout, rows_of(x), n};
+  task.weight_only = true;
+  task.x_dtype = checked_dtype(op, "x", x.scalar_type());
+  task.k = x.size(x.dim() - 1);
+  x = dense(x);
+  task.x = x.const_data_ptr();
+  task.order = checked_order(op, x, order, layout, task.k);
+  Tensor result = add_weight(op, task, x, weight, bias, dtype);
+  if (task.m > 0 && n > 0) launch(cpu::linear_kernel(task), &task, 1);
+  return result;
 }
 
 // What was built, one "key=value" a line.
@@ -248,6 +274,9 @@ STABLE_TORCH_LIBRARY(micromix, m) {
   m.def(
       "linears(Tensor data, Tensor scales, Tensor[] weights, Tensor?[] biases, int[] n, int k4, "
       "int k6, int k8, int format, ScalarType dtype) -> Tensor[]");
+  m.def(
+      "weight_only_linear(Tensor x, Tensor? order, Tensor weight, Tensor? bias, int n, int k4, "
+      "int k6, int k8, int format, ScalarType dtype) -> Tensor");
   m.def("place_weight(Tensor data, Tensor scales, int k4, int k6, int k8, int format) -> Tensor");
   m.def(
       "unplace_weight(Tensor weight, int n, int k4, int k6, int k8, int format) "
@@ -261,6 +290,7 @@ STABLE_TORCH_LIBRARY_IMPL(micromix, CPU, m) {
   m.impl("quantize", TORCH_BOX(&quantize));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linears", TORCH_BOX(&linears));
+  m.impl("weight_only_linear", TORCH_BOX(&weight_only_linear));
   m.impl("place_weight", TORCH_BOX(&place_weight));
   m.impl("unplace_weight", TORCH_BOX(&unplace_weight));
 }

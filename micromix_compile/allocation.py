@@ -114,6 +114,7 @@ def _plan_group(names: list[str], inputs: ChannelStatistics, recipe: Recipe) -> 
         order=channel_order(inputs.metric(recipe.sort), counts, recipe.hadamard),
         weights=recipe.weights,
         weight_rules=recipe.weight_rules,
+        activations=recipe.activations,
         group=names[0],
     )
 
@@ -129,6 +130,7 @@ def _budget_plan(
         order=None if torch.equal(budget.order, identity) else budget.order,
         weights=recipe.weights,
         weight_rules=recipe.weight_rules,
+        activations=recipe.activations,
         group=names[0],
     )
 
@@ -158,6 +160,7 @@ def _uniform_layer(channels: int, recipe: Recipe) -> LayerPlan:
         layout=MixedLayout(*counts, recipe.format6, recipe.rules, recipe.hadamard),
         weights=recipe.weights,
         weight_rules=recipe.weight_rules,
+        activations=recipe.activations,
         group=f"{recipe.format} K={channels}",
     )
 

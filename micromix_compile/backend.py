@@ -25,7 +25,7 @@ from micromix_compile.errors import (
     StrictError,
 )
 from micromix_compile.explain import GraphReport, LayerReport, record
-from micromix_compile.ops import EMULATED, blackwell_kernel, kernel_name
+from micromix_compile.ops import EMULATED, blackwell_kernel, kernel_name, refuse_weight_only
 from micromix_compile.packing import (
     AUTO,
     KERNELS,
@@ -217,9 +217,11 @@ def _own_plan(linear: Linear, options: Options) -> LayerPlan:
         )
     if options.plan is not None and name in options.plan:
         other = options.plan[name]
-        if (other.layout, other.weights) != (plan.layout, plan.weights) or not _same_order(
-            other.order, plan.order
-        ):
+        same = all(
+            getattr(other, what) == getattr(plan, what)
+            for what in ("layout", "weights", "activations")
+        )
+        if not same or not _same_order(other.order, plan.order):
             raise PlanMismatchError(
                 differences=[f"{name}: the model is quantised already, by another plan"]
             )
@@ -273,6 +275,8 @@ def _pack(
     ):
         rows = folds.rows.get(linear)
         _check_kernel(options.kernel, linear)
+        if plan.weight_only:
+            refuse_weight_only(linear.parameter.device)
         weight = None
         if linear.quantised is None:
             model_plan, known = _plan_of(linear, options)
@@ -299,6 +303,7 @@ def _pack(
             plan.layout.k8,
             plan.layout.format6,
         )
+        row.activations = plan.activations
         placed = linear.parameter if weight is None else weight.buffer
         row.bits, row.bytes_after = layout.total_bits, placed.nbytes
         row.kernel = kernel_name(linear.parameter.device, format_code(plan, options.kernel))

@@ -9,7 +9,7 @@ The error of a unit is the expected change of the loss, to second order and with
 Fisher form, where calibration had gradients g: sum over channels of E[d² g²] for an error d of the activation.
 With noise that is relative to the values it is E[x² g²] (exact, over all tokens) times the relative error of the
 sampled rows; the rounding of the weights adds the relative error of a Gaussian weight in that format, for
-E[g_n² x_c²] dw² is the same sum. Without gradients, the change of the layer's output, relative to its energy and
+E[g_n² x_c²] dw² is the same sum, and the only one where activations stay in bfloat16. Without gradients, the change of the layer's output, relative to its energy and
 token by token, takes the place of the loss.
 """
 
@@ -184,6 +184,9 @@ def _errors(
     def unit_sums(squares: Tensor) -> Tensor:
         return (squares / energy).sum(dim=0).mul(slopes).view(units).sum(dim=1)
 
+    if recipe.activations == "bfloat16":
+        noise = torch.tensor([_weight_noise(name, recipe) for name in recipe.formats])
+        return importance.unsqueeze(1) * noise.double()
     whole = unit_sums(x.double().square()).clamp(min=torch.finfo(torch.float64).tiny)
     turned = hadamard(x) if rotation else x
     errors = []

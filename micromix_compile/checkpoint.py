@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 METHOD = "micromix"
-VERSION = 1
+VERSION = 2
 _PROGRESS = "progress.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

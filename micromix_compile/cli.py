@@ -143,6 +143,10 @@ def _parser() -> argparse.ArgumentParser:
         help="single formats to measure, which need no calibration",
     )  # fmt: skip
     evaluate.add_argument(
+        "--activations", choices=("match", "bfloat16"), default="match",
+        help="those of --format: bfloat16 measures the formats of weights alone",
+    )  # fmt: skip
+    evaluate.add_argument(
         "--context", type=_not_negative, default=0, metavar="N",
         help="sliding windows: each overlaps the one before by N tokens, which are not scored again",
     )  # fmt: skip
@@ -259,6 +263,8 @@ def _recipe_flags() -> argparse.ArgumentParser:
     add("--rules", **rule, help="scale rules: floor, ceil or even, for 4, 6 and 8 bits")
     add("--weight-rules", **rule, help="those of the weights, where they differ")
     add("--weights", choices=("match", "mxfp4"), help="weights as their channels, or all MXFP4")
+    add("--activations", choices=("match", "bfloat16"),
+        help="as their channels, or not quantised: weights alone are (default: match)")  # fmt: skip
     add("--multiple", type=int, choices=(32, 64, 128), help="counts are multiples of it")
     add("--skip", nargs="+", metavar="GLOB", help="layers to leave alone")
     add("--include-lm-head", action="store_const", const=True, help="the output head too")
@@ -514,7 +520,7 @@ def _bits(plan) -> str:
     scales = plan.weight_bits - plan.element_bits
     return (
         f"{plan.element_bits:.2f} + {scales:.2f} bits per weight (elements + scales and padding), "
-        f"{plan.activation_element_bits:.2f} + 0.25 per activation"
+        f"{plan.activation_element_bits:.2f} bits per activation, scales not counted"
     )
 
 
@@ -525,7 +531,10 @@ def _eval(arguments: argparse.Namespace) -> None:
     from micromix_compile.recipe import Recipe
 
     variants = [(str(path), {"plan": load_plan(path)}) for path in arguments.plan]
-    variants += [(name, {"recipe": Recipe(format=name)}) for name in arguments.format]
+    for name in arguments.format:
+        recipe = Recipe(format=name, activations=arguments.activations)
+        label = name if recipe.activations == "match" else f"{name} weights"
+        variants.append((label, {"recipe": recipe}))
     model, tokenizer = _load(arguments)
     if arguments.tasks:
         from micromix_compile.tasks import evaluate_tasks

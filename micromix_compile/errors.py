@@ -50,6 +50,7 @@ __all__ = [
     "StrictError",
     "TextError",
     "UnsavableLayerError",
+    "WeightOnlyDeviceError",
 ]
 
 _LISTED = 8
@@ -315,6 +316,16 @@ class ExtensionError(MicroMixError):
         "The micromix extension {path} cannot be used: {reason}. Rebuild it: `make install` in the "
         "checkout, or `pip install --force-reinstall micromix-compile`. "
         "`python -m micromix_compile.env` shows what was built."
+    )
+
+
+class WeightOnlyDeviceError(MicroMixError):
+    """A layer whose activations stay in bfloat16 is on a device that has no kernel for it.
+    Facts: device."""
+
+    template = (
+        "Weights in mixed formats with activations in bfloat16 run on the CPU only, and the model is on "
+        "{device}. Make the plan with Recipe(activations='match'), or move the model to the CPU."
     )
 
 

@@ -20,6 +20,7 @@ class LayerReport:
     """One linear layer, as the last graph that holds it treats it.
 
     `bits` counts elements and scales of a weight; `bytes_before` and `bytes_after` are those of the weight.
+    `activations` are "match", quantised as the weight's channels are, or "bfloat16", whatever the model's dtype.
     `fused_with` is what its input's quantise was fused with, `merged_with` are the layers computed in one product
     with it, `folded_into` those whose rows took its channel order, `gathered` why its input is put in order when it
     runs instead (empty where the order is the model's own). `reason` is empty for a layer that was lowered.
@@ -33,6 +34,7 @@ class LayerReport:
     k8: int = 0
     format6: str = ""
     bits: float = 0.0
+    activations: str = "match"
     bytes_before: int = 0
     bytes_after: int = 0
     kernel: str = ""
@@ -48,8 +50,8 @@ class LayerReport:
 class GraphReport:
     """One compiled graph: its layers, and how often each pass matched. `number` counts up in a process.
 
-    `passes` counts the layers `lowered`, the quantises and products they share, and the quantises that were fused
-    with what comes before them, by its name.
+    `passes` counts the layers `lowered`, the quantises and products they share, weight-only products, and the
+    quantises that were fused with what comes before them, by its name.
     """
 
     number: int = field(default_factory=itertools.count(1).__next__)
@@ -57,10 +59,17 @@ class GraphReport:
     passes: Counter[str] = field(default_factory=Counter)
     readers: dict[int, list[str]] = field(default_factory=dict)
 
-    def add_products(self, quantise: int, products: list[list[str]]) -> None:
-        """A quantise, by its number, and the names of the layers that read it, those of one product together."""
-        self.readers[quantise] = [name for product in products for name in product]
-        self.passes["lowered"] += len(self.readers[quantise])
+    def add_products(self, quantise: int | None, products: list[list[str]]) -> None:
+        """A quantise, by its number, and the names of the layers that read it, those of one product together.
+
+        None for weight-only products, a layer each.
+        """
+        readers = [name for product in products for name in product]
+        self.passes["lowered"] += len(readers)
+        if quantise is None:
+            self.passes["micromix::weight_only_linear"] += len(readers)
+            return
+        self.readers[quantise] = readers
         self.passes["micromix::quantize"] += 1
         self.passes["micromix::linear"] += len(products)
         for product in products:
@@ -160,6 +169,8 @@ def _note(row: LayerReport) -> str:
         return ", ".join(name.rpartition(".")[2] for name in names)
 
     notes = [row.fused_with]
+    if row.activations != "match":
+        notes.append(f"activations {row.activations}")
     if row.merged_with:
         notes.append(f"merged with {last_parts(row.merged_with)}")
     if row.folded_into:

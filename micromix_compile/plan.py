@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 _KIND = "micromix_plan"
-_VERSION = 2
+_VERSION = 3
 _ATTRIBUTE = "_micromix_plan"
 # Beside it what Dynamo can guard: all of the plan that is constant in a graph, and the whole plan.
 STRUCTURE = "_micromix_structure"
@@ -71,6 +71,8 @@ class LayerPlan:
     None means the channels as they are, then padding. ``Kp = layout.channels``. ``layout`` is
     that of the activations, with their scale rules; ``weight_rules`` are those of the weight,
     None for the same. ``weights`` is "match" (a weight has the format of its channel) or "mxfp4".
+    ``activations`` is "match" or "bfloat16": then they are not quantised (their order and rotation stay), and
+    formats and rules are those of the weight.
     ``group`` names the input; it has no effect on numbers and is not part of the digest. Raises
     InvalidPlanError.
     """
@@ -81,8 +83,12 @@ class LayerPlan:
     weights: str = "match"
     weight_rules: tuple[str, str, str] | None = None
     group: str = ""
+    activations: str = "match"
 
     def __post_init__(self) -> None:
+        if self.activations not in ("match", "bfloat16"):
+            reason = f"activations are {self.activations!r}, not 'match' or 'bfloat16'"
+            raise InvalidPlanError(reason=reason)
         if self.weights not in ("match", "mxfp4"):
             raise InvalidPlanError(reason=f"weights are {self.weights!r}, not 'match' or 'mxfp4'")
         if self.in_features < 1 or self.layout.channels < self.in_features:
@@ -126,9 +132,14 @@ class LayerPlan:
         return self.layout.code | (WEIGHT_IS_MXFP4 if self.weights == "mxfp4" else 0)
 
     @property
+    def weight_only(self) -> bool:
+        """Whether the activations stay in bfloat16."""
+        return self.activations == "bfloat16"
+
+    @property
     def bits(self) -> float:
         """Bits stored per channel of an activation, scales (8 per block) and padding counted."""
-        return _bits(self.layout, self.in_features)
+        return 16.0 if self.weight_only else _bits(self.layout, self.in_features)
 
     @property
     def weight_bits(self) -> float:
@@ -147,6 +158,7 @@ class LayerPlan:
             "weights": self.weights,
             "weight_rules": list(self.weight_rules),
             "group": self.group,
+            "activations": self.activations,
         }
 
     @classmethod
@@ -165,6 +177,7 @@ class LayerPlan:
             weights=facts["weights"],
             weight_rules=tuple(facts["weight_rules"]),
             group=facts["group"],
+            activations=facts.get("activations", "match"),  # those of version 2 neither
         )
 
     @cached_property
@@ -174,6 +187,8 @@ class LayerPlan:
         del facts["group"]
         if not facts["hadamard"]:
             del facts["hadamard"]  # as plans of version 1 were hashed
+        if not self.weight_only:
+            del facts["activations"]  # as plans of version 2 were hashed
         facts["order"] = None if self.order is None else self.order.tolist()
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -304,7 +319,9 @@ class ModelPlan(Mapping[str, LayerPlan]):
     @property
     def activation_element_bits(self) -> float:
         """Bits per element of the activations, each input weighted by the weights that it meets."""
-        return self._mean_bits(lambda layer: layer.layout.element_bits)
+        return self._mean_bits(
+            lambda layer: 16.0 if layer.weight_only else layer.layout.element_bits
+        )
 
     def _mean_bits(self, bits: Callable[[LayerPlan], float]) -> float:
         sizes = {n: self.shapes[n].out_features * self[n].layout.channels for n in self}
@@ -406,6 +423,7 @@ class ModelPlan(Mapping[str, LayerPlan]):
                 order = "padded" if (layer.order[: layer.in_features] < 0).any() else "plain"
             layout = layer.layout
             facts = [layout.k4, layout.k6, layout.k8, layer.format_code, layer.in_features, order]
+            facts += [layer.activations] if layer.weight_only else []
             structures |= dict.fromkeys(names, json.dumps([*facts, sorted(ends)]))
         return structures
 

@@ -120,21 +120,22 @@ class QuantizedLinear(nn.Module):
             raise GradientError(
                 reason="gradients are enabled and a quantised layer's input has one"
             )
+        # An offloaded weight is placed for the call.
+        placed = self._place() if self.placed is None else self.placed
+        product = (placed, self.bias, self.out_features, *self._counts, x.dtype)
+        if self._plan.weight_only:
+            return torch.ops.micromix.weight_only_linear.default(x, self.order, *product)
         data, scales = torch.ops.micromix.quantize.default(
             x, self.order, *self._counts[:3], self._code
         )
-        placed = (
-            self._place() if self.placed is None else self.placed
-        )  # offloaded: placed for the call
-        return torch.ops.micromix.linear.default(
-            data, scales, placed, self.bias, self.out_features, *self._counts, x.dtype
-        )
+        return torch.ops.micromix.linear.default(data, scales, *product)
 
     def extra_repr(self) -> str:
         k4, k6, k8, _ = self._counts
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, k4={k4}, k6={k6}, k8={k8}"
+            + (f", activations={self._plan.activations}" if self._plan.weight_only else "")
         )
 
     @property

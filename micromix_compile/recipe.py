@@ -17,6 +17,7 @@ from .mx.scales import ScaleRule
 __all__ = ["Recipe"]
 
 FORMATS = ("mxfp8", "mxfp6", "mxfp4")
+ACTIVATIONS = ("match", "bfloat16")
 _THRESHOLDS = ("published", "paper")
 _SORTS = ("mean", "max", "hessian")
 _RULES = tuple(rule.label for rule in ScaleRule)
@@ -58,6 +59,8 @@ class Recipe:
     * ``rules``: scale rules ("floor", "ceil", "even") of the activations in the 4-, 6- and 8-bit
       segment; ``weight_rules`` those of the weights, None for the same ones.
     * ``weights``: "match", the weight of a channel in the format of the channel, or "mxfp4".
+    * ``activations``: "match", quantised in the format of the channel when the model runs, or "bfloat16": not
+      quantised. Then formats and ``rules`` are those of the weights alone.
     * ``hadamard``: the segments, out of 4, 6 and 8, whose blocks of 32 are rotated before the cast,
       when the model runs too; with ``bits`` also "measured": each input as is or with (4, 6), whichever
       lowers the error. None by default.
@@ -80,6 +83,7 @@ class Recipe:
     rules: tuple[str, str, str] = ("even", "ceil", "ceil")
     weight_rules: tuple[str, str, str] | None = None
     weights: str = "match"
+    activations: str = "match"
     hadamard: tuple[int, ...] | str = ()
     rounding: str = "nearest"
     sort: str = "mean"
@@ -98,6 +102,7 @@ class Recipe:
         self._one_of("format", (None, *FORMATS))
         self._one_of("format6", ("e2m3", "e3m2"))
         self._one_of("weights", ("match", "mxfp4"))
+        self._one_of("activations", ACTIVATIONS)
         self._one_of("rounding", ("nearest", "gptq"))
         self._one_of("sort", _SORTS)
         self._one_of("multiple", (32, 64, 128))
@@ -115,6 +120,8 @@ class Recipe:
         ):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, check(name, getattr(self, name)))
+        if self.activations == "bfloat16":
+            self._check_weight_only()
 
     @classmethod
     def default(cls) -> Recipe:
@@ -171,6 +178,21 @@ class Recipe:
         # The type is compared too: True == 1 and 32.0 == 32.
         if not any(value is v or (type(value) is type(v) and value == v) for v in valid):
             _reject(name, value, "one of " + ", ".join(map(repr, valid)))
+
+    def _check_weight_only(self) -> None:
+        """What says how activations are quantised is refused where they are not."""
+        if self.weights != "match":
+            _reject(
+                "weights",
+                self.weights,
+                "format='mxfp4' with activations='bfloat16': it says the same",
+            )
+        if self.weight_rules is not None:
+            expected = "left out with activations='bfloat16': rules are those of the weights"
+            _reject("weight_rules", self.weight_rules, expected)
+        if self.hadamard == "measured":
+            expected = "segments, as in (4, 6), with activations='bfloat16': their error is what is measured"
+            _reject("hadamard", self.hadamard, expected)
 
     def _checked_lam(self, name: str, value: Any) -> float:
         if not _is_number(value) or not value > 0:

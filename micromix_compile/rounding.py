@@ -30,16 +30,16 @@ from micromix_compile.mx import (
     decode,
     dequantize,
     encode,
-    hadamard,
     inverse_scale_values,
     pack_codes,
     quantize,
+    rearrange,
     scale_bytes,
     scale_values,
 )
 from micromix_compile.packing import PackedWeight
 from micromix_compile.plan import LayerPlan, ModelPlan, RoundedWeight, fingerprint
-from micromix_compile.quantized_linear import linear_shape
+from micromix_compile.quantized_linear import QuantizedLinear, linear_shape
 
 __all__ = ["compensate", "gptq", "round_weights"]
 
@@ -92,7 +92,7 @@ def round_weights(
                 moved = statistics.movement(drift_damping) if drift else None
                 for name in names:
                     weight = _matrix(layers[name])
-                    ordered = _ordered(weight.float(), layer)
+                    ordered = _ordered(weight, layer)
                     if moved is not None:
                         ordered = ordered + drift * (ordered @ moved)
                     data, scales = gptq(ordered, statistics.hessian, layer.weight_layout, damping)
@@ -171,9 +171,8 @@ class _Drift:
         self.cross: Tensor | None = None
 
     def add(self, x: Tensor, exact: Tensor) -> None:
-        channels = self.plan.layout.channels
-        rows = dequantize(*_quantize(x, self.plan), self.plan.layout).view(-1, channels)
-        lack = _ordered(exact.float().view(-1, exact.shape[-1]), self.plan) - rows
+        rows = _given(x, self.plan).view(-1, self.plan.layout.channels)
+        lack = _ordered(exact.reshape(-1, exact.shape[-1]), self.plan) - rows
         moments = rows.t() @ rows, rows.t() @ lack
         if self.hessian is None:
             self.hessian, self.cross = moments
@@ -183,6 +182,13 @@ class _Drift:
 
     def movement(self, damping: float) -> Tensor:
         return compensate(self.hessian, self.cross, damping)
+
+
+def _given(x: Tensor, plan: LayerPlan) -> Tensor:
+    """float32 `[..., Kp]`: what the product reads of activations `[..., K]`, in the order and the rotation of the layout."""
+    if plan.weight_only:
+        return _ordered(x, plan).to(torch.bfloat16).float()
+    return dequantize(*_quantize(x, plan), plan.layout)
 
 
 def _quantize(x: Tensor, plan: LayerPlan) -> tuple[Tensor, Tensor]:
@@ -195,21 +201,9 @@ def _quantize(x: Tensor, plan: LayerPlan) -> tuple[Tensor, Tensor]:
 
 
 def _ordered(values: Tensor, plan: LayerPlan) -> Tensor:
-    """float32 `[M, K]` in the order and the rotation of the layout, `[M, Kp]`."""
-    layout = plan.layout
-    values = F.pad(values, (0, layout.channels - plan.in_features + 1))
-    if plan.order is None:
-        values = values[:, :-1]
-    else:
-        last = values.shape[1] - 1
-        order = plan.order.long().to(values.device)
-        values = values[:, torch.where(order < 0, last, order)]
-    parts = [
-        hadamard(part) if segment.hadamard else part
-        for segment in layout.segments()
-        for part in (values[:, segment.start : segment.stop],)
-    ]
-    return torch.cat(parts, dim=1)
+    """float32 `[..., Kp]` of float `[..., K]`, in the order and the rotation of the layout."""
+    order = None if plan.order is None else plan.order.to(values.device)
+    return rearrange(values, plan.layout, order)
 
 
 def _is_linear(model: nn.Module, name: str) -> bool:
@@ -243,23 +237,13 @@ def _inference(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quantised(module: nn.Module, plan: LayerPlan, data: Tensor, scales: Tensor) -> Iterator[None]:
-    """The module with a quantised weight and quantised activations, as the compiled model runs it."""
-    layout = plan.layout
+    """The module with a quantised weight, and activations as the compiled model gives them to the product."""
     if data.device.type == "cpu":
-        placed = PackedWeight(data, scales, plan).place()
+        packed = PackedWeight(data, scales, plan)
+        module.forward = QuantizedLinear.from_packed(packed, module.bias).forward
     else:
         weight = dequantize(data, scales, plan.weight_layout).to(module.weight.dtype)
-
-    def forward(x: Tensor) -> Tensor:
-        operands = _quantize(x, plan)
-        if x.device.type != "cpu":
-            return F.linear(dequantize(*operands, layout).to(x.dtype), weight, module.bias)
-        counts = (layout.k4, layout.k6, layout.k8, plan.format_code)
-        return torch.ops.micromix.linear(
-            *operands, placed, module.bias, len(data), *counts, x.dtype
-        )
-
-    module.forward = forward
+        module.forward = lambda x: F.linear(_given(x, plan).to(x.dtype), weight, module.bias)
     try:
         yield
     finally:

@@ -43,6 +43,7 @@ _SWAP = {torch.transpose, torch.swapaxes, aten.transpose.int, "transpose"}
 _PERMUTE = {torch.permute, aten.permute.default, "permute"}
 _QUANTIZE = torch.ops.micromix.quantize.default
 _QUANTISED = torch.ops.micromix.linear.default
+_WEIGHT_ONLY = torch.ops.micromix.weight_only_linear.default
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +161,9 @@ def _match(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> Linear | No
         return _linear(node, x, weight, bias, False, constants)
     if node.target is _QUANTISED:
         return _quantised(node, constants)
+    if node.target is _WEIGHT_ONLY:
+        x, order, weight, bias, n, *layout, _ = node.args
+        return _known(node, x, order, weight, bias, n, layout, "bfloat16", constants)
     if node.target in _ADDMM:
         bias, x, weight = _arguments(node, "input", "mat1", "mat2")
         weight, transposed = _untransposed(weight, constants)
@@ -201,18 +205,26 @@ def _quantised(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> Linear 
     """A QuantizedLinear's quantise and product; None where they are not as that module makes them."""
     data, _, weight, bias, n, k4, k6, k8, code, _ = node.args
     quantize = data.args[0] if data.target is operator.getitem else None
-    if quantize is None or quantize.target is not _QUANTIZE or weight not in constants:
+    if quantize is None or quantize.target is not _QUANTIZE:
         return None
     x, order, *layout = quantize.args
-    if tuple(layout) != (k4, k6, k8, code & ~WEIGHT_IS_MXFP4) or value_of(x) is None:
+    if tuple(layout) != (k4, k6, k8, code & ~WEIGHT_IS_MXFP4):
+        return None
+    return _known(node, x, order, weight, bias, n, (k4, k6, k8, code), "match", constants)
+
+
+def _known(node, x, order, weight, bias, n, layout, activations, constants) -> Linear | None:
+    """The layer of a QuantizedLinear, its plan read from the arguments of its operators."""
+    if value_of(x) is None or weight not in constants:
         return None
     if order is not None and order not in constants:
         return None
     plan = LayerPlan(
         in_features=int(value_of(x).shape[-1]),
-        layout=MixedLayout.from_code(k4, k6, k8, code),
+        layout=MixedLayout.from_code(*layout),
         order=None if order is None else constants[order].detach().cpu(),
-        weights="mxfp4" if code & WEIGHT_IS_MXFP4 else "match",
+        weights="mxfp4" if layout[-1] & WEIGHT_IS_MXFP4 else "match",
+        activations=activations,
     )
     name = _name(node, weight).removesuffix(".placed")
     quantised = Quantised(plan, n, order)

@@ -1,6 +1,7 @@
-"""Lower linear layers to `micromix::quantize` + `micromix::linear`.
+"""Lower linear layers to `micromix::quantize` + `micromix::linear`, or to `micromix::weight_only_linear`.
 
-Layers that read one value under one plan share one quantise, and are one product, `micromix::linears`.
+Layers that read one value under one plan share one quantise, and are one product, `micromix::linears`. Where
+activations stay in bfloat16 there is nothing to share: each layer is a product of its own.
 """
 
 from __future__ import annotations
@@ -67,10 +68,11 @@ def unsupported(linear: Linear) -> str | None:
 class Quantised:
     """One quantise of the lowered graph: the layers that read it, those of one product together.
 
-    `number` is that of `fuse_quantize.number_quantises`, which knows the quantise again in Inductor's graph.
+    `number` is that of `fuse_quantize.number_quantises`, which knows the quantise again in Inductor's graph; None
+    for weight-only products, which read no quantise.
     """
 
-    number: int
+    number: int | None
     products: list[list[Lowering]]
 
 
@@ -103,12 +105,15 @@ def lower_linears(
                 order = known.order
             elif order is not None:
                 order = constant((plan, device), f"{_tag(of_plan[0])}_order", order.to(device))
-            # Before the group's first layer: what is written in place after it does not concern the group.
-            with graph.inserting_before(of_plan[0].node):
-                x = lowered.get(of_plan[0].input, of_plan[0].input)
-                operands = _quantise(graph, of_plan[0], x, order, plan)
+            x = lowered.get(of_plan[0].input, of_plan[0].input)
+            operands, key = (x, order), lambda linear: linear
+            if not plan.weight_only:
+                key = _product_key
+                # Before the group's first layer: what is written in place after it does not concern the group.
+                with graph.inserting_before(of_plan[0].node):
+                    operands = _quantise(graph, of_plan[0], x, order, plan)
             used, products = set(), []
-            for layers in _grouped(of_plan, _product_key).values():
+            for layers in _grouped(of_plan, key).values():
                 product = [lowering_of[linear] for linear in layers]
                 weights = [
                     p.linear.weight
@@ -130,13 +135,16 @@ def lower_linears(
                     linear.node.replace_all_uses_with(result)
                     operands_before = linear.node.args[:2]
                     graph.erase_node(linear.node)
-                    if linear.quantised is not None:
+                    if linear.quantised is not None and not plan.weight_only:
                         _erase_unread(graph, operands_before)
                 products.append(product)
-            found.append((used, products))
-    ordered = sorted(set().union(*(used for used, _ in found))) if found else []
+            found.append((set() if plan.weight_only else used, products))
+    ordered = sorted(set().union(*(used for used, _ in found)))
     number = {weight: i for i, weight in enumerate(ordered)}
-    return [Quantised(min(number[weight] for weight in used), parts) for used, parts in found]
+    return [
+        Quantised(min((number[weight] for weight in used), default=None), parts)
+        for used, parts in found
+    ]
 
 
 def _grouped(layers: Sequence[Linear], key: Callable[[Linear], object]) -> dict:
@@ -183,8 +191,11 @@ def _products(
     rest = (layout.k4, layout.k6, layout.k8, code, dtype)
     n = [lowering.linear.out_features for lowering in product]
     if len(product) == 1:
+        op = torch.ops.micromix.linear
+        if first.plan.weight_only:
+            op = torch.ops.micromix.weight_only_linear
         arguments = (*operands, weights[0], biases[0], n[0], *rest)
-        results = [graph.call_function(torch.ops.micromix.linear.default, arguments)]
+        results = [graph.call_function(op.default, arguments)]
     else:
         arguments = (*operands, weights, biases, n, *rest)
         both = graph.call_function(torch.ops.micromix.linears.default, arguments)

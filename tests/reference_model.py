@@ -16,7 +16,7 @@ def is_linear(module: torch.nn.Module) -> bool:
 
 
 def reference_model(model: torch.nn.Module, plan: ModelPlan) -> torch.nn.Module:
-    """A copy of `model` in which every planned layer quantises its input and its weight."""
+    """A copy of `model` in which every planned layer quantises its weight, and its input if the plan says so."""
     model = copy.deepcopy(model)
     for name, layer in plan.items():
         module = model.get_submodule(name)
@@ -30,11 +30,16 @@ def reference_model(model: torch.nn.Module, plan: ModelPlan) -> torch.nn.Module:
 
 
 def _forward(layer, order, packed, bias):
+    layouts = (layer.layout, layer.weight_layout)
+
+    def weight_only(x: torch.Tensor) -> torch.Tensor:
+        return mx.weight_only_linear(x, *packed, *layouts, order, bias, x.dtype)
+
     def forward(x: torch.Tensor) -> torch.Tensor:
         operands = mx.quantize(x, layer.layout, order)
-        return mx.linear(*operands, *packed, layer.layout, layer.weight_layout, bias, x.dtype)
+        return mx.linear(*operands, *packed, *layouts, bias, x.dtype)
 
-    return forward
+    return weight_only if layer.weight_only else forward
 
 
 def linears_that_run(model: torch.nn.Module, **kwargs) -> list[str]:

@@ -427,8 +427,8 @@ def test_damaged_content(tmp_path, change, message):
 def test_newer_version(tmp_path):
     path = tmp_path / "p"
     model_plan().save(path)
-    rewrite(path, lambda m, c, t: m.update(micromix_plan="3"))
-    with pytest.raises(PlanVersionError, match=r"version 3.*reads up to 2"):
+    rewrite(path, lambda m, c, t: m.update(micromix_plan="4"))
+    with pytest.raises(PlanVersionError, match=r"version 4.*reads up to 3"):
         load_plan(path)
 
 

@@ -33,6 +33,7 @@ RECIPES = [
     Recipe(split=[0.5, 0.25, 0.25], weights="mxfp4", skip=["*.down_proj"]),
     Recipe(counts={"*.b": [32, 0, 64], "*": (64, 32, 0)}, include_lm_head=True),
     Recipe(format="mxfp6", format6="e3m2", weight_rules=["floor", "even", "ceil"]),
+    Recipe(bits=4.5, hadamard=[4, 6], activations="bfloat16"),
 ]
 
 

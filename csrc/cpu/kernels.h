@@ -28,17 +28,41 @@ struct QuantizeKernel {
   void (*run)(const QuantizeTask&, int64_t first_row, int64_t last_row, void* scratch);
 };
 
-// out[m, n] = sum over blocks of 2^(sa + sw - 254) * dot(qa, qw), + bias[n].
+// out[m, n] = sum over blocks of 2^(sa + sw - 254) * dot(qa, qw), + bias[n]. The activations are
+// packed rows, `data` and `scales`; or, where the product is weight-only, float rows, `x`, which
+// `prepare` puts in order, rotates and rounds to bfloat16 (float_rows.h).
 struct LinearTask {
   mx::MixedLayout layout;
   int64_t m, n;
   const uint8_t* data = nullptr;
   const uint8_t* scales = nullptr;
+  bool weight_only = false;
+  const void* x = nullptr;  // [m, k]
+  Dtype x_dtype = Dtype::kFloat32;
+  int64_t k = 0;
+  const int32_t* order = nullptr;   // [layout.channels()], -1 for padding; null is the identity
   const uint8_t* weight = nullptr;  // placed
   const void* bias = nullptr;       // [n], or null
   Dtype bias_dtype = Dtype::kFloat32;
   void* out = nullptr;  // [m, n]
   Dtype out_dtype = Dtype::kFloat32;
+
+  // The product of row r alone, to be prepared anew.
+  LinearTask of_row(int64_t r) const {
+    const auto bytes = [](Dtype dtype) -> int64_t {
+      return dtype == Dtype::kFloat32 ? sizeof(float) : sizeof(uint16_t);
+    };
+    LinearTask one = *this;
+    one.m = 1;
+    if (weight_only) {
+      one.x = static_cast<const uint8_t*>(x) + r * k * bytes(x_dtype);
+    } else {
+      one.data += r * layout.row_bytes();
+      one.scales += r * layout.blocks();
+    }
+    one.out = static_cast<uint8_t*>(out) + r * n * bytes(out_dtype);
+    return one;
+  }
 };
 
 // First `prepare` runs over all rows and decodes the activations into the form that the kernel

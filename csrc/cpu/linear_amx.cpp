@@ -6,6 +6,7 @@
 // weight with other scales never comes here; an activation row with other scales is done again by
 // the AVX-512 kernel.
 #include "bfloat16_tiles.h"
+#include "float_rows.h"
 
 namespace micromix::cpu {
 namespace {
@@ -40,7 +41,30 @@ int64_t tiles_bytes(const LinearTask& task) {
 
 int64_t prepared_bytes(const LinearTask& task) { return tiles_bytes(task) + task.m; }
 
+// Rows of float activations. A row whose largest magnitude lies outside the plain range is wide.
+void prepare_floats(const LinearTask& task, int64_t first_row, int64_t last_row,
+                    uint8_t* prepared) {
+  const mx::MixedLayout& layout = task.layout;
+  for (int64_t r = first_row; r < last_row; ++r) {
+    uint8_t* const out =
+        prepared + r / kTileRows * layout.blocks() * kTileBytes + r % kTileRows * kLine;
+    uint32_t amax = 0;
+    for (const mx::Segment& segment : layout.segments()) {
+      for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
+        alignas(64) float values[mx::kBlock];
+        load_block(task, r, b, segment.hadamard, values);
+        const uint32_t largest = store_tile_row(values, out + b * kTileBytes);
+        amax = largest > amax ? largest : amax;
+      }
+    }
+    const uint32_t exponent = amax >> mx::kFloat32MantissaBits;
+    prepared[tiles_bytes(task) + r] =
+        amax != 0 && (exponent < kSmallestPlainScale || exponent > kLargestPlainScale);
+  }
+}
+
 void prepare(const LinearTask& task, int64_t first_row, int64_t last_row, uint8_t* prepared) {
+  if (task.weight_only) return prepare_floats(task, first_row, last_row, prepared);
   const mx::MixedLayout& layout = task.layout;
   for (int64_t r = first_row; r < last_row; ++r) {
     uint8_t* const out =
@@ -429,12 +453,7 @@ void run(const LinearTask& task, const uint8_t* prepared, int64_t first_panel, i
   const uint8_t* const wide = prepared + tiles_bytes(task);
   for (int64_t r = 0; r < task.m; ++r) {
     if (!wide[r]) continue;
-    LinearTask one = task;
-    one.m = 1;
-    one.data += r * task.layout.row_bytes();
-    one.scales += r * task.layout.blocks();
-    one.out = static_cast<uint8_t*>(one.out) +
-              r * task.n * (task.out_dtype == Dtype::kFloat32 ? sizeof(float) : sizeof(uint16_t));
+    const LinearTask one = task.of_row(r);
     uint8_t* const row = decoded + sizes.decoded + sizes.sums;
     kLinearAvx512.prepare(one, 0, 1, row);
     kLinearAvx512.run(one, row, first_panel, last_panel, nullptr);

@@ -3,6 +3,7 @@
 // bias makes them a power of two too small, and subnormal elements subnormal numbers, which the
 // conversion to float32 keeps.
 #include "avx2.h"
+#include "float_rows.h"
 
 namespace micromix::cpu {
 namespace {
@@ -53,7 +54,31 @@ struct alignas(kLine) Decoded {
 
 int64_t scratch_bytes(const LinearTask&) { return sizeof(Decoded) + kRows * 4 * 8 * sizeof(float); }
 
+// The place of a channel in its block.
+constexpr int place_of(int k) { return k % 4 == 1 ? k + 1 : k % 4 == 2 ? k - 1 : k; }
+
+void prepare_floats(const LinearTask& task, int64_t first_row, int64_t last_row,
+                    uint8_t* prepared) {
+  const mx::MixedLayout& layout = task.layout;
+  for (int64_t r = first_row; r < last_row; ++r) {
+    const Prepared row(prepared + r * prepared_row_bytes(layout), layout.blocks());
+    for (const mx::Segment& segment : layout.segments()) {
+      const float factor = float16_factor(layout.weight_format(segment));
+      for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
+        float values[mx::kBlock];
+        load_block(task, r, b, segment.hadamard, values);
+        row.scale[b] = normalise_block(values);
+        row.factor[b] = mx::scale_value(row.scale[b]);
+        for (int k = 0; k < mx::kBlock; ++k) {
+          row.elements[b * mx::kBlock + place_of(k)] = values[k] * factor;
+        }
+      }
+    }
+  }
+}
+
 void prepare(const LinearTask& task, int64_t first_row, int64_t last_row, uint8_t* prepared) {
+  if (task.weight_only) return prepare_floats(task, first_row, last_row, prepared);
   const mx::MixedLayout& layout = task.layout;
   for (int64_t r = first_row; r < last_row; ++r) {
     const Prepared row(prepared + r * prepared_row_bytes(layout), layout.blocks());
@@ -70,8 +95,7 @@ void prepare(const LinearTask& task, int64_t first_row, int64_t last_row, uint8_
         mx::unpack_block(packed, segment.format.bits, codes);
         uint8_t scale = scales[b];
         for (int k = 0; k < mx::kBlock; ++k) {
-          const int place = k % 4 == 1 ? k + 1 : k % 4 == 2 ? k - 1 : k;
-          row.elements[b * mx::kBlock + place] = values[codes[k]];
+          row.elements[b * mx::kBlock + place_of(k)] = values[codes[k]];
           if (mx::is_nan(codes[k], segment.format)) scale = mx::kNanScale;
         }
         row.scale[b] = scale;

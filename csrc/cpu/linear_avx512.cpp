@@ -6,6 +6,7 @@
 // are looked up as unsigned bytes value + offset, and the sum starts at -offset * (sum of the
 // activations). Blocks of other formats are decoded to float32.
 #include "avx512.h"
+#include "float_rows.h"
 
 namespace micromix::cpu {
 namespace {
@@ -33,6 +34,7 @@ constexpr Table<int8_t> kE2m3Bytes = byte_table(mx::E2M3, 8, 0);
 constexpr Table<int8_t> kE2m1Offset = byte_table(mx::E2M1, 2, 12);
 constexpr Table<int8_t> kE2m3Offset = byte_table(mx::E2M3, 8, 64);
 constexpr Table<uint16_t> kE2m1Halves = float16_table(mx::E2M1);
+constexpr Table<uint16_t> kE2m3Halves = float16_table(mx::E2M3);
 constexpr Table<uint16_t> kE3m2Halves = float16_table(mx::E3M2);
 
 // A prepared row: per block a factor (its scale over the integer factors), an exponent (of the
@@ -84,6 +86,15 @@ template <int kBits>
   }
 }
 
+// The elements of a block, times a factor, as floats.
+[[gnu::always_inline]] inline void store_elements(const Prepared& row, int64_t block, __m512 low,
+                                                  __m512 high, float factor) {
+  const __m512 f = _mm512_set1_ps(factor);
+  float* const elements = reinterpret_cast<float*>(row.elements + block * kElementBytes);
+  _mm512_store_ps(elements, _mm512_permute_ps(_mm512_mul_ps(low, f), 0b11011000));
+  _mm512_store_ps(elements + 16, _mm512_permute_ps(_mm512_mul_ps(high, f), 0b11011000));
+}
+
 template <int kBits>
 [[gnu::always_inline]] inline void prepare_floats(const Prepared& row, const mx::Segment& segment,
                                                   mx::ElementFormat weight, const uint8_t* packed) {
@@ -102,16 +113,31 @@ template <int kBits>
     }
     const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
     const __m512 high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
-    const __m512 f = _mm512_set1_ps(factor);
-    float* const elements = reinterpret_cast<float*>(row.elements + b * kElementBytes);
-    _mm512_store_ps(elements, _mm512_permute_ps(_mm512_mul_ps(low, f), 0b11011000));
-    _mm512_store_ps(elements + 16, _mm512_permute_ps(_mm512_mul_ps(high, f), 0b11011000));
+    store_elements(row, b, low, high, factor);
     row.factor[b] = mx::scale_value(row.scale[b]);
     packed += kBits * 4;
   }
 }
 
+void prepare_rows(const LinearTask& task, int64_t first_row, int64_t last_row, uint8_t* prepared) {
+  const mx::MixedLayout& layout = task.layout;
+  for (int64_t r = first_row; r < last_row; ++r) {
+    const Prepared row(prepared + r * prepared_row_bytes(layout), layout.blocks());
+    for (const mx::Segment& segment : layout.segments()) {
+      const float factor = layout.weight_format(segment).bits == 8 ? kE4m3Factor : 1.0f;
+      for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
+        alignas(64) float values[mx::kBlock];
+        load_block(task, r, b, segment.hadamard, values);
+        row.scale[b] = normalise_block(values);
+        row.factor[b] = mx::scale_value(row.scale[b]);
+        store_elements(row, b, _mm512_load_ps(values), _mm512_load_ps(values + 16), factor);
+      }
+    }
+  }
+}
+
 void prepare(const LinearTask& task, int64_t first_row, int64_t last_row, uint8_t* prepared) {
+  if (task.weight_only) return prepare_rows(task, first_row, last_row, prepared);
   const mx::MixedLayout& layout = task.layout;
   const int64_t blocks = layout.blocks();
   for (int64_t r = first_row; r < last_row; ++r) {
@@ -207,9 +233,9 @@ template <int kBits, bool kWide, int kRows>
 
 // Words of a tile as float16, two channels of 16 rows: word 2n + h is channel c + 2h of row n.
 // Calls f(index of the pair of activations, words).
-template <int kBits, typename F>
+template <mx::ElementFormat kFormat, typename F>
 [[gnu::always_inline]] inline void for_each_pair(const uint8_t* tile, const F& f) {
-  if constexpr (kBits == 4) {
+  if constexpr (kFormat.bits == 4) {
     const __m512i table = load(kE2m1Halves.values);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
@@ -220,9 +246,10 @@ template <int kBits, typename F>
         f(pair, _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 4 * t), table));
       }
     }
-  } else if constexpr (kBits == 6) {
+  } else if constexpr (kFormat.bits == 6) {
     const __m512i low_bits = _mm512_set1_epi8(0xF);
-    const __m512i table0 = load(kE3m2Halves.values), table1 = load(kE3m2Halves.values + 32);
+    const Table<uint16_t>& halves = kFormat == mx::E2M3 ? kE2m3Halves : kE3m2Halves;
+    const __m512i table0 = load(halves.values), table1 = load(halves.values + 32);
 #pragma GCC unroll 8
     for (int g = 0; g < 8; ++g) {
       const int j = g / 2, shift = 4 * (j % 2) + 2 * (g % 2);
@@ -244,7 +271,7 @@ template <int kBits, typename F>
   }
 }
 
-template <int kBits, bool kWide, int kRows>
+template <mx::ElementFormat kFormat, bool kWide, int kRows>
 [[gnu::always_inline]] inline void float_blocks(const mx::Segment& segment, const uint8_t* scales,
                                                 const uint8_t* tile, const Prepared* rows,
                                                 __m512* sums) {
@@ -252,10 +279,10 @@ template <int kBits, bool kWide, int kRows>
   __m512 low[kRows], high[kRows];
   for (int m = 0; m < kRows; ++m) low[m] = high[m] = _mm512_setzero_ps();
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
-    fetch_ahead<kBits>(tile);
+    fetch_ahead<kFormat.bits>(tile);
     __m512 dot_low[kRows], dot_high[kRows];
     for (int m = 0; m < kRows; ++m) dot_low[m] = dot_high[m] = _mm512_setzero_ps();
-    for_each_pair<kBits>(tile, [&](int pair, __m512i words) [[gnu::always_inline]] {
+    for_each_pair<kFormat>(tile, [&](int pair, __m512i words) [[gnu::always_inline]] {
       const __m512 w_low = _mm512_cvtph_ps(_mm512_castsi512_si256(words));
       const __m512 w_high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1));
 #pragma GCC unroll 8
@@ -275,7 +302,7 @@ template <int kBits, bool kWide, int kRows>
       low[m] = scaled_sum<kWide>(low[m], dot_low[m], scale_low, rows[m], b, 1.0f);
       high[m] = scaled_sum<kWide>(high[m], dot_high[m], scale_high, rows[m], b, 1.0f);
     }
-    tile += kBits * kLine;
+    tile += kFormat.bits * kLine;
   }
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
@@ -303,18 +330,20 @@ void run_rows(const LinearTask& task, const uint8_t* prepared, int64_t panel_ind
   for (const mx::Segment& segment : layout.segments()) {
     if (segment.blocks == 0) continue;
     const mx::ElementFormat weight = layout.weight_format(segment);
-    if (is_integer(segment.format, weight)) {
+    if (!task.weight_only && is_integer(segment.format, weight)) {
       if (weight == mx::E2M1) {
         integer_blocks<4, kWide, kRows>(segment, scales, tile, rows, sums);
       } else {
         integer_blocks<6, kWide, kRows>(segment, scales, tile, rows, sums);
       }
     } else if (weight == mx::E2M1) {
-      float_blocks<4, kWide, kRows>(segment, scales, tile, rows, sums);
+      float_blocks<mx::E2M1, kWide, kRows>(segment, scales, tile, rows, sums);
+    } else if (weight == mx::E2M3) {
+      float_blocks<mx::E2M3, kWide, kRows>(segment, scales, tile, rows, sums);
     } else if (weight == mx::E3M2) {
-      float_blocks<6, kWide, kRows>(segment, scales, tile, rows, sums);
+      float_blocks<mx::E3M2, kWide, kRows>(segment, scales, tile, rows, sums);
     } else {
-      float_blocks<8, kWide, kRows>(segment, scales, tile, rows, sums);
+      float_blocks<mx::E4M3, kWide, kRows>(segment, scales, tile, rows, sums);
     }
     tile += segment.blocks * tile_bytes(weight);
   }

@@ -1,5 +1,5 @@
 // The product in plain C++, for machines without AVX2 and as the plain statement of the others.
-#include "convert.h"
+#include "float_rows.h"
 
 namespace micromix::cpu {
 namespace {
@@ -16,7 +16,23 @@ int64_t prepared_bytes(const LinearTask& task) { return task.m * prepared_row_by
 
 int64_t scratch_bytes(const LinearTask&) { return 0; }
 
+void prepare_floats(const LinearTask& task, int64_t first_row, int64_t last_row,
+                    uint8_t* prepared) {
+  const mx::MixedLayout& layout = task.layout;
+  for (int64_t r = first_row; r < last_row; ++r) {
+    float* const values = reinterpret_cast<float*>(prepared + r * prepared_row_bytes(layout));
+    int32_t* const exponents = reinterpret_cast<int32_t*>(values + layout.channels());
+    for (const mx::Segment& segment : layout.segments()) {
+      for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
+        load_block(task, r, b, segment.hadamard, values + b * mx::kBlock);
+        exponents[b] = normalise_block(values + b * mx::kBlock) - mx::kFloat32Bias;
+      }
+    }
+  }
+}
+
 void prepare(const LinearTask& task, int64_t first_row, int64_t last_row, uint8_t* prepared) {
+  if (task.weight_only) return prepare_floats(task, first_row, last_row, prepared);
   const mx::MixedLayout& layout = task.layout;
   for (int64_t r = first_row; r < last_row; ++r) {
     float* const values = reinterpret_cast<float*>(prepared + r * prepared_row_bytes(layout));

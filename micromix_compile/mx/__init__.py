@@ -4,7 +4,7 @@ from .bits import pack_codes, packed_bytes, unpack_codes
 from .elements import E2M1, E2M3, E3M2, E4M3, ElementFormat, decode, encode
 from .hadamard import hadamard
 from .layout import WEIGHT_IS_MXFP4, MixedLayout, Segment
-from .mixed import dequantize, linear, quantize
+from .mixed import dequantize, linear, quantize, rearrange, weight_only_linear
 from .scales import (
     BLOCK,
     NAN_SCALE,
@@ -35,7 +35,9 @@ __all__ = [
     "pack_codes",
     "packed_bytes",
     "quantize",
+    "rearrange",
     "scale_bytes",
     "scale_values",
     "unpack_codes",
+    "weight_only_linear",
 ]

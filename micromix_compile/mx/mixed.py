@@ -36,28 +36,26 @@ def quantize(x: Tensor, layout: MixedLayout, order: Tensor | None = None) -> tup
 
     Raises TypeError for another dtype, ValueError for a shape or an order that does not fit.
     """
-    if x.dtype not in _INPUT_DTYPES:
-        raise TypeError(f"quantize needs bfloat16, float16 or float32, got {x.dtype}")
-    if x.dim() == 0:
-        raise ValueError("quantize needs at least one dimension, the channels")
+    order = _checked_order(x, layout, order)
     *shape, channels = x.shape
-    if order is None:
-        if layout.channels < channels:
-            raise ValueError(f"the layout has {layout.channels} channels, x has {channels}")
-    else:
-        _check_order(order, layout.channels, channels)
-        order = torch.where(order < 0, channels, order)  # padding reads the zero after the channels
-
     rows = x.reshape(math.prod(shape), channels)
     data = torch.empty(len(rows), layout.row_bytes, dtype=torch.uint8, device=x.device)
     scales = torch.empty(len(rows), layout.blocks, dtype=torch.uint8, device=x.device)
     for chunk in _chunks(len(rows), layout.channels):
-        if order is None:
-            values = pad(rows[chunk], (0, layout.channels - channels))
-        else:
-            values = pad(rows[chunk], (0, 1)).index_select(1, order)
-        _quantize_rows(values.float(), layout, data[chunk], scales[chunk])
+        values = _ordered(rows[chunk], layout, order)
+        _quantize_rows(values, layout, data[chunk], scales[chunk])
     return data.view(*shape, layout.row_bytes), scales.view(*shape, layout.blocks)
+
+
+def rearrange(x: Tensor, layout: MixedLayout, order: Tensor | None = None) -> Tensor:
+    """The values float32 ``[..., layout.channels]`` that :func:`quantize` casts: reordered, padded, rotated.
+
+    Arguments and errors are those of :func:`quantize`.
+    """
+    order = _checked_order(x, layout, order)
+    *shape, channels = x.shape
+    values = _ordered(x.reshape(math.prod(shape), channels), layout, order)
+    return values.view(*shape, layout.channels)
 
 
 def dequantize(
@@ -103,21 +101,43 @@ def linear(
     sums in float32, is compared with. A NaN block makes every result that reads it NaN.
     Raises TypeError or ValueError if tensors and layouts do not fit.
     """
-    if layout.channels != weight_layout.channels:
-        raise ValueError(
-            f"the rows have {layout.channels} channels, the weight has {weight_layout.channels}"
-        )
-    if weight_data.dim() != 2:
-        raise ValueError(f"the weight must be [N, row bytes], got {tuple(weight_data.shape)}")
-    _check_packed(weight_data, weight_scales, weight_layout)
-    if bias is not None and bias.shape != weight_data.shape[:1]:
-        raise ValueError(f"bias must be [{len(weight_data)}], got {tuple(bias.shape)}")
-
+    _check_weight(weight_data, weight_scales, layout, weight_layout, bias)
     x = dequantize(data, scales, layout, torch.float64)
+    return _product(x, weight_data, weight_scales, weight_layout, bias, dtype)
+
+
+def weight_only_linear(
+    x: Tensor,
+    weight_data: Tensor,
+    weight_scales: Tensor,
+    layout: MixedLayout,
+    weight_layout: MixedLayout,
+    order: Tensor | None = None,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The product ``[..., N]`` of float rows ``x`` ``[..., K]``, bf16, f16 or f32, and a packed weight ``[N, Kp]``.
+
+    ``x`` is rearranged (:func:`rearrange`) and rounded to bfloat16; all else is as in :func:`linear`.
+    """
+    _check_weight(weight_data, weight_scales, layout, weight_layout, bias)
+    values = rearrange(x, layout, order).to(torch.bfloat16).double()
+    return _product(values, weight_data, weight_scales, weight_layout, bias, dtype)
+
+
+def _product(
+    x: Tensor,
+    weight_data: Tensor,
+    weight_scales: Tensor,
+    weight_layout: MixedLayout,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``x`` float64 ``[..., Kp]`` times a packed weight."""
     outputs = len(weight_data)
     result = torch.empty(*x.shape[:-1], outputs, dtype=dtype, device=x.device)
     # A chunk of the weight at a time: a vocabulary-sized weight in float64 would be gigabytes.
-    for chunk in _chunks(outputs, layout.channels, elements=1 << 22):
+    for chunk in _chunks(outputs, weight_layout.channels, elements=1 << 22):
         w = dequantize(weight_data[chunk], weight_scales[chunk], weight_layout, torch.float64)
         y = x @ w.T
         if bias is not None:
@@ -126,11 +146,26 @@ def linear(
     return result
 
 
+def _ordered(rows: Tensor, layout: MixedLayout, order: Tensor | None) -> Tensor:
+    """``rows`` ``[M, K]`` as float32 ``[M, layout.channels]``; ``order`` as `_checked_order` gives it."""
+    if order is None:
+        values = pad(rows, (0, layout.channels - rows.shape[1])).float()
+    else:
+        values = pad(rows, (0, 1)).index_select(1, order).float()
+    if not layout.rotates_any:
+        return values
+    parts = [
+        hadamard(part) if segment.hadamard else part
+        for segment in layout.segments()
+        for part in (values[:, segment.start : segment.stop],)
+    ]
+    return torch.cat(parts, dim=1)
+
+
 def _quantize_rows(values: Tensor, layout: MixedLayout, data: Tensor, scales: Tensor) -> None:
     """Casts float32 ``values`` ``[rows, layout.channels]`` into ``data`` and ``scales``."""
     for segment in layout.segments():
-        own = values[:, segment.start : segment.stop]
-        blocks = (hadamard(own) if segment.hadamard else own).unflatten(1, (-1, BLOCK))
+        blocks = values[:, segment.start : segment.stop].unflatten(1, (-1, BLOCK))
         scale = scale_bytes(blocks.abs().amax(-1), segment.fmt, segment.rule)
         codes = encode(blocks * inverse_scale_values(scale).unsqueeze(-1), segment.fmt)
         codes.masked_fill_((scale == NAN_SCALE).unsqueeze(-1), 0)
@@ -143,6 +178,39 @@ def _chunks(rows: int, channels: int, elements: int = _CHUNK_ELEMENTS) -> Iterat
     """Slices of rows, each of about ``elements`` elements, at least one row."""
     step = max(1, elements // max(1, channels))
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+
+
+def _checked_order(x: Tensor, layout: MixedLayout, order: Tensor | None) -> Tensor | None:
+    """``order`` with padding reading the zero that is put after the channels; checks all arguments."""
+    if x.dtype not in _INPUT_DTYPES:
+        raise TypeError(f"quantize needs bfloat16, float16 or float32, got {x.dtype}")
+    if x.dim() == 0:
+        raise ValueError("quantize needs at least one dimension, the channels")
+    channels = x.shape[-1]
+    if order is None:
+        if layout.channels < channels:
+            raise ValueError(f"the layout has {layout.channels} channels, x has {channels}")
+        return None
+    _check_order(order, layout.channels, channels)
+    return torch.where(order < 0, channels, order)
+
+
+def _check_weight(
+    data: Tensor,
+    scales: Tensor,
+    layout: MixedLayout,
+    weight_layout: MixedLayout,
+    bias: Tensor | None,
+) -> None:
+    if layout.channels != weight_layout.channels:
+        raise ValueError(
+            f"the rows have {layout.channels} channels, the weight has {weight_layout.channels}"
+        )
+    if data.dim() != 2:
+        raise ValueError(f"the weight must be [N, row bytes], got {tuple(data.shape)}")
+    _check_packed(data, scales, weight_layout)
+    if bias is not None and bias.shape != data.shape[:1]:
+        raise ValueError(f"bias must be [{len(data)}], got {tuple(bias.shape)}")
 
 
 def _check_order(order: Tensor, positions: int, channels: int) -> None:

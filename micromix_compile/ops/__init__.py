@@ -1,12 +1,13 @@
 """The micromix:: operators. Importing this module registers them; call them as torch.ops.micromix.*.
 
-==================  ==========================================================================
-``quantize``        activations (or a weight) to packed rows of a mixed layout
-``place_weight``    packed rows of a weight to the buffer that ``linear`` of its device reads
-``linear``          packed activations times a placed weight
-``linears``         the same for several weights of one layout, in one launch
-``*_quantize``      a norm, an activation or a sum, quantised as it is computed (fused.py)
-==================  ==========================================================================
+======================  ======================================================================
+``quantize``            activations (or a weight) to packed rows of a mixed layout
+``place_weight``        packed rows of a weight to the buffer that ``linear`` of its device reads
+``linear``              packed activations times a placed weight
+``linears``             the same for several weights of one layout, in one launch
+``weight_only_linear``  float activations, as bfloat16, times a placed weight
+``*_quantize``          a norm, an activation or a sum, quantised as it is computed (fused.py)
+======================  ======================================================================
 
 docs/architecture.md has the schemas. On the CPU they are C++ kernels from the extension; where
 there is no kernel they are the pure-torch reference, with one warning per device.
@@ -25,6 +26,7 @@ from ._extension import (
     set_cpu_isa,
 )
 from ._fakes import placed_bytes
+from ._reference import refuse_weight_only
 from ._schemas import EMULATED
 
 _extension.load()
@@ -43,5 +45,6 @@ __all__ = [
     "kernel_name",
     "loaded",
     "placed_bytes",
+    "refuse_weight_only",
     "set_cpu_isa",
 ]

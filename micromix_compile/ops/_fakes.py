@@ -25,6 +25,7 @@ def register() -> None:
         ("quantize", _quantize),
         ("linear", _linear),
         ("linears", _linears),
+        ("weight_only_linear", _weight_only_linear),
         ("place_weight", _place_weight),
         ("unplace_weight", _unplace_weight),
     ):
@@ -88,6 +89,21 @@ def _linears(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     return [data.new_empty((*data.shape[:-1], size), dtype=dtype) for size in n]
+
+
+def _weight_only_linear(
+    x: Tensor,
+    order: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    n: int,
+    k4: int,
+    k6: int,
+    k8: int,
+    format: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n), dtype=dtype)
 
 
 def _place_weight(data: Tensor, scales: Tensor, k4: int, k6: int, k8: int, format: int) -> Tensor:

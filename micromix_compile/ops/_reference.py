@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from micromix_compile import mx
-from micromix_compile.errors import ReferenceKernelWarning
+from micromix_compile.errors import ReferenceKernelWarning, WeightOnlyDeviceError
 
 from ._extension import why_reference
 from ._schemas import NAMESPACE, SCHEMAS
@@ -23,6 +23,7 @@ def register() -> None:
         ("quantize", quantize),
         ("linear", linear),
         ("linears", linears),
+        ("weight_only_linear", weight_only_linear),
         ("place_weight", place_weight),
         ("unplace_weight", unplace_weight),
     ):
@@ -99,6 +100,32 @@ def linears(
     """One product after the other, each with the device's own ``linear``."""
     linear = torch.ops.micromix.linear
     return [linear(data, scales, *part, *rest) for part in zip(weights, biases, n, strict=True)]
+
+
+def weight_only_linear(
+    x: Tensor,
+    order: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    n: int,
+    k4: int,
+    k6: int,
+    k8: int,
+    format: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    refuse_weight_only(x.device)
+    _warn(x.device)
+    layout = mx.MixedLayout.from_code(k4, k6, k8, format)
+    weight_layout = mx.MixedLayout.weight_from_code(k4, k6, k8, format)
+    rows = _rows(weight, n, weight_layout)
+    return mx.weight_only_linear(x, *rows, layout, weight_layout, order, bias, dtype)
+
+
+def refuse_weight_only(device: torch.device) -> None:
+    """Raises WeightOnlyDeviceError where weight-only products cannot run."""
+    if device.type != "cpu":
+        raise WeightOnlyDeviceError(device=device)
 
 
 def _warn(device: torch.device) -> None:

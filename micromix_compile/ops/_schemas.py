@@ -18,6 +18,10 @@ SCHEMAS = {
         "(Tensor data, Tensor scales, Tensor[] weights, Tensor?[] biases, int[] n,"
         " int k4, int k6, int k8, int format, ScalarType dtype) -> Tensor[]"
     ),
+    "weight_only_linear": (
+        "(Tensor x, Tensor? order, Tensor weight, Tensor? bias, int n,"
+        " int k4, int k6, int k8, int format, ScalarType dtype) -> Tensor"
+    ),
     "rms_norm_quantize": (
         "(Tensor x, Tensor? residual, Tensor? weight, float eps, int form, ScalarType dtype,"
         " bool keep, Tensor?[] orders, int[] layouts) -> Tensor[]"

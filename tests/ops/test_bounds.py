@@ -41,7 +41,7 @@ def guarded(tensor: torch.Tensor) -> torch.Tensor:
 def check(isa: str) -> None:
     ops.set_cpu_isa(isa)
     quantize, linear = torch.ops.micromix.quantize, torch.ops.micromix.linear
-    place = torch.ops.micromix.place_weight
+    place, weight_only = torch.ops.micromix.place_weight, torch.ops.micromix.weight_only_linear
     for counts in ((32, 0, 0), (0, 32, 0), (0, 0, 32), (64, 96, 32), (608, 32, 64)):
         for format6 in ("e2m3", "e3m2"):
             layout = MixedLayout(*counts, format6=format6)
@@ -68,6 +68,9 @@ def check(isa: str) -> None:
                 operands = (guarded(data), guarded(scales), guarded(placed), bias)
                 for dtype in (torch.bfloat16, torch.float32):
                     linear(*operands, n, *code, dtype)
+                    x = guarded(rows(m, channels, dtype))
+                    for own_order in (None, order):
+                        weight_only(x, own_order, *operands[2:], n, *code, dtype)
 
 
 @pytest.mark.parametrize("isa", ISAS)
