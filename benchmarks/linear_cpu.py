@@ -83,7 +83,9 @@ def machine_limits(directory: Path) -> dict[str, float]:
     return limits
 
 
-def micromix(weights, x: torch.Tensor, layout: MixedLayout) -> list[peers.Product]:
+def micromix(
+    weights, x: torch.Tensor, layout: MixedLayout, weight_only: bool = False
+) -> list[peers.Product]:
     counts = (layout.k4, layout.k6, layout.k8, layout.code)
     quantize, linear = torch.ops.micromix.quantize.default, torch.ops.micromix.linear.default
     n = weights[0].shape[0]
@@ -93,7 +95,13 @@ def micromix(weights, x: torch.Tensor, layout: MixedLayout) -> list[peers.Produc
     def product(weight: torch.Tensor) -> torch.Tensor:
         return linear(*quantize(x, None, *counts), weight, None, n, *counts, torch.bfloat16)
 
-    return [lambda weight=weight: product(weight) for weight in placed]
+    def weight_only_product(weight: torch.Tensor) -> torch.Tensor:
+        return torch.ops.micromix.weight_only_linear.default(
+            x, None, weight, None, n, *counts, torch.bfloat16
+        )
+
+    run = weight_only_product if weight_only else product
+    return [lambda weight=weight: run(weight) for weight in placed]
 
 
 def run_times(
@@ -137,6 +145,11 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
         contenders = {
             f"micromix {name}": micromix(weights, x, mix(name, k)) for name in arguments.mixes
         }
+        if arguments.weight_only:
+            contenders |= {
+                f"weight-only {name}": micromix(weights, x, mix(name, k), weight_only=True)
+                for name in arguments.mixes
+            }
         for name, make in peers.available(arguments.peers).items():
             # A compiled graph for every copy takes minutes: compiled peers get a few copies.
             few = 4 if name in ("inductor bf16", "torchao int8") else 64
@@ -144,7 +157,7 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
         rounds = max(5, min(arguments.rounds, int(arguments.rounds * 64 / (rows + 63))))
         for name, times in run_times(contenders, rounds, hot).items():
             seconds = statistics.median(times)
-            if name.startswith("micromix"):
+            if name.startswith(("micromix", "weight-only")):
                 stored = n * k * mix(name.split()[1], k).total_bits / 8
             else:
                 bits = {"torchao int8": 8, "ggml q4_0": 4.5}.get(name, 16)
@@ -218,6 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="KxN")
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--mixes", nargs="+", default=("4.5", "5.5", "mxfp4", "mxfp8"))
+    parser.add_argument("--weight-only", action="store_true", help="also with bf16 activations")
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=50, help="at most so many runs of each")

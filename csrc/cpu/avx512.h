@@ -89,7 +89,7 @@ template <int kBits>
   return _mm512_and_si512(_mm512_srai_epi16(words, 1),
                           _mm512_set1_epi16(static_cast<int16_t>(0xBF80)));
 }
-constexpr float kE4m3Factor = 0x1p8f;
+constexpr int kE4m3Exponent = 8;
 
 [[gnu::always_inline]] inline __m512 load_floats(const void* values, Dtype dtype, int64_t i,
                                                  __mmask16 mask) {

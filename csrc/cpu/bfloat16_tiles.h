@@ -2,7 +2,7 @@
 // blocks of packed activations. Included only by files that are compiled for AVX-512.
 #pragma once
 
-#include "avx512.h"
+#include "float_rows_avx512.h"
 
 namespace micromix::cpu::avx512 {
 namespace {
@@ -157,19 +157,16 @@ template <mx::ElementFormat kFormat>
   return wide;
 }
 
-// A block of values that are bfloat16 numbers, as a row of a tile in the same order of channels.
-// Returns the bits of the largest magnitude.
-[[gnu::always_inline]] inline uint32_t store_tile_row(const float* values, uint8_t* out) {
-  const __m512i low = load(values), high = load(values + 16);
-  const __m512i magnitude = _mm512_set1_epi32(mx::kFloat32Magnitude);
-  const __m512i words =
-      _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(_mm512_srli_epi32(low, 16))),
-                         _mm512_cvtepi32_epi16(_mm512_srli_epi32(high, 16)), 1);
+// A block of bfloat16 numbers, as a row of a tile in the same order of channels.
+[[gnu::always_inline]] inline void store_tile_row(Block block, uint8_t* out) {
+  const auto words = [](__m512 x) __attribute__((always_inline)) {
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(x), 16));
+  };
+  const __m512i both =
+      _mm512_inserti64x4(_mm512_castsi256_si512(words(block.low)), words(block.high), 1);
   const __m512i order =
       _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
-  _mm512_store_si512(out, _mm512_shuffle_epi8(words, order));
-  return _mm512_reduce_max_epu32(
-      _mm512_max_epu32(_mm512_and_si512(low, magnitude), _mm512_and_si512(high, magnitude)));
+  _mm512_store_si512(out, _mm512_shuffle_epi8(both, order));
 }
 
 }  // namespace

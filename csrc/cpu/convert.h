@@ -40,6 +40,13 @@ MX_HOST_DEVICE constexpr uint16_t float_to_float16(float value) {
          static_cast<uint16_t>((magnitude - 0x38000000 + 0xFFF + ((magnitude >> 13) & 1)) >> 13);
 }
 
+// The scale byte of a block of floats whose largest magnitude has these bits: it is below 2 over
+// the scale. That of zeros is neutral, that of a block with NaN or Inf is NaN.
+MX_HOST_DEVICE constexpr uint8_t power_of_two_over(uint32_t amax_bits) {
+  if (amax_bits == 0) return kNeutralScale;
+  return static_cast<uint8_t>(amax_bits >> mx::kFloat32MantissaBits);
+}
+
 MX_HOST_DEVICE inline float load_float(const void* values, Dtype dtype, int64_t i) {
   if (dtype == Dtype::kFloat32) return static_cast<const float*>(values)[i];
   const uint16_t bits = static_cast<const uint16_t*>(values)[i];

@@ -22,19 +22,20 @@ namespace micromix::cpu {
   for (int i = 0; i < mx::kBlock; ++i) values[i] = bfloat16_to_float(float_to_bfloat16(values[i]));
 }
 
-// Brings the largest magnitude of a block into [1, 4); returns the scale byte of what it is divided
-// by. A block of zeros, and one with NaN or Inf, stays as it is.
+// Brings a block over the power of two of its largest magnitude, whose scale byte it returns. A
+// block with NaN or Inf becomes NaN.
 [[gnu::always_inline]] inline uint8_t normalise_block(float* values) {
   uint32_t amax = 0;
   for (int i = 0; i < mx::kBlock; ++i) {
     const uint32_t magnitude = std::bit_cast<uint32_t>(values[i]) & mx::kFloat32Magnitude;
     amax = magnitude > amax ? magnitude : amax;
   }
-  if (amax == 0 || amax >= mx::kFloat32Exponent) return kNeutralScale;
-  const uint32_t exponent = amax >> mx::kFloat32MantissaBits;
-  const uint8_t scale = static_cast<uint8_t>(exponent < 253 ? exponent : 253);
-  const float factor = mx::inverse_scale(scale);
-  for (int i = 0; i < mx::kBlock; ++i) values[i] *= factor;
+  const uint8_t scale = power_of_two_over(amax);
+  const float factor = scale < 254 ? mx::inverse_scale(scale) : 0x1p-127f;
+  const bool nan = scale == mx::kNanScale;
+  for (int i = 0; i < mx::kBlock; ++i) {
+    values[i] = nan ? mx::scale_value(mx::kNanScale) : values[i] * factor;
+  }
   return scale;
 }
 

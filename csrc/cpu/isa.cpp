@@ -80,8 +80,9 @@ Isa from_environment() {
 
 std::atomic<int> chosen{-1};
 
-// Rows from which decoding the weight to AMX tiles pays; below, it is decoded to registers.
-constexpr int64_t kAmxRows = 5;
+// Rows from which decoding the weight to AMX tiles pays; below, it is decoded to registers. Float
+// activations are three times the work there.
+constexpr int64_t kAmxRows = 5, kAmxFloatRows = 3;
 
 }  // namespace
 
@@ -115,7 +116,8 @@ const QuantizeKernel& quantize_kernel() {
 
 const LinearKernel& linear_kernel(const LinearTask& task) {
 #if defined(MICROMIX_X86)
-  if (current_isa() == Isa::kAmx && task.m >= kAmxRows && task.layout.blocks() > 0 &&
+  if (current_isa() == Isa::kAmx && task.m >= (task.weight_only ? kAmxFloatRows : kAmxRows) &&
+      task.layout.blocks() > 0 &&
       !reinterpret_cast<const PlacedHeader*>(task.weight)->has_wide_scales) {
     return kLinearAmx;
   }

@@ -6,7 +6,6 @@
 // weight with other scales never comes here; an activation row with other scales is done again by
 // the AVX-512 kernel.
 #include "bfloat16_tiles.h"
-#include "float_rows.h"
 
 namespace micromix::cpu {
 namespace {
@@ -48,18 +47,15 @@ void prepare_floats(const LinearTask& task, int64_t first_row, int64_t last_row,
   for (int64_t r = first_row; r < last_row; ++r) {
     uint8_t* const out =
         prepared + r / kTileRows * layout.blocks() * kTileBytes + r % kTileRows * kLine;
-    uint32_t amax = 0;
-    for (const mx::Segment& segment : layout.segments()) {
-      for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
-        alignas(64) float values[mx::kBlock];
-        load_block(task, r, b, segment.hadamard, values);
-        const uint32_t largest = store_tile_row(values, out + b * kTileBytes);
-        amax = largest > amax ? largest : amax;
-      }
-    }
-    const uint32_t exponent = amax >> mx::kFloat32MantissaBits;
+    __m512i amax = _mm512_setzero_si512();
+    for_each_float_block(task, r, [&](const mx::Segment&, int64_t b, Block block) {
+      store_tile_row(block, out + b * kTileBytes);
+      amax = _mm512_max_epu32(amax, magnitudes(block));
+    });
+    const uint32_t largest = _mm512_reduce_max_epu32(amax);
+    const uint32_t exponent = largest >> mx::kFloat32MantissaBits;
     prepared[tiles_bytes(task) + r] =
-        amax != 0 && (exponent < kSmallestPlainScale || exponent > kLargestPlainScale);
+        largest != 0 && (exponent < kSmallestPlainScale || exponent > kLargestPlainScale);
   }
 }
 

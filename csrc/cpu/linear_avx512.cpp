@@ -4,9 +4,9 @@
 //
 // E2M1 (x2) and E2M3 (x8) are small integers, so a block's dot product is an exact integer: weights
 // are looked up as unsigned bytes value + offset, and the sum starts at -offset * (sum of the
-// activations). Blocks of other formats are decoded to float32.
-#include "avx512.h"
-#include "float_rows.h"
+// activations). Activations that are no small integers are numbers of three bytes. Weights of other
+// formats are decoded to float32.
+#include "float_rows_avx512.h"
 
 namespace micromix::cpu {
 namespace {
@@ -19,28 +19,46 @@ constexpr bool is_small_integer(mx::ElementFormat f) { return f == mx::E2M1 || f
 constexpr int integer_factor(mx::ElementFormat f) { return f == mx::E2M1 ? 2 : 8; }
 constexpr int integer_offset(mx::ElementFormat f) { return f == mx::E2M1 ? 12 : 64; }
 
-// Whether the products of a segment are integers.
-constexpr bool is_integer(mx::ElementFormat activation, mx::ElementFormat weight) {
-  return is_small_integer(activation) && is_small_integer(weight);
+// The bytes of an activation that meets a small integer.
+int digits_of(const LinearTask& task, const mx::Segment& segment) {
+  return !task.weight_only && is_small_integer(segment.format) ? 1 : 3;
+}
+
+// Activations that meet a small integer are integers over this power of two. Those of three bytes:
+// E4M3 and E3M2 are whole then. A float over the power of two that its block has is below 2, and
+// what lies 2^14 (E2M3: 2^12) below the block's largest is rounded; 32 products fit into 31 bits.
+int fixed_point(const LinearTask& task, const mx::Segment& segment) {
+  if (task.weight_only) return task.layout.weight_format(segment) == mx::E2M1 ? 21 : 19;
+  return segment.format == mx::E2M1 ? 1 : segment.format == mx::E2M3 ? 3 : 9;
 }
 
 // The value of a product of integers in units of the elements.
-constexpr float integer_rest(mx::ElementFormat activation, mx::ElementFormat weight) {
-  return 1.0f / static_cast<float>(integer_factor(activation) * integer_factor(weight));
+float integer_rest(const LinearTask& task, const mx::Segment& segment) {
+  const int factor = integer_factor(task.layout.weight_format(segment));
+  return 1.0f / (static_cast<float>(factor) * (1 << fixed_point(task, segment)));
 }
 
 constexpr Table<int8_t> kE2m1Bytes = byte_table(mx::E2M1, 2, 0);
 constexpr Table<int8_t> kE2m3Bytes = byte_table(mx::E2M3, 8, 0);
 constexpr Table<int8_t> kE2m1Offset = byte_table(mx::E2M1, 2, 12);
 constexpr Table<int8_t> kE2m3Offset = byte_table(mx::E2M3, 8, 64);
-constexpr Table<uint16_t> kE2m1Halves = float16_table(mx::E2M1);
-constexpr Table<uint16_t> kE2m3Halves = float16_table(mx::E2M3);
+// Bytes 0 and 1, and byte 2, of each word of two vectors of 16.
+constexpr Table<uint8_t> byte_of_words(int first) {
+  Table<uint8_t> table{};
+  for (int i = 0; i < 64; ++i) {
+    const int word = i % 32;
+    table.values[i] = static_cast<uint8_t>((word < 16 ? 4 * word : 64 + 4 * (word - 16)) + first +
+                                           (first ? 0 : i / 32));
+  }
+  return table;
+}
+constexpr Table<uint8_t> kByteOfWords[2] = {byte_of_words(0), byte_of_words(2)};
 constexpr Table<uint16_t> kE3m2Halves = float16_table(mx::E3M2);
 
 // A prepared row: per block a factor (its scale over the integer factors), an exponent (of the
 // scale, for the exact path), and the start of the integer sum; then the elements of all blocks,
-// 128 bytes a block: 32 signed bytes, or 32 float32 with channels 1 and 2 of each four exchanged,
-// the order in which pairs of words come out of a tile.
+// 128 bytes a block: 32 signed bytes, once or, the lowest first, three times; or 32 float32 with
+// channels 1 and 2 of each four exchanged, the order in which pairs of words come out of a tile.
 struct Prepared {
   float* factor;
   int32_t* start;
@@ -69,10 +87,9 @@ int64_t scratch_bytes(const LinearTask&) { return 0; }
 
 template <int kBits>
 [[gnu::always_inline]] inline void prepare_integers(const Prepared& row, const mx::Segment& segment,
-                                                    mx::ElementFormat weight,
+                                                    mx::ElementFormat weight, float rest,
                                                     const uint8_t* packed) {
   const __m512i table = load(kBits == 4 ? &kE2m1Bytes : &kE2m3Bytes);
-  const float rest = integer_rest(segment.format, weight);
   const __m256i offset = _mm256_set1_epi8(static_cast<int8_t>(integer_offset(weight)));
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
     const __m256i codes = unpack<kBits>(packed);
@@ -86,19 +103,38 @@ template <int kBits>
   }
 }
 
-// The elements of a block, times a factor, as floats.
-[[gnu::always_inline]] inline void store_elements(const Prepared& row, int64_t block, __m512 low,
-                                                  __m512 high, float factor) {
-  const __m512 f = _mm512_set1_ps(factor);
-  float* const elements = reinterpret_cast<float*>(row.elements + block * kElementBytes);
-  _mm512_store_ps(elements, _mm512_permute_ps(_mm512_mul_ps(low, f), 0b11011000));
-  _mm512_store_ps(elements + 16, _mm512_permute_ps(_mm512_mul_ps(high, f), 0b11011000));
+// Stores a block whose scale is known, times 2^exponent: as numbers of three bytes, whose power of
+// two `rest` has, for a weight of small integers; as float32 for any other.
+[[gnu::always_inline]] inline void store_block(const Prepared& row, int64_t b, Block block,
+                                               int exponent, mx::ElementFormat weight, float rest) {
+  uint8_t* const elements = row.elements + b * kElementBytes;
+  const __m512 power = _mm512_set1_ps(static_cast<float>(exponent));
+  block = {_mm512_scalef_ps(block.low, power), _mm512_scalef_ps(block.high, power)};
+  row.factor[b] = mx::scale_value(row.scale[b]) * rest;
+  if (!is_small_integer(weight)) {
+    float* const floats = reinterpret_cast<float*>(elements);
+    _mm512_store_ps(floats, _mm512_permute_ps(block.low, 0b11011000));
+    _mm512_store_ps(floats + 16, _mm512_permute_ps(block.high, 0b11011000));
+    return;
+  }
+  const __m512i low = _mm512_cvtps_epi32(block.low), high = _mm512_cvtps_epi32(block.high);
+  const int32_t sum = _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
+  row.start[b] = -integer_offset(weight) * sum;
+  // A number is the sum of 2^(8i) (byte i - 128) over the bytes of what it is with this added.
+  const __m512i middle = _mm512_set1_epi32(0x808080);
+  const __m512i bytes0 = _mm512_add_epi32(low, middle), bytes1 = _mm512_add_epi32(high, middle);
+  const __m512i sign = _mm512_set1_epi8(INT8_MIN);
+  const __m512i index0 = load(kByteOfWords[0].values), index2 = load(kByteOfWords[1].values);
+  const __m512i first_two = _mm512_permutex2var_epi8(bytes0, index0, bytes1);
+  const __m512i last = _mm512_permutex2var_epi8(bytes0, index2, bytes1);
+  _mm512_store_si512(elements, _mm512_xor_si512(first_two, sign));
+  _mm512_store_si512(elements + kLine, _mm512_xor_si512(last, sign));
 }
 
 template <int kBits>
 [[gnu::always_inline]] inline void prepare_floats(const Prepared& row, const mx::Segment& segment,
-                                                  mx::ElementFormat weight, const uint8_t* packed) {
-  const float factor = (kBits == 8 ? kE4m3Factor : 1.0f) * (weight.bits == 8 ? kE4m3Factor : 1.0f);
+                                                  mx::ElementFormat weight, int exponent,
+                                                  float rest, const uint8_t* packed) {
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
     const __m512i words = _mm512_cvtepu8_epi16(unpack<kBits>(packed));
     __m512i halves;
@@ -111,28 +147,43 @@ template <int kBits>
       halves =
           _mm512_permutex2var_epi16(load(kE3m2Halves.values), words, load(kE3m2Halves.values + 32));
     }
-    const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
-    const __m512 high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
-    store_elements(row, b, low, high, factor);
-    row.factor[b] = mx::scale_value(row.scale[b]);
+    const Block block = {_mm512_cvtph_ps(_mm512_castsi512_si256(halves)),
+                         _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))};
+    store_block(row, b, block, exponent + (kBits == 8 ? kE4m3Exponent : 0), weight, rest);
     packed += kBits * 4;
   }
 }
 
+// What the elements of a segment are multiplied by, as an exponent, and what their products are
+// multiplied by in return, beside the scales.
+struct Units {
+  int exponent;
+  float rest;
+
+  Units(const LinearTask& task, const mx::Segment& segment) {
+    const mx::ElementFormat weight = task.layout.weight_format(segment);
+    if (is_small_integer(weight)) {
+      exponent = fixed_point(task, segment);
+      rest = integer_rest(task, segment);
+    } else {
+      exponent = weight == mx::E4M3 ? kE4m3Exponent : 0;
+      rest = 1.0f;
+    }
+  }
+};
+
+// Rows of float activations; each block is brought over a power of two, as in float_rows.h.
 void prepare_rows(const LinearTask& task, int64_t first_row, int64_t last_row, uint8_t* prepared) {
   const mx::MixedLayout& layout = task.layout;
   for (int64_t r = first_row; r < last_row; ++r) {
     const Prepared row(prepared + r * prepared_row_bytes(layout), layout.blocks());
-    for (const mx::Segment& segment : layout.segments()) {
-      const float factor = layout.weight_format(segment).bits == 8 ? kE4m3Factor : 1.0f;
-      for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
-        alignas(64) float values[mx::kBlock];
-        load_block(task, r, b, segment.hadamard, values);
-        row.scale[b] = normalise_block(values);
-        row.factor[b] = mx::scale_value(row.scale[b]);
-        store_elements(row, b, _mm512_load_ps(values), _mm512_load_ps(values + 16), factor);
-      }
-    }
+    for_each_float_block(task, r, [&](const mx::Segment& segment, int64_t b, Block block) {
+      const Units units(task, segment);
+      const int scale = power_of_two_over(_mm512_reduce_max_epu32(magnitudes(block)));
+      row.scale[b] = static_cast<uint8_t>(scale);
+      const int exponent = units.exponent + mx::kFloat32Bias - scale;
+      store_block(row, b, block, exponent, layout.weight_format(segment), units.rest);
+    });
   }
 }
 
@@ -146,14 +197,15 @@ void prepare(const LinearTask& task, int64_t first_row, int64_t last_row, uint8_
     for (const mx::Segment& segment : layout.segments()) {
       const mx::ElementFormat weight = layout.weight_format(segment);
       const uint8_t* const packed = task.data + r * layout.row_bytes() + segment.byte_start;
+      const Units units(task, segment);
       if (segment.format == mx::E2M1) {
-        prepare_integers<4>(row, segment, weight, packed);
+        prepare_integers<4>(row, segment, weight, units.rest, packed);
       } else if (segment.format == mx::E2M3) {
-        prepare_integers<6>(row, segment, weight, packed);
+        prepare_integers<6>(row, segment, weight, units.rest, packed);
       } else if (segment.format == mx::E3M2) {
-        prepare_floats<6>(row, segment, weight, packed);
+        prepare_floats<6>(row, segment, weight, units.exponent, units.rest, packed);
       } else {
-        prepare_floats<8>(row, segment, weight, packed);
+        prepare_floats<8>(row, segment, weight, units.exponent, units.rest, packed);
       }
     }
   }
@@ -206,12 +258,11 @@ template <int kBits>
   }
 }
 
-template <int kBits, bool kWide, int kRows>
-[[gnu::always_inline]] inline void integer_blocks(const mx::Segment& segment, const uint8_t* scales,
-                                                  const uint8_t* tile, const Prepared* rows,
-                                                  __m512* sums) {
+template <int kBits, int kDigits, bool kWide, int kRows>
+[[gnu::always_inline]] inline void integer_blocks(const mx::Segment& segment, float rest,
+                                                  const uint8_t* scales, const uint8_t* tile,
+                                                  const Prepared* rows, __m512* sums) {
   const __m512i table = load(kBits == 4 ? &kE2m1Offset : &kE2m3Offset);
-  const float rest = integer_rest(segment.format, kBits == 4 ? mx::E2M1 : mx::E2M3);
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
     __m512i w[8];
     fetch_ahead<kBits>(tile);
@@ -222,34 +273,34 @@ template <int kBits, bool kWide, int kRows>
     for (int m = 0; m < kRows; ++m) {
       const int32_t* const q =
           reinterpret_cast<const int32_t*>(rows[m].elements + b * kElementBytes);
-      __m512i dot = _mm512_set1_epi32(rows[m].start[b]);
+      // Digits apart: one sum after the other would be as long as the processor looks ahead.
+      __m512i dots[kDigits];
+#pragma GCC unroll 3
+      for (int d = 0; d < kDigits; ++d) {
+        dots[d] = d == 0 ? _mm512_set1_epi32(rows[m].start[b]) : _mm512_setzero_si512();
 #pragma GCC unroll 8
-      for (int g = 0; g < 8; ++g) dot = _mm512_dpbusd_epi32(dot, w[g], _mm512_set1_epi32(q[g]));
+        for (int g = 0; g < 8; ++g) {
+          dots[d] = _mm512_dpbusd_epi32(dots[d], w[g], _mm512_set1_epi32(q[8 * d + g]));
+        }
+      }
+      __m512i dot = dots[0];
+      if constexpr (kDigits == 3) {
+        dot = _mm512_add_epi32(dot, _mm512_slli_epi32(dots[1], 8));
+        dot = _mm512_add_epi32(dot, _mm512_slli_epi32(dots[2], 16));
+      }
       sums[m] = scaled_sum<kWide>(sums[m], _mm512_cvtepi32_ps(dot), scale, rows[m], b, rest);
     }
     tile += kBits * kLine;
   }
 }
 
-// Words of a tile as float16, two channels of 16 rows: word 2n + h is channel c + 2h of row n.
-// Calls f(index of the pair of activations, words).
+// Words of an E3M2 or E4M3 tile as float16, two channels of 16 rows: word 2n + h is channel c + 2h
+// of row n. Calls f(index of the pair of activations, words).
 template <mx::ElementFormat kFormat, typename F>
 [[gnu::always_inline]] inline void for_each_pair(const uint8_t* tile, const F& f) {
-  if constexpr (kFormat.bits == 4) {
-    const __m512i table = load(kE2m1Halves.values);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const __m512i line = load(tile + j * kLine);
-#pragma GCC unroll 4
-      for (int t = 0; t < 4; ++t) {
-        const int pair = 4 * j + 2 * (t % 2) + t / 2;
-        f(pair, _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 4 * t), table));
-      }
-    }
-  } else if constexpr (kFormat.bits == 6) {
+  if constexpr (kFormat == mx::E3M2) {
     const __m512i low_bits = _mm512_set1_epi8(0xF);
-    const Table<uint16_t>& halves = kFormat == mx::E2M3 ? kE2m3Halves : kE3m2Halves;
-    const __m512i table0 = load(halves.values), table1 = load(halves.values + 32);
+    const __m512i table0 = load(kE3m2Halves.values), table1 = load(kE3m2Halves.values + 32);
 #pragma GCC unroll 8
     for (int g = 0; g < 8; ++g) {
       const int j = g / 2, shift = 4 * (j % 2) + 2 * (g % 2);
@@ -272,9 +323,9 @@ template <mx::ElementFormat kFormat, typename F>
 }
 
 template <mx::ElementFormat kFormat, bool kWide, int kRows>
-[[gnu::always_inline]] inline void float_blocks(const mx::Segment& segment, const uint8_t* scales,
-                                                const uint8_t* tile, const Prepared* rows,
-                                                __m512* sums) {
+[[gnu::always_inline]] inline void pair_blocks(const mx::Segment& segment, const uint8_t* scales,
+                                               const uint8_t* tile, const Prepared* rows,
+                                               __m512* sums) {
   // Lanes 2n and 2n + 1 of `low` belong to row n of the panel, those of `high` to row n + 8.
   __m512 low[kRows], high[kRows];
   for (int m = 0; m < kRows; ++m) low[m] = high[m] = _mm512_setzero_ps();
@@ -330,20 +381,20 @@ void run_rows(const LinearTask& task, const uint8_t* prepared, int64_t panel_ind
   for (const mx::Segment& segment : layout.segments()) {
     if (segment.blocks == 0) continue;
     const mx::ElementFormat weight = layout.weight_format(segment);
-    if (!task.weight_only && is_integer(segment.format, weight)) {
-      if (weight == mx::E2M1) {
-        integer_blocks<4, kWide, kRows>(segment, scales, tile, rows, sums);
-      } else {
-        integer_blocks<6, kWide, kRows>(segment, scales, tile, rows, sums);
-      }
-    } else if (weight == mx::E2M1) {
-      float_blocks<mx::E2M1, kWide, kRows>(segment, scales, tile, rows, sums);
-    } else if (weight == mx::E2M3) {
-      float_blocks<mx::E2M3, kWide, kRows>(segment, scales, tile, rows, sums);
-    } else if (weight == mx::E3M2) {
-      float_blocks<mx::E3M2, kWide, kRows>(segment, scales, tile, rows, sums);
-    } else {
-      float_blocks<mx::E4M3, kWide, kRows>(segment, scales, tile, rows, sums);
+    const int digits = digits_of(task, segment);
+    const auto integers = [&]<int kBits, int kDigits>() __attribute__((always_inline)) {
+      integer_blocks<kBits, kDigits, kWide, kRows>(segment, integer_rest(task, segment), scales,
+                                                   tile, rows, sums);
+    };
+    if (weight == mx::E2M1 && digits == 1) integers.template operator()<4, 1>();
+    if (weight == mx::E2M1 && digits == 3) integers.template operator()<4, 3>();
+    if (weight == mx::E2M3 && digits == 1) integers.template operator()<6, 1>();
+    if (weight == mx::E2M3 && digits == 3) integers.template operator()<6, 3>();
+    if (weight == mx::E3M2) {
+      pair_blocks<mx::E3M2, kWide, kRows>(segment, scales, tile, rows, sums);
+    }
+    if (weight == mx::E4M3) {
+      pair_blocks<mx::E4M3, kWide, kRows>(segment, scales, tile, rows, sums);
     }
     tile += segment.blocks * tile_bytes(weight);
   }

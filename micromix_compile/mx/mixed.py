@@ -118,10 +118,13 @@ def weight_only_linear(
 ) -> Tensor:
     """The product ``[..., N]`` of float rows ``x`` ``[..., K]``, bf16, f16 or f32, and a packed weight ``[N, Kp]``.
 
-    ``x`` is rearranged (:func:`rearrange`) and rounded to bfloat16; all else is as in :func:`linear`.
+    ``x`` is rearranged (:func:`rearrange`) and rounded to bfloat16; a block with a NaN or an Inf is NaN, as
+    :func:`quantize` makes it. All else is as in :func:`linear`.
     """
     _check_weight(weight_data, weight_scales, layout, weight_layout, bias)
     values = rearrange(x, layout, order).to(torch.bfloat16).double()
+    finite = values.unflatten(-1, (-1, BLOCK)).isfinite().all(dim=-1)
+    values[~finite.repeat_interleave(BLOCK, dim=-1)] = torch.nan
     return _product(values, weight_data, weight_scales, weight_layout, bias, dtype)
 
 
