@@ -1,0 +1,88 @@
+"""Layers that share an input: what one launch with a result for each is worth against the other ways.
+
+    python benchmarks/merged_cpu.py [--rounds 200]
+
+    linears    micromix::linears, as compiled models run it: one launch, a contiguous result for each layer
+    views      one weight for all and one launch; each layer's result is a view of rows that are longer than it
+    copies     the same, with the views made contiguous
+    apart      a launch for each layer
+
+Times in turns; medians, and the ratio to `linears` of each round. Mixed weights, half MXFP4, a quarter MXFP6 and MXFP8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+import micromix_compile.ops  # noqa: F401  (registers torch.ops.micromix)
+from micromix_compile.mx import MixedLayout
+
+SHAPES = {
+    "q k v, 576": (576, (576, 192, 192)),
+    "gate up, 576": (576, (1536, 1536)),
+    "q k v, 4096": (4096, (4096, 1024, 1024)),
+}
+ROWS = (1, 16, 512)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=200)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    print(f"{torch.get_num_threads()} thread(s), torch {torch.__version__}")
+    print(f"{'':14s} {'rows':>5s} {'linears':>12s} {'views':>8s} {'copies':>8s} {'apart':>8s}")
+    for name, (k, sizes) in SHAPES.items():
+        for rows in ROWS:
+            seconds = in_turns(ways(k, sizes, rows), max(5, arguments.rounds // (1 + rows // 32)))
+            base = seconds["linears"]
+            ratios = (
+                statistics.median(a / b for a, b in zip(own, base)) for own in seconds.values()
+            )
+            shown = " ".join(f"{ratio:7.2f}x" for ratio in list(ratios)[1:])
+            print(f"{name:14s} {rows:5d} {1e6 * statistics.median(base):9.1f} us {shown}")
+
+
+def ways(k: int, sizes: tuple[int, ...], rows: int) -> dict[str, Callable[[], object]]:
+    ops, dtype = torch.ops.micromix, torch.bfloat16
+    k4, k6 = k // 64 * 32, k // 128 * 32
+    layout = (k4, k6, k - k4 - k6, MixedLayout(k4, k6, k - k4 - k6).code)
+
+    def quantised(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.quantize(torch.randn(n, k, dtype=dtype), None, *layout)
+
+    parts = [ops.place_weight(*quantised(n), *layout) for n in sizes]
+    whole, total = ops.place_weight(*quantised(sum(sizes)), *layout), sum(sizes)
+    x, none = quantised(rows), [None] * len(sizes)
+
+    def views() -> tuple[torch.Tensor, ...]:
+        return ops.linear(*x, whole, None, total, *layout, dtype).split(sizes, -1)
+
+    return {
+        "linears": lambda: ops.linears(*x, parts, none, list(sizes), *layout, dtype),
+        "views": views,
+        "copies": lambda: [part.contiguous() for part in views()],
+        "apart": lambda: [
+            ops.linear(*x, part, None, n, *layout, dtype) for part, n in zip(parts, sizes)
+        ],
+    }
+
+
+def in_turns(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each, round by round."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+if __name__ == "__main__":
+    main()
