@@ -10,6 +10,7 @@
 
 #include "dtype.h"
 #include "error.h"
+#include "huge_pages.h"
 #include "mx/layout.h"
 
 namespace micromix {
@@ -69,7 +70,8 @@ inline int64_t rows_of(const Tensor& t) {
   return rows;
 }
 
-// A new tensor with the sizes of `like`, on its device, the last size replaced.
+// A new tensor with the sizes of `like`, on its device, the last size replaced. On the CPU a large
+// one gets huge pages where its memory is fresh.
 inline Tensor empty_rows(const Tensor& like, int64_t last, int32_t dtype) {
   const int64_t dims = like.dim();
   MICROMIX_CHECK(dims <= kMaxDims, "micromix: at most ", kMaxDims, " dimensions, got ", dims);
@@ -85,7 +87,12 @@ inline Tensor empty_rows(const Tensor& like, int64_t last, int32_t dtype) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, device,
                                                   like.get_device_index(), &result));
-  return Tensor(result);
+  Tensor tensor(result);
+  const int64_t bytes = tensor.numel() * static_cast<int64_t>(tensor.element_size());
+  if (bytes >= 2 * kHugePage && tensor.is_cpu()) {
+    ask_for_huge_pages(tensor.mutable_data_ptr(), bytes);
+  }
+  return tensor;
 }
 
 // Runs f(first, last) over [0, count) on torch's threads; each gets at least `grain`.

@@ -1,16 +1,14 @@
 #include "memory.h"
 
-#include <sys/mman.h>
-
 #include <cstdlib>
 #include <new>
 
+#include "../huge_pages.h"
 #include "placed.h"
 
 namespace micromix::cpu {
 namespace {
 
-constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kKept = 64 << 20;  // scratch above this size is given back after the call
 
 uint8_t* aligned(int64_t alignment, int64_t bytes) {
@@ -35,9 +33,7 @@ Kept& kept(Buffer kind) {
 uint8_t* allocate_weight(int64_t bytes) {
   if (bytes < kHugePage) return aligned(kLine, bytes);
   uint8_t* const memory = aligned(kHugePage, bytes);
-#if defined(MADV_HUGEPAGE)
-  madvise(memory, round_up(bytes, kHugePage), MADV_HUGEPAGE);  // a refusal costs speed only
-#endif
+  ask_for_huge_pages(memory, round_up(bytes, kHugePage));
   return memory;
 }
 
@@ -51,9 +47,7 @@ ThreadBuffer::ThreadBuffer(Buffer kind, int64_t bytes) : kind_(kind) {
     buffer.bytes = 0;
     buffer.data = aligned(bytes < kHugePage ? kLine : kHugePage, bytes);
     buffer.bytes = bytes;
-#if defined(MADV_HUGEPAGE)
-    if (bytes >= kHugePage) madvise(buffer.data, round_up(bytes, kHugePage), MADV_HUGEPAGE);
-#endif
+    if (bytes >= kHugePage) ask_for_huge_pages(buffer.data, round_up(bytes, kHugePage));
   }
   data_ = buffer.data;
 }
