@@ -37,7 +37,6 @@ from micromix_compile.mx import MixedLayout
 
 SHAPES = ("4096x4096", "4096x14336", "14336x4096", "576x1536", "1536x576")  # K x N
 ROWS = (1, 4, 8, 16, 64, 512, 2048)
-PEERS = ("eager bf16", "inductor bf16", "torchao int8", "ggml q4_0")
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "THP_MEM_ALLOC_ENABLE": "1"}
 
 
@@ -150,9 +149,9 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
                 f"weight-only {name}": micromix(weights, x, mix(name, k), weight_only=True)
                 for name in arguments.mixes
             }
-        for name, make in peers.available(arguments.peers).items():
+        for name, make in arguments.peers.items():
             # A compiled graph for every copy takes minutes: compiled peers get a few copies.
-            few = 4 if name in ("inductor bf16", "torchao int8") else 64
+            few = 4 if name in ("inductor bf16", "torchao int8", "openvino int4") else 64
             contenders[name] = make(weights[:few], x)
         rounds = max(5, min(arguments.rounds, int(arguments.rounds * 64 / (rows + 63))))
         for name, times in run_times(contenders, rounds, hot).items():
@@ -160,7 +159,7 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
             if name.startswith(("micromix", "weight-only")):
                 stored = n * k * mix(name.split()[1], k).total_bits / 8
             else:
-                bits = {"torchao int8": 8, "ggml q4_0": 4.5}.get(name, 16)
+                bits = peers.PEERS[name].bits
                 stored = n * k * bits / 8
             results.append(
                 {
@@ -232,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--mixes", nargs="+", default=("4.5", "5.5", "mxfp4", "mxfp8"))
     parser.add_argument("--weight-only", action="store_true", help="also with bf16 activations")
-    parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
+    parser.add_argument("--peers", nargs="*", default=peers.PEERS, choices=peers.PEERS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=50, help="at most so many runs of each")
     parser.add_argument(
@@ -256,6 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     print(
         "one thread's limits:", ", ".join(f"{name} {value:.1f}" for name, value in limits.items())
     )
+    arguments.peers = peers.available(arguments.peers)
     results = measure(arguments)
     document = {"kernel": ops.kernel_name("cpu"), "limits": limits, "results": results}
     arguments.output.with_suffix(".json").write_text(json.dumps(document, indent=1))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
+import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,62 +66,138 @@ class _GgmlParameters(ctypes.Structure):
 GGML_F32, GGML_Q4_0 = 0, 2
 
 
-def ggml_q4_0(weights: list[Tensor], x: Tensor) -> list[Product]:
-    """The mul_mat of llama.cpp's CPU library on Q4_0 weights (4.5 bits), in its common layout.
-
-    llama.cpp itself re-packs Q4_0 weights for some CPUs when it loads a model; that is not in here.
-    """
+def _ggml() -> tuple[ctypes.CDLL, ctypes.CDLL]:
+    """llama.cpp's libraries: tensors and graphs, and the CPU's kernels."""
     library = Path(importlib.util.find_spec("llama_cpp").origin).parent / "lib"
     base = ctypes.CDLL(str(library / "libggml-base.so"), mode=ctypes.RTLD_GLOBAL)
     cpu = ctypes.CDLL(str(library / "libggml-cpu.so"), mode=ctypes.RTLD_GLOBAL)
-    for name in ("init", "new_tensor_2d", "mul_mat", "new_graph", "get_data"):
+    pointers = "init new_tensor_2d mul_mat new_graph get_data backend_reg_dev_get"
+    pointers += " backend_reg_get_proc_address backend_alloc_ctx_tensors_from_buft"
+    for name in pointers.split():
         getattr(base, f"ggml_{name}").restype = ctypes.c_void_p
-    base.ggml_quantize_chunk.restype = ctypes.c_size_t
+    cpu.ggml_backend_cpu_reg.restype = cpu.ggml_backend_cpu_init.restype = ctypes.c_void_p
+    base.ggml_backend_buft_name.restype = ctypes.c_char_p
+    base.ggml_quantize_chunk.restype = base.ggml_nbytes.restype = ctypes.c_size_t
+    base.ggml_backend_dev_supports_op.restype = ctypes.c_bool
     cpu.ggml_cpu_init()
+    return base, cpu
 
+
+def _ggml_tensor(base: ctypes.CDLL, context: ctypes.c_void_p, kind: int, rows: int, width: int):
+    sizes = ctypes.c_int64(width), ctypes.c_int64(rows)
+    return ctypes.c_void_p(base.ggml_new_tensor_2d(context, kind, *sizes))
+
+
+def _ggml_context(base: ctypes.CDLL, bytes_needed: int, allocates: bool = True) -> ctypes.c_void_p:
+    return ctypes.c_void_p(base.ggml_init(_GgmlParameters(bytes_needed, None, not allocates)))
+
+
+def ggml_q4_0(weights: list[Tensor], x: Tensor, repacks: bool = False) -> list[Product]:
+    """The mul_mat of llama.cpp's CPU library on Q4_0 weights (4.5 bits): in their common layout, or
+    with their rows interleaved."""
+    base, cpu = _ggml()
+    backend = ctypes.c_void_p(cpu.ggml_backend_cpu_init())
+    cpu.ggml_backend_cpu_set_n_threads(backend, torch.get_num_threads())
     products = []
     values = x.float().contiguous()
     for weight in weights:
         n, k = weight.shape
         bytes_needed = n * k * 3 + len(values) * (n + 2 * k) * 8 + (64 << 20)
-        context = ctypes.c_void_p(base.ggml_init(_GgmlParameters(bytes_needed, None, False)))
-
-        def tensor(kind: int, width: int, height: int, context=context) -> ctypes.c_void_p:
-            sizes = ctypes.c_int64(width), ctypes.c_int64(height)
-            return ctypes.c_void_p(base.ggml_new_tensor_2d(context, kind, *sizes))
-
-        packed, rows = tensor(GGML_Q4_0, k, n), tensor(GGML_F32, k, len(values))
+        context = _ggml_context(base, bytes_needed)
+        rows = _ggml_tensor(base, context, GGML_F32, len(values), k)
+        ctypes.memmove(base.ggml_get_data(rows), values.data_ptr(), values.numel() * 4)
+        plain = _ggml_tensor(base, context, GGML_Q4_0, n, k)
         source = weight.float().contiguous()
         base.ggml_quantize_chunk(
             *(GGML_Q4_0, ctypes.c_void_p(source.data_ptr())),
-            ctypes.c_void_p(base.ggml_get_data(packed)),
+            ctypes.c_void_p(base.ggml_get_data(plain)),
             *(ctypes.c_int64(0), ctypes.c_int64(n), ctypes.c_int64(k), None),
         )
-        ctypes.memmove(base.ggml_get_data(rows), values.data_ptr(), values.numel() * 4)
+        packed = _repacked(base, cpu, context, plain, rows, (n, k)) if repacks else plain
         graph = ctypes.c_void_p(base.ggml_new_graph(context))
         base.ggml_build_forward_expand(
             graph, ctypes.c_void_p(base.ggml_mul_mat(context, packed, rows))
         )
-        threads = torch.get_num_threads()
-        products.append(
-            lambda context=context, graph=graph, threads=threads: cpu.ggml_graph_compute_with_ctx(
-                context, graph, threads
-            )
-        )
+        # The context owns the tensors, and is never freed; the backend keeps the scratch of a call.
+        products.append(functools.partial(base.ggml_backend_graph_compute, backend, graph))
     return products
 
 
+def _repacked(base, cpu, context, plain, rows, shape: tuple[int, int]) -> ctypes.c_void_p:
+    """A Q4_0 weight with its rows interleaved for the vector units, as llama.cpp lays it out when it
+    loads a model on a CPU without AMX. Its kernel for AMX is left out: built by gcc 12 it faults."""
+    registry = ctypes.c_void_p(cpu.ggml_backend_cpu_reg())
+    device = ctypes.c_void_p(base.ggml_backend_reg_dev_get(registry, ctypes.c_size_t(0)))
+    list_types = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(
+        base.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
+    )
+    types = [ctypes.c_void_p(t) for t in itertools.takewhile(bool, list_types(device))]
+    repack = next(t for t in types if base.ggml_backend_buft_name(t) == b"CPU_REPACK")
+    weight_context = _ggml_context(base, 1 << 20, allocates=False)
+    packed = _ggml_tensor(base, weight_context, GGML_Q4_0, *shape)
+    base.ggml_backend_alloc_ctx_tensors_from_buft(weight_context, repack)
+    product = ctypes.c_void_p(base.ggml_mul_mat(context, packed, rows))
+    if not base.ggml_backend_dev_supports_op(device, product):
+        raise NotImplementedError("llama.cpp does not repack Q4_0 weights of this shape here")
+    size = ctypes.c_size_t(base.ggml_nbytes(plain))
+    data = ctypes.c_void_p(base.ggml_get_data(plain))
+    base.ggml_backend_tensor_set(packed, data, ctypes.c_size_t(0), size)
+    return packed
+
+
+def openvino_int4(weights: list[Tensor], x: Tensor) -> list[Product]:
+    """OpenVINO's product with a weight of symmetric int4 in groups of 32 and float16 scales (4.5
+    bits), in the form that its compression gives; all else is OpenVINO's choice, as for its users."""
+    import numpy
+    import openvino
+    from openvino import opset13 as operators
+
+    core = openvino.Core()
+    threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+    products = []
+    for weight in weights:
+        n, k = weight.shape
+        groups = weight.float().view(n, k // 32, 32)
+        scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-6) / 7
+        codes = (groups / scale).round().to(torch.int8)
+        nibbles = (codes[..., 0::2] & 0xF) | (codes[..., 1::2] << 4)
+        packed = openvino.Tensor(nibbles.numpy().view(numpy.uint8), groups.shape, openvino.Type.i4)
+        node = operators.convert(operators.constant(packed), "f16")
+        node = operators.multiply(node, operators.constant(scale.half().numpy()))
+        node = operators.reshape(node, operators.constant([n, k]), special_zero=False)
+        rows = operators.parameter([len(x), k], openvino.Type.f32)
+        result = operators.matmul(rows, operators.convert(node, "f32"), False, True)
+        model = openvino.Model([result], [rows])
+        request = core.compile_model(model, "CPU", threads).create_infer_request()
+        request.set_input_tensor(openvino.Tensor(x.float().numpy()))
+        products.append(request.infer)
+    return products
+
+
+class Peer(NamedTuple):
+    make: Callable[[list[Tensor], Tensor], list[Product]]
+    bits: float = 16  # of an element of its weight, scales included
+    module: str = "torch"
+    package: str = "torch"  # that has the module
+
+
+PEERS = {
+    "eager bf16": Peer(eager),
+    "inductor bf16": Peer(inductor),
+    "torchao int8": Peer(torchao_int8, 8, "torchao", "torchao"),
+    "openvino int4": Peer(openvino_int4, 4.5, "openvino", "openvino"),
+    "ggml q4_0": Peer(ggml_q4_0, 4.5, "llama_cpp", "llama-cpp-python"),
+    "ggml q4_0 repacked": Peer(
+        functools.partial(ggml_q4_0, repacks=True), 4.5, "llama_cpp", "llama-cpp-python"
+    ),
+}
+
+
 def available(names: list[str]) -> dict[str, Callable[[list[Tensor], Tensor], list[Product]]]:
-    """The peers of these names whose packages are installed."""
-    needs = {"torchao int8": "torchao", "ggml q4_0": "llama_cpp"}
-    peers = {
-        "eager bf16": eager,
-        "inductor bf16": inductor,
-        "torchao int8": torchao_int8,
-        "ggml q4_0": ggml_q4_0,
-    }
+    """The peers of these names whose packages are installed; says how to get the others."""
+    for name in names:
+        if not importlib.util.find_spec(PEERS[name].module):
+            print(f"{name} is left out: it needs `pip install {PEERS[name].package}`")
     return {
-        name: peers[name]
-        for name in names
-        if name not in needs or importlib.util.find_spec(needs[name])
+        name: PEERS[name].make for name in names if importlib.util.find_spec(PEERS[name].module)
     }
