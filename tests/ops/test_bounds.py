@@ -1,11 +1,15 @@
-"""No kernel reads beyond its operands: each lies flush against a page that cannot be read."""
+"""No kernel reads beyond its operands, or writes beyond its results and scratch: they lie flush
+against pages that cannot be touched."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,11 +57,17 @@ def check(isa: str) -> None:
                     x = guarded(rows(m, channels, dtype))
                     quantize(x, None, *arguments(layout))
                     quantize(x, order, *arguments(layout))
+                    rest = (dtype, True, [order], arguments(layout))
+                    channel = guarded(rows(1, channels, dtype)[0])
+                    torch.ops.micromix.rms_norm_quantize(x, x, channel, 1e-6, 0, *rest)
+                    torch.ops.micromix.layer_norm_quantize(x, x, channel, channel, 1e-6, *rest)
+                    torch.ops.micromix.pointwise_quantize(x, x, 2, *rest)
             for m, n, weights in (
                 (1, 1, "match"),
                 (7, 17, "match"),
                 (70, 33, "mxfp4"),
                 (140, 9, "match"),
+                (140, 48, "match"),
             ):
                 own = layout.as_mxfp4() if weights == "mxfp4" else layout
                 code = arguments(layout, weights)
@@ -73,31 +83,54 @@ def check(isa: str) -> None:
                         weight_only(x, own_order, *operands[2:], n, *code, dtype)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_operands_end_where_memory_ends(isa):
-    if isa not in usable_isas():
-        pytest.skip(f"this machine has no {isa}")
-    # In a process of its own: a read too far is a fault.
-    program = f"from ops import test_bounds; test_bounds.check({isa!r}); print('in bounds')"
-    result = subprocess.run(
+def run(program: str, **environment: str) -> subprocess.CompletedProcess:
+    """In a process of its own: a step too far is a fault."""
+    return subprocess.run(
         [sys.executable, "-c", program],
-        cwd=__file__.rsplit("/", 2)[0],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+@pytest.fixture(scope="session")
+def guard_allocator(tmp_path_factory) -> str:
+    """A library to preload, for results and scratch: guard_allocator.c says how it lays them out."""
+    source = Path(__file__).with_name("guard_allocator.c")
+    library = tmp_path_factory.mktemp("guard") / "guard_allocator.so"
+    compiler = [os.environ.get("CC", "cc"), "-O1", "-shared", "-fPIC"]
+    subprocess.run([*compiler, str(source), "-o", str(library)], check=True)
+    return str(library)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_operands_results_and_scratch_end_where_memory_ends(isa, guard_allocator):
+    if isa not in usable_isas():
+        pytest.skip(f"this machine has no {isa}")
+    program = f"from ops import test_bounds; test_bounds.check({isa!r}); print('in bounds')"
+    result = run(program, LD_PRELOAD=guard_allocator)
     assert (result.returncode, result.stdout) == (0, "in bounds\n"), result.stderr
 
 
-def test_the_guard_works():
+def test_the_guard_of_operands_works():
     program = (
         "import ctypes, torch; from ops.test_bounds import guarded; x = guarded(torch.zeros(64));"
         " ctypes.string_at(x.data_ptr(), x.nbytes + 1)"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=__file__.rsplit("/", 2)[0],
-        capture_output=True,
-        check=False,
+    assert run(program).returncode == -signal.SIGSEGV
+
+
+@pytest.mark.parametrize(
+    "offset, failure",
+    [(100, "written 0 bytes beyond"), (127, "27 bytes beyond"), (128, ""), (-1, "written before")],
+)
+def test_the_guard_of_results_works(offset, failure, guard_allocator):
+    program = (
+        "import ctypes, torch; x = torch.empty(100, dtype=torch.uint8);"
+        f" ctypes.memset(x.data_ptr() + {offset}, 1, 1); del x"
     )
-    assert result.returncode < 0
+    result = run(program, LD_PRELOAD=guard_allocator)
+    expected = -signal.SIGABRT if failure else -signal.SIGSEGV
+    assert result.returncode == expected and failure in result.stderr
