@@ -8,9 +8,10 @@ Variants, timed in turns (A B C A B C ...), ratios by round:
     passes off     micromix without sharing, merging, folding and fusing: a quantise and a product for each layer
     micromix       the plan of the published thresholds, E2M3
     with head      the same, and the output head quantised too
+    weight-only    the same formats, of the weights alone: activations in bf16
 
 One more run of each under the profiler tells the milliseconds a token in quantised products (`micromix::linear`,
-`linears`), in other matrix products (the head's), and in all else.
+`linears`, `weight_only_linear`), in other matrix products (the head's), and in all else.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from micromix_compile.evaluate import Decoder, decode_speed
 from micromix_compile.models import builtin_text, load_smollm2
 from micromix_compile.passes.fold_order import Folds
 
-VARIANTS = ("inductor", "passes off", "micromix", "with head")
+VARIANTS = ("inductor", "passes off", "micromix", "with head", "weight-only")
 
 
 def main() -> None:
@@ -54,6 +55,7 @@ def main() -> None:
     plans = {
         "micromix": calibration.plan(Recipe.default()),
         "with head": calibration.plan(Recipe(thresholds="published", include_lm_head=True)),
+        "weight-only": calibration.plan(Recipe(thresholds="published", activations="bfloat16")),
     }
     plans["passes off"] = plans["micromix"]
 
@@ -155,7 +157,8 @@ def decode_parts(decoder: Decoder, tokens: int) -> tuple[float, float, float]:
     def of(*keys: str) -> float:
         return sum(1e-3 * spent.get(key, 0) / tokens for key in keys)
 
-    products = of("micromix::linear", "micromix::linears")
+    names = ("linear", "linears", "weight_only_linear")
+    products = of(*(f"micromix::{name}" for name in names))
     others = of("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
     return products, others, 1e3 * total / tokens - products - others
 
