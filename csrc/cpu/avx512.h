@@ -83,6 +83,12 @@ template <int kBits>
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
 }
 
+// Sums and differences of lanes whose numbers differ in one bit: `swapped` is x with them
+// exchanged, `high` the lanes where the bit is set.
+[[gnu::always_inline]] inline __m512 butterfly(__m512 x, __m512 swapped, __mmask16 high) {
+  return _mm512_mask_sub_ps(_mm512_add_ps(x, swapped), high, swapped, x);
+}
+
 // E4M3 codes in the high bytes of words to float16 with 2^-8 of their values. Subnormal codes
 // become subnormal float16 numbers, which conversion to float32 keeps.
 [[gnu::always_inline]] inline __m512i e4m3_to_float16(__m512i words) {

@@ -11,20 +11,13 @@ struct Block {
   __m512 low, high;
 };
 
-// Sums and differences of lanes whose numbers differ in one bit: `swapped` is x with them
-// exchanged, `high` the lanes where the bit is set.
-[[gnu::always_inline]] inline __m512 sums_and_differences(__m512 x, __m512 swapped,
-                                                          __mmask16 high) {
-  return _mm512_mask_sub_ps(_mm512_add_ps(x, swapped), high, swapped, x);
-}
-
 // mx::hadamard.
 [[gnu::always_inline]] inline Block rotate(Block block) {
   const auto in_lanes = [](__m512 x) __attribute__((always_inline)) {
-    x = sums_and_differences(x, _mm512_permute_ps(x, 0b10110001), 0xAAAA);
-    x = sums_and_differences(x, _mm512_permute_ps(x, 0b01001110), 0xCCCC);
-    x = sums_and_differences(x, _mm512_shuffle_f32x4(x, x, 0b10110001), 0xF0F0);
-    return sums_and_differences(x, _mm512_shuffle_f32x4(x, x, 0b01001110), 0xFF00);
+    x = butterfly(x, _mm512_permute_ps(x, 0b10110001), 0xAAAA);
+    x = butterfly(x, _mm512_permute_ps(x, 0b01001110), 0xCCCC);
+    x = butterfly(x, _mm512_shuffle_f32x4(x, x, 0b10110001), 0xF0F0);
+    return butterfly(x, _mm512_shuffle_f32x4(x, x, 0b01001110), 0xFF00);
   };
   const __m512 low = in_lanes(block.low), high = in_lanes(block.high);
   const __m512 norm = _mm512_set1_ps(mx::kHadamardNorm);

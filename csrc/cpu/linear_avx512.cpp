@@ -19,24 +19,33 @@ constexpr bool is_small_integer(mx::ElementFormat f) { return f == mx::E2M1 || f
 constexpr int integer_factor(mx::ElementFormat f) { return f == mx::E2M1 ? 2 : 8; }
 constexpr int integer_offset(mx::ElementFormat f) { return f == mx::E2M1 ? 12 : 64; }
 
-// The bytes of an activation that meets a small integer.
-int digits_of(const LinearTask& task, const mx::Segment& segment) {
-  return !task.weight_only && is_small_integer(segment.format) ? 1 : 3;
-}
+// How the activations of a segment are prepared, which their weight decides.
+struct Units {
+  int digits = 0;     // the bytes of an integer; 0 for float32
+  int exponent = 0;   // elements are multiplied by 2^exponent,
+  float rest = 1.0f;  // and their products by this in return, beside the scales
 
-// Activations that meet a small integer are integers over this power of two. Those of three bytes:
-// E4M3 and E3M2 are whole then. A float over the power of two that its block has is below 2, and
-// what lies 2^14 (E2M3: 2^12) below the block's largest is rounded; 32 products fit into 31 bits.
-int fixed_point(const LinearTask& task, const mx::Segment& segment) {
-  if (task.weight_only) return task.layout.weight_format(segment) == mx::E2M1 ? 21 : 19;
-  return segment.format == mx::E2M1 ? 1 : segment.format == mx::E2M3 ? 3 : 9;
-}
-
-// The value of a product of integers in units of the elements.
-float integer_rest(const LinearTask& task, const mx::Segment& segment) {
-  const int factor = integer_factor(task.layout.weight_format(segment));
-  return 1.0f / (static_cast<float>(factor) * (1 << fixed_point(task, segment)));
-}
+  Units(const LinearTask& task, const mx::Segment& segment) {
+    const mx::ElementFormat weight = task.layout.weight_format(segment);
+    if (!is_small_integer(weight)) {
+      exponent = weight == mx::E4M3 ? kE4m3Exponent : 0;  // what e4m3_to_float16 leaves out
+      return;
+    }
+    if (task.weight_only) {
+      // A float over its block's power of two is below 2, so 32 products fit into 31 bits. What
+      // lies 2^14 (E2M3: 2^12) below the block's largest loses bits that a float32 sum would lose.
+      digits = 3;
+      exponent = weight == mx::E2M1 ? 21 : 19;
+    } else if (is_small_integer(segment.format)) {
+      digits = 1;
+      exponent = segment.format == mx::E2M1 ? 1 : 3;
+    } else {
+      digits = 3;
+      exponent = 9;  // every element of E4M3 and E3M2 is whole
+    }
+    rest = 1.0f / static_cast<float>(integer_factor(weight) << exponent);
+  }
+};
 
 constexpr Table<int8_t> kE2m1Bytes = byte_table(mx::E2M1, 2, 0);
 constexpr Table<int8_t> kE2m3Bytes = byte_table(mx::E2M3, 8, 0);
@@ -87,7 +96,7 @@ int64_t scratch_bytes(const LinearTask&) { return 0; }
 
 template <int kBits>
 [[gnu::always_inline]] inline void prepare_integers(const Prepared& row, const mx::Segment& segment,
-                                                    mx::ElementFormat weight, float rest,
+                                                    mx::ElementFormat weight, const Units& units,
                                                     const uint8_t* packed) {
   const __m512i table = load(kBits == 4 ? &kE2m1Bytes : &kE2m3Bytes);
   const __m256i offset = _mm256_set1_epi8(static_cast<int8_t>(integer_offset(weight)));
@@ -98,20 +107,20 @@ template <int kBits>
     _mm256_store_si256(reinterpret_cast<__m256i*>(row.elements + b * kElementBytes), q);
     const __m256i sums = _mm256_dpbusd_epi32(_mm256_setzero_si256(), offset, q);
     row.start[b] = -_mm512_reduce_add_epi32(_mm512_zextsi256_si512(sums));
-    row.factor[b] = mx::scale_value(row.scale[b]) * rest;
+    row.factor[b] = mx::scale_value(row.scale[b]) * units.rest;
     packed += kBits * 4;
   }
 }
 
-// Stores a block whose scale is known, times 2^exponent: as numbers of three bytes, whose power of
-// two `rest` has, for a weight of small integers; as float32 for any other.
+// Stores a block of floats whose scale byte is known, times 2^(units.exponent + exponent).
 [[gnu::always_inline]] inline void store_block(const Prepared& row, int64_t b, Block block,
-                                               int exponent, mx::ElementFormat weight, float rest) {
+                                               int exponent, mx::ElementFormat weight,
+                                               const Units& units) {
   uint8_t* const elements = row.elements + b * kElementBytes;
-  const __m512 power = _mm512_set1_ps(static_cast<float>(exponent));
+  const __m512 power = _mm512_set1_ps(static_cast<float>(units.exponent + exponent));
   block = {_mm512_scalef_ps(block.low, power), _mm512_scalef_ps(block.high, power)};
-  row.factor[b] = mx::scale_value(row.scale[b]) * rest;
-  if (!is_small_integer(weight)) {
+  row.factor[b] = mx::scale_value(row.scale[b]) * units.rest;
+  if (units.digits == 0) {
     float* const floats = reinterpret_cast<float*>(elements);
     _mm512_store_ps(floats, _mm512_permute_ps(block.low, 0b11011000));
     _mm512_store_ps(floats + 16, _mm512_permute_ps(block.high, 0b11011000));
@@ -133,8 +142,8 @@ template <int kBits>
 
 template <int kBits>
 [[gnu::always_inline]] inline void prepare_floats(const Prepared& row, const mx::Segment& segment,
-                                                  mx::ElementFormat weight, int exponent,
-                                                  float rest, const uint8_t* packed) {
+                                                  mx::ElementFormat weight, const Units& units,
+                                                  const uint8_t* packed) {
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
     const __m512i words = _mm512_cvtepu8_epi16(unpack<kBits>(packed));
     __m512i halves;
@@ -149,28 +158,10 @@ template <int kBits>
     }
     const Block block = {_mm512_cvtph_ps(_mm512_castsi512_si256(halves)),
                          _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))};
-    store_block(row, b, block, exponent + (kBits == 8 ? kE4m3Exponent : 0), weight, rest);
+    store_block(row, b, block, kBits == 8 ? kE4m3Exponent : 0, weight, units);
     packed += kBits * 4;
   }
 }
-
-// What the elements of a segment are multiplied by, as an exponent, and what their products are
-// multiplied by in return, beside the scales.
-struct Units {
-  int exponent;
-  float rest;
-
-  Units(const LinearTask& task, const mx::Segment& segment) {
-    const mx::ElementFormat weight = task.layout.weight_format(segment);
-    if (is_small_integer(weight)) {
-      exponent = fixed_point(task, segment);
-      rest = integer_rest(task, segment);
-    } else {
-      exponent = weight == mx::E4M3 ? kE4m3Exponent : 0;
-      rest = 1.0f;
-    }
-  }
-};
 
 // Rows of float activations; each block is brought over a power of two, as in float_rows.h.
 void prepare_rows(const LinearTask& task, int64_t first_row, int64_t last_row, uint8_t* prepared) {
@@ -181,8 +172,7 @@ void prepare_rows(const LinearTask& task, int64_t first_row, int64_t last_row, u
       const Units units(task, segment);
       const int scale = power_of_two_over(_mm512_reduce_max_epu32(magnitudes(block)));
       row.scale[b] = static_cast<uint8_t>(scale);
-      const int exponent = units.exponent + mx::kFloat32Bias - scale;
-      store_block(row, b, block, exponent, layout.weight_format(segment), units.rest);
+      store_block(row, b, block, mx::kFloat32Bias - scale, layout.weight_format(segment), units);
     });
   }
 }
@@ -199,13 +189,13 @@ void prepare(const LinearTask& task, int64_t first_row, int64_t last_row, uint8_
       const uint8_t* const packed = task.data + r * layout.row_bytes() + segment.byte_start;
       const Units units(task, segment);
       if (segment.format == mx::E2M1) {
-        prepare_integers<4>(row, segment, weight, units.rest, packed);
+        prepare_integers<4>(row, segment, weight, units, packed);
       } else if (segment.format == mx::E2M3) {
-        prepare_integers<6>(row, segment, weight, units.rest, packed);
+        prepare_integers<6>(row, segment, weight, units, packed);
       } else if (segment.format == mx::E3M2) {
-        prepare_floats<6>(row, segment, weight, units.exponent, units.rest, packed);
+        prepare_floats<6>(row, segment, weight, units, packed);
       } else {
-        prepare_floats<8>(row, segment, weight, units.exponent, units.rest, packed);
+        prepare_floats<8>(row, segment, weight, units, packed);
       }
     }
   }
@@ -381,15 +371,14 @@ void run_rows(const LinearTask& task, const uint8_t* prepared, int64_t panel_ind
   for (const mx::Segment& segment : layout.segments()) {
     if (segment.blocks == 0) continue;
     const mx::ElementFormat weight = layout.weight_format(segment);
-    const int digits = digits_of(task, segment);
+    const Units units(task, segment);
     const auto integers = [&]<int kBits, int kDigits>() __attribute__((always_inline)) {
-      integer_blocks<kBits, kDigits, kWide, kRows>(segment, integer_rest(task, segment), scales,
-                                                   tile, rows, sums);
+      integer_blocks<kBits, kDigits, kWide, kRows>(segment, units.rest, scales, tile, rows, sums);
     };
-    if (weight == mx::E2M1 && digits == 1) integers.template operator()<4, 1>();
-    if (weight == mx::E2M1 && digits == 3) integers.template operator()<4, 3>();
-    if (weight == mx::E2M3 && digits == 1) integers.template operator()<6, 1>();
-    if (weight == mx::E2M3 && digits == 3) integers.template operator()<6, 3>();
+    if (weight == mx::E2M1 && units.digits == 1) integers.template operator()<4, 1>();
+    if (weight == mx::E2M1 && units.digits == 3) integers.template operator()<4, 3>();
+    if (weight == mx::E2M3 && units.digits == 1) integers.template operator()<6, 1>();
+    if (weight == mx::E2M3 && units.digits == 3) integers.template operator()<6, 3>();
     if (weight == mx::E3M2) {
       pair_blocks<mx::E3M2, kWide, kRows>(segment, scales, tile, rows, sums);
     }

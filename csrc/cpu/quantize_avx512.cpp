@@ -107,12 +107,6 @@ template <Dtype kDtype>
   return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(bits));
 }
 
-// Sums and differences of lanes whose numbers differ in one bit: `swapped` is x with them
-// exchanged, `high` the lanes where the bit is set.
-[[gnu::always_inline]] inline __m512 butterfly(__m512 x, __m512 swapped, __mmask16 high) {
-  return _mm512_mask_sub_ps(_mm512_add_ps(x, swapped), high, swapped, x);
-}
-
 // mx::hadamard. The lowest bit of a channel's number tells the vectors apart, the others its lane.
 [[gnu::always_inline]] inline Pair hadamard(Pair x) {
   const __m512 parts[2] = {_mm512_add_ps(x.even, x.odd), _mm512_sub_ps(x.even, x.odd)};
