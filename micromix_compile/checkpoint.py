@@ -498,6 +498,9 @@ def model_card(config: Any, plan: ModelPlan) -> str:
     header = ["library_name: transformers", "tags:", "- micromix", "- mxfp4", "- mxfp6", "- mxfp8"]
     if base:
         header += [f"base_model: {base}", "base_model_relation: quantized"]
+    activations = "Activations are quantised in the same formats when the model runs."
+    if plan and all(layer.weight_only for layer in plan.values()):
+        activations = "Activations stay in bfloat16."
     shares = ", ".join(f"{name} {part:.0%}" for name, part in share.items())
     return f"""---
 {chr(10).join(header)}
@@ -506,7 +509,7 @@ def model_card(config: Any, plan: ModelPlan) -> str:
 # {base or getattr(config, "model_type", "model")}, mixed MXFP4 / MXFP6 / MXFP8
 
 {len(rows)} linear layers are packed at {plan.weight_bits:.2f} bits per weight, scales counted ({shares} of the weights).
-All other tensors are as they were.
+{activations} All other tensors are as they were.
 
 ```python
 import micromix_compile  # makes the format known to transformers

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from architectures import build, inputs
 from reference_model import reference_model
 from test_backend import Block, planned, run
 from tiny_llama import save_tiny, tiny_llama
@@ -136,6 +137,21 @@ def test_a_whole_model(plan, ids):
         assert sorted(name.rpartition(".")[2] for name in folded) == ["gate_proj", "up_proj"]
 
 
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "t5"])
+def test_other_architectures(name):
+    """Transposed weights and biases, merged weights, and an input that comes from elsewhere."""
+    model, arguments = build(name), inputs(name)
+    plan = calibrate(model).run([arguments]).plan(MIX)
+    options = {"plan": plan, "strict": True, "inductor": False}
+    compiled = torch.compile(model, backend="micromix", options=options)
+    with torch.no_grad():
+        exact, lowered, reference = (
+            run(**arguments).logits for run in (model, compiled, reference_model(model, plan))
+        )
+    assert explain(compiled).passes["micromix::weight_only_linear"] == len(plan)
+    assert distance(lowered, reference) <= 0.1 * distance(exact, reference)
+
+
 def test_quantised_and_float_activations_in_one_graph(block):
     """The quantises of a graph keep their numbers beside layers that have none, so fusions are known."""
     x = torch.randn(4, 96)
@@ -253,6 +269,7 @@ def test_checkpoint_round_trip(plan, ids, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert all(m.plan.weight_only for m in loaded.modules() if isinstance(m, QuantizedLinear))
     assert torch.equal(logits(loaded, ids), expected)
+    assert "Activations stay in bfloat16" in (tmp_path / "saved" / "README.md").read_text()
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert config["quantization_config"]["version"] == 2
     micromix.save_pretrained(loaded, tmp_path / "again")
