@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,9 @@ from micromix_compile.rounding import round_weights
 from micromix_compile.statistics import ModelStatistics
 
 
-def calibrate(model: torch.nn.Module, gradients: bool = False) -> Calibration:
+def calibrate(
+    model: torch.nn.Module, gradients: bool = False, plan: ModelPlan | None = None
+) -> Calibration:
     """Collect statistics of the inputs of `model`'s linear layers, as a context or over batches.
 
     Either run the model yourself::
@@ -37,8 +40,13 @@ def calibrate(model: torch.nn.Module, gradients: bool = False) -> Calibration:
     With `gradients`, the gradient of a loss by each input is observed too, which tells a budget of bits
     (`Recipe(bits=...)`) what matters to the result; it takes a backward pass of each batch. In a context of your
     own, call `loss.backward()`.
+
+    With `plan`, the layers that it names run quantised, so that each layer's statistics are those of what the layers
+    before it leave (sequential calibration): calibrate as usual, plan, and calibrate again with that plan. Its layers
+    must be modules with a weight of their own. There is no backward pass through quantised layers: raises
+    CalibrationGradientError where `gradients` is asked for too.
     """
-    return Calibration(model, gradients)
+    return Calibration(model, gradients, plan)
 
 
 class Calibration:
@@ -49,20 +57,31 @@ class Calibration:
     several contexts; `statistics` holds them and can be saved, loaded and merged.
     """
 
-    def __init__(self, model: torch.nn.Module, gradients: bool = False) -> None:
+    def __init__(
+        self, model: torch.nn.Module, gradients: bool = False, plan: ModelPlan | None = None
+    ) -> None:
+        if gradients and plan is not None:
+            raise CalibrationGradientError(reason="layers that a plan quantises have none")
         self.model = getattr(model, "_orig_mod", model)
         self.gradients = gradients
+        self.upstream = plan
         self.statistics = ModelStatistics()
         self.batches: Sequence[Any] | None = None
 
     def __enter__(self) -> Self:
+        self._context = contextlib.ExitStack()
+        self._floats: dict[str, torch.Tensor] = {}  # of the layers that run quantised
+        if self.upstream is not None:
+            from micromix_compile.export import quantised
+
+            self._floats = {n: self.model.get_submodule(n).weight for n in self.upstream}
+            self._context.enter_context(quantised(self.model, self.upstream))
         self._names = layer_names(self.model)
-        self._context = compat.compiled_call(self.model, self._observe)
         # Only the gradients of the layers' inputs are wanted: those of the weights would take a third of the time.
         self._trained = [p for p in self.model.parameters() if self.gradients and p.requires_grad]
         for parameter in self._trained:
             parameter.requires_grad_(False)
-        self._context.__enter__()
+        self._context.enter_context(compat.compiled_call(self.model, self._observe))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -124,7 +143,7 @@ class Calibration:
         """The Dynamo backend of the context: the same graph, with observers."""
         gm = compat.copy_graph_module(gm)
         found = find_linears(gm, example_inputs)
-        linears = [l for l in found if l.reason is None and l.quantised is None]
+        linears = [l for l in found if l.reason is None and (l.quantised is None or self._floats)]
         observe_linears(gm.graph, linears, self._observer)
         gm.recompile()
         return gm.forward
@@ -137,9 +156,10 @@ class Calibration:
                 )
                 for linear, weight in zip(group, weights, strict=True)
             }
+            shapes |= {n: self.upstream.shapes[n] for n in shapes.keys() & self._floats.keys()}
             self.statistics.add_group(shapes)
             for name, weight in zip(shapes, weights, strict=True):
-                self.statistics.add_weight(name, weight)
+                self.statistics.add_weight(name, self._floats.get(name, weight))
             first = next(iter(shapes))
             if not self.gradients:
                 self.statistics.update(first, x)

@@ -75,8 +75,13 @@ def _parser() -> argparse.ArgumentParser:
         model, recipe,
     )  # fmt: skip
     calibrate.add_argument(
-        "--gradients", action="store_true",
+        "--gradients",
+        action="store_true",
         help="observe the loss's gradients too, for --bits (which implies it)",
+    )
+    calibrate.add_argument(
+        "--sequential", type=Path, metavar="PLAN",
+        help="run the layers quantised by this plan, so that each sees what those before it leave",
     )  # fmt: skip
     calibrate.add_argument("--output", type=Path, metavar="FILE", help="write the plan here")
     calibrate.add_argument(
@@ -341,9 +346,10 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     recipe = _recipe(arguments)  # before the long work: a bad recipe is said at once
     model, tokenizer = _load(arguments)
     windows = _calibration_windows(arguments, tokenizer)
-    gradients = arguments.gradients or recipe.method == "bits"
+    before = micromix.load_plan(arguments.sequential) if arguments.sequential else None
+    gradients = arguments.gradients or (recipe.method == "bits" and before is None)
     batches = [{"input_ids": window[None]} for window in windows]
-    calibration = micromix.calibrate(model, gradients).run(batches)
+    calibration = micromix.calibrate(model, gradients, before).run(batches)
     print(f"calibrated on {len(windows)} windows of {windows.shape[1]} tokens")
     if arguments.statistics:
         calibration.save(arguments.statistics)

@@ -102,14 +102,15 @@ def find_linears(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> list
 def layer_names(model: torch.nn.Module) -> Mapping[torch.Tensor, list[str]]:
     """Each parameter and buffer -> the names of the layers it may be the weight of.
 
-    A weight called `x.weight` belongs to layer `x`; any other keeps its own name (`attn.in_proj_weight`). A
+    A weight called `x.weight` (`x.placed` in a QuantizedLinear) belongs to layer `x`; any other keeps its own name (`attn.in_proj_weight`). A
     tied or shared parameter has several names. Keyed by identity; holds no parameter alive.
     """
     names: WeakIdKeyDictionary = WeakIdKeyDictionary()
     for name, tensor in itertools.chain(
         model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
     ):
-        names.setdefault(tensor, []).append(name.removesuffix(".weight"))
+        layer = name.removesuffix(".weight").removesuffix(".placed")
+        names.setdefault(tensor, []).append(layer)
     return names
 
 

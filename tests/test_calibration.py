@@ -9,7 +9,13 @@ from reference_model import is_linear
 from torch import nn
 
 from micromix_compile import Recipe, calibrate, explain, load_statistics
-from micromix_compile.errors import EmptyCalibrationError, NonFiniteCalibrationError
+from micromix_compile.errors import (
+    CalibrationGradientError,
+    EmptyCalibrationError,
+    NonFiniteCalibrationError,
+)
+from micromix_compile.export import quantised
+from micromix_compile.quantized_linear import QuantizedLinear
 from micromix_compile.statistics import ChannelStatistics
 
 
@@ -36,7 +42,7 @@ def batches(count: int = 3) -> list:
     ]
 
 
-def hooked(model: nn.Module, arguments: list) -> dict[str, ChannelStatistics]:
+def hooked(model: nn.Module, arguments: list, kinds=is_linear) -> dict[str, ChannelStatistics]:
     """Statistics gathered by module hooks, eagerly: the oracle."""
     found: dict[str, ChannelStatistics] = {}
     handles = [
@@ -46,7 +52,7 @@ def hooked(model: nn.Module, arguments: list) -> dict[str, ChannelStatistics]:
             ).update(inputs[0])
         )
         for name, module in model.named_modules()
-        if is_linear(module)
+        if kinds(module)
     ]
     with torch.no_grad():
         for args in arguments:
@@ -187,3 +193,25 @@ def test_a_model_that_accelerate_offloads(offload, tmp_path):
         accelerate.disk_offload(model, str(tmp_path), execution_device="cpu")
     calibration = calibrate(model).run([x for (x,) in xs], device="cpu")
     assert_same(calibration.statistics, expected)
+
+
+def test_layers_see_what_quantised_layers_before_them_leave():
+    torch.manual_seed(0)
+    model, arguments = Nested().eval(), batches()
+    recipe = Recipe(format="mxfp4")
+    exact = calibrate(model).run(arguments)
+    plan = exact.plan(recipe)
+    before = model(*arguments[0])
+    sequential = calibrate(model, plan=plan).run(arguments)
+    assert torch.equal(model(*arguments[0]), before)
+    with quantised(model, plan):
+        expected = hooked(model, arguments, lambda m: isinstance(m, QuantizedLinear))
+    assert_same(sequential.statistics, expected)
+    assert sequential.statistics.layers == exact.statistics.layers
+    for name, same in (("a", True), ("twice", False), ("last", False)):
+        mean, other = (s.statistics[name].total for s in (exact, sequential))
+        assert torch.equal(mean, other) == same
+    assert torch.equal(sequential.statistics.columns["last"], exact.statistics.columns["last"])
+    sequential.plan(Recipe(split=(0.5, 0.5, 0))).attach(model)
+    with pytest.raises(CalibrationGradientError, match="quantises"):
+        calibrate(model, gradients=True, plan=plan)

@@ -6,6 +6,7 @@ import sys
 from dataclasses import fields
 
 import pytest
+import torch
 from tiny_llama import save_tiny
 
 from micromix_compile import Recipe, load_plan, load_statistics
@@ -86,6 +87,18 @@ def test_calibrate_writes_the_plan_of_its_recipe(directory, statistics, tmp_path
     recipe = Recipe(sort="hessian", split=(0.5, 0.25, 0.25))
     assert load_plan(path) == allocate(load_statistics(statistics), recipe)
     assert len(load_plan(path)) == 2 * 7
+
+
+def test_calibrate_again_behind_quantised_layers(directory, tmp_path):
+    first, second = (str(tmp_path / f"{name}.safetensors") for name in ("first", "second"))
+    flags = ["--split", "0.5", "0.25", "0.25"]
+    assert main(["calibrate", *small(directory), *flags, "--output", first]) == 0
+    assert main(["calibrate", *small(directory), *flags, "--sequential", first, "--output", second]) == 0  # fmt: skip
+    plans = [load_plan(path) for path in (first, second)]
+    assert list(plans[0]) == list(plans[1])
+    orders = [[layer.order for layer in plan.values()] for plan in plans]
+    assert torch.equal(orders[0][0], orders[1][0])  # nothing lies before the first layer
+    assert any(not torch.equal(a, b) for a, b in zip(*orders))
 
 
 def test_calibrate_on_a_text_file(directory, tmp_path):
