@@ -64,6 +64,8 @@ class _GgmlParameters(ctypes.Structure):
 
 
 GGML_F32, GGML_Q4_0 = 0, 2
+# Called with a level, a line of llama.cpp's log, and nothing.
+_SILENCE = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
 
 
 def _ggml() -> tuple[ctypes.CDLL, ctypes.CDLL]:
@@ -79,6 +81,7 @@ def _ggml() -> tuple[ctypes.CDLL, ctypes.CDLL]:
     base.ggml_backend_buft_name.restype = ctypes.c_char_p
     base.ggml_quantize_chunk.restype = base.ggml_nbytes.restype = ctypes.c_size_t
     base.ggml_backend_dev_supports_op.restype = ctypes.c_bool
+    base.ggml_log_set(_SILENCE, None)
     cpu.ggml_cpu_init()
     return base, cpu
 

@@ -12,14 +12,14 @@ using namespace avx512;
 constexpr int kGroup = 16;  // blocks whose amax are found together
 
 // What a row needs: its values block by block, and per block its amax and its factor, whole groups
-// of them. Rows of a 16-bit type that an order gathers come in pairs: channel by channel the two
-// side by side in one word, so that one index and one load serve both, and the same in the order.
+// of them. Rows of a 16-bit type that an order gathers come in fours: channel by channel the four
+// side by side, so that one index and one load serve all; then in the order, two rows a word.
 struct Scratch {
   float* values;
   uint32_t* amax;
   float* factor;
-  uint32_t* ordered;
-  uint32_t* pairs;
+  uint64_t* fours;
+  uint32_t* ordered[2];
   int64_t bytes;
 
   Scratch(const QuantizeTask& task, void* memory) {
@@ -27,9 +27,11 @@ struct Scratch {
     values = static_cast<float*>(memory);
     amax = reinterpret_cast<uint32_t*>(values + task.layout.channels());
     factor = reinterpret_cast<float*>(amax + blocks);
-    ordered = reinterpret_cast<uint32_t*>(factor + blocks);
-    pairs = ordered + task.layout.channels();
-    bytes = (2 * task.layout.channels() + 2 * blocks + task.k) * int64_t{sizeof(float)};
+    fours = reinterpret_cast<uint64_t*>(factor + blocks);
+    ordered[0] = reinterpret_cast<uint32_t*>(fours + round_up(task.k, 16));
+    ordered[1] = ordered[0] + task.layout.channels();
+    const int64_t floats = 3 * task.layout.channels() + 2 * blocks + 2 * round_up(task.k, 16);
+    bytes = floats * static_cast<int64_t>(sizeof(float));
   }
 };
 
@@ -66,38 +68,55 @@ template <Dtype kDtype>
                load_floats(row, kDtype, at + 16, lanes_before(at + 16, k)));
 }
 
-// The 32-bit words of the channels that `order` names; -1 names none and gives zero.
-[[gnu::always_inline]] inline Pair gather_block(const void* words, const int32_t* order) {
+// The values of the channels that `order` names; -1 names none and gives zero.
+[[gnu::always_inline]] inline Pair gather_block(const float* row, const int32_t* order) {
   const auto gather = [&](__m512 indices) __attribute__((always_inline)) {
     const __m512i channels = _mm512_castps_si512(indices);
     const __mmask16 real = _mm512_cmpge_epi32_mask(channels, _mm512_setzero_si512());
-    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), real, channels, words, sizeof(float));
+    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), real, channels, row, sizeof(float));
   };
   const Pair channels = split(_mm512_loadu_ps(order), _mm512_loadu_ps(order + 16));
   return {gather(channels.even), gather(channels.odd)};
 }
 
-// Brings two rows of a 16-bit type into `order`.
-void order_pair(const QuantizeTask& task, const uint16_t* row, const uint16_t* next,
-                const Scratch& scratch) {
+// Brings four rows of a 16-bit type, from `rows` on, into the order.
+void order_rows(const QuantizeTask& task, const uint16_t* rows, const Scratch& scratch) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
   for (int64_t i = 0; i < task.k; i += 16) {
     const __mmask16 mask = lanes_before(i, task.k);
-    const auto widen = [&](const uint16_t* from) __attribute__((always_inline)) {
-      return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from + i));
+    const auto pair = [&](int row) __attribute__((always_inline)) {
+      const auto widen = [&](const uint16_t* from) __attribute__((always_inline)) {
+        return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
+      };
+      const uint16_t* const from = rows + row * task.k + i;
+      return _mm512_or_si512(widen(from), _mm512_slli_epi32(widen(from + task.k), 16));
     };
-    const __m512i words = _mm512_or_si512(widen(row), _mm512_slli_epi32(widen(next), 16));
-    _mm512_mask_storeu_epi32(scratch.pairs + i, mask, words);
+    const __m512i first = pair(0), second = pair(2);
+    _mm512_storeu_si512(scratch.fours + i, _mm512_permutex2var_epi32(first, low, second));
+    _mm512_storeu_si512(scratch.fours + i + 8, _mm512_permutex2var_epi32(first, high, second));
   }
+  const auto gather = [&](__m256i channels) __attribute__((always_inline)) {
+    const __mmask8 real = _mm256_cmpge_epi32_mask(channels, _mm256_setzero_si256());
+    return _mm512_castsi512_ps(_mm512_mask_i32gather_epi64(_mm512_setzero_si512(), real, channels,
+                                                           scratch.fours, sizeof(uint64_t)));
+  };
   for (int64_t i = 0; i < task.layout.channels(); i += mx::kBlock) {
-    const Pair words = gather_block(scratch.pairs, task.order + i);
-    _mm512_storeu_ps(scratch.ordered + i, words.even);
-    _mm512_storeu_ps(scratch.ordered + i + 16, words.odd);
+    const Pair channels =
+        split(_mm512_loadu_ps(task.order + i), _mm512_loadu_ps(task.order + i + 16));
+    for (int odd = 0; odd < 2; ++odd) {
+      const __m512i own = _mm512_castps_si512(odd ? channels.odd : channels.even);
+      const Pair words =
+          split(gather(_mm512_castsi512_si256(own)), gather(_mm512_extracti64x4_epi64(own, 1)));
+      _mm512_storeu_ps(scratch.ordered[0] + i + 16 * odd, words.even);
+      _mm512_storeu_ps(scratch.ordered[1] + i + 16 * odd, words.odd);
+    }
   }
 }
 
-// The values of one row of a pair.
+// The values of the first or second row of words that hold two.
 template <Dtype kDtype>
-[[gnu::always_inline]] inline __m512 of_pair(const uint32_t* words, bool second) {
+[[gnu::always_inline]] inline __m512 of_words(const uint32_t* words, bool second) {
   __m512i bits = _mm512_loadu_si512(words);
   if constexpr (kDtype == Dtype::kBFloat16) {
     const __m512i high = _mm512_set1_epi32(static_cast<int32_t>(0xFFFF0000));
@@ -262,9 +281,25 @@ void quantize_segment(const mx::Segment& segment, const Scratch& scratch, const 
   return layout.hadamard((channel >= layout.k4) + (channel >= layout.k4 + layout.k6));
 }
 
-// The first pass over a row; of a pair that is in order, over its first or second row.
+// A row in float32, where four of them would lie.
+template <Dtype kDtype>
+const float* widened(const void* row, int64_t k, const Scratch& scratch) {
+  float* const floats = reinterpret_cast<float*>(scratch.fours);
+  for (int64_t i = 0; i < k; i += 16) {
+    _mm512_storeu_ps(floats + i, load_floats(row, kDtype, i, lanes_before(i, k)));
+  }
+  return floats;
+}
+
+// Where the first pass finds a row: of the four that are in order, `number`; or else as it is.
+struct Source {
+  const void* row;
+  int64_t number = -1;
+};
+
+// The first pass over a row.
 template <Dtype kDtype, bool kRotates>
-void load_row(const QuantizeTask& task, const void* row, bool second, const Scratch& scratch) {
+void load_row(const QuantizeTask& task, const Source& source, const Scratch& scratch) {
   const auto load = [&](const auto& block_at) __attribute__((always_inline)) {
     load_row(task.layout.blocks(), scratch, [&](int64_t b) __attribute__((always_inline)) {
       const Pair values = block_at(b * mx::kBlock);
@@ -276,15 +311,20 @@ void load_row(const QuantizeTask& task, const void* row, bool second, const Scra
   };
   if (!task.order) {
     load([&](int64_t at)
-             __attribute__((always_inline)) { return load_block<kDtype>(row, at, task.k); });
-  } else if constexpr (kDtype == Dtype::kFloat32) {
-    load([&](int64_t at)
-             __attribute__((always_inline)) { return gather_block(row, task.order + at); });
-  } else {
+             __attribute__((always_inline)) { return load_block<kDtype>(source.row, at, task.k); });
+  } else if (source.number >= 0) {
     load([&](int64_t at) __attribute__((always_inline)) {
-      const uint32_t* const words = scratch.ordered + at;
-      return Pair{of_pair<kDtype>(words, second), of_pair<kDtype>(words + 16, second)};
+      const uint32_t* const words = scratch.ordered[source.number / 2] + at;
+      const bool second = source.number % 2 != 0;
+      return Pair{of_words<kDtype>(words, second), of_words<kDtype>(words + 16, second)};
     });
+  } else {
+    const float* floats = static_cast<const float*>(source.row);
+    if constexpr (kDtype != Dtype::kFloat32) {
+      floats = widened<kDtype>(source.row, task.k, scratch);
+    }
+    load([&](int64_t at)
+             __attribute__((always_inline)) { return gather_block(floats, task.order + at); });
   }
 }
 
@@ -294,23 +334,25 @@ void run(const QuantizeTask& task, int64_t first_row, int64_t last_row, void* me
   const Scratch scratch(task, memory);
   constexpr int64_t kElement = kDtype == Dtype::kFloat32 ? sizeof(float) : sizeof(uint16_t);
   constexpr int64_t kBlockBytes = mx::kBlock * kElement;
-  const int64_t rows_at_once = task.order && kDtype != Dtype::kFloat32 ? 2 : 1;
+  const int64_t ordered_rows =
+      task.order && kDtype != Dtype::kFloat32 ? (last_row - first_row) / 4 * 4 : 0;
   const auto at = [&](int64_t r) {
-    return static_cast<const uint8_t*>(task.x) +
-           (r < last_row ? r : last_row - 1) * task.k * kElement;
+    return static_cast<const uint8_t*>(task.x) + r * task.k * kElement;
   };
   for (int64_t r = first_row; r < last_row; ++r) {
-    const bool second = (r - first_row) % rows_at_once != 0;
-    if (rows_at_once == 2 && !second) {
-      order_pair(task, reinterpret_cast<const uint16_t*>(at(r)),
-                 reinterpret_cast<const uint16_t*>(at(r + 1)), scratch);
+    Source source{at(r)};
+    if (r - first_row < ordered_rows) {
+      source.number = (r - first_row) % 4;
+      if (source.number == 0) order_rows(task, reinterpret_cast<const uint16_t*>(at(r)), scratch);
     }
     if (layout.rotates_any()) {
-      load_row<kDtype, true>(task, at(r), second, scratch);
+      load_row<kDtype, true>(task, source, scratch);
     } else {
-      load_row<kDtype, false>(task, at(r), second, scratch);
+      load_row<kDtype, false>(task, source, scratch);
     }
-    const uint8_t* const next = at(r + rows_at_once);
+    // The row after this one, or the same of the next four.
+    const int64_t following = r + (source.number < 0 ? 1 : 4);
+    const uint8_t* const next = at(following < last_row ? following : r);
     uint8_t* const data = task.data + r * layout.row_bytes();
     uint8_t* const scales = task.scales + r * layout.blocks();
     for (const mx::Segment& s : layout.segments()) {
