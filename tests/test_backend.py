@@ -13,7 +13,7 @@ from architectures import build, token_ids
 from reference_model import reference_model
 from torch import nn
 
-from micromix_compile import Recipe, backend, calibrate, explain
+from micromix_compile import Recipe, calibrate, explain, runner
 from micromix_compile.errors import (
     GradientError,
     NoPlanWarning,
@@ -502,7 +502,7 @@ def test_an_attachment_is_no_concern_of_a_plan_or_a_recipe_given_as_an_option(bl
 
 
 def test_where_addresses_are_fixed_another_plan_is_another_graph(block, monkeypatch):
-    monkeypatch.setattr(backend, "_uses_cuda_graphs", lambda options: True)
+    monkeypatch.setattr(runner, "_uses_cuda_graphs", lambda options: True)
     x = torch.randn(4, 96)
     planned(block, x).attach(block)
     first, compiled = run(block, x)

@@ -1,0 +1,121 @@
+"""Which layers of a graph are lowered, and by which plan; the others' reasons."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from micromix_compile.allocation import uniform_plan
+from micromix_compile.errors import (
+    NoPlanWarning,
+    OptionError,
+    PlanMismatchError,
+    StrictError,
+)
+from micromix_compile.explain import GraphReport, LayerReport
+from micromix_compile.options import Options
+from micromix_compile.passes.find_linears import Linear
+from micromix_compile.passes.lower_linears import unsupported
+from micromix_compile.plan import LayerPlan, LayerShape, ModelPlan, attached
+from micromix_compile.recipe import Recipe
+
+
+def choose(
+    linears: list[Linear], options: Options, report: GraphReport
+) -> list[tuple[Linear, str, LayerPlan, LayerReport]]:
+    """Decide for each layer whether and how it is lowered, and write that down."""
+    chosen: list[tuple[Linear, str, LayerPlan, LayerReport]] = []
+    refused: list[str] = []
+    planless = 0
+    for linear in linears:
+        plan, name, reason, by_choice = None, linear.name, unsupported(linear), False
+        if linear.quantised is not None:
+            plan = _own_plan(linear, options)
+        elif reason is None:
+            model_plan, name = plan_of(linear, options)
+            recipe = options.recipe or Recipe(format="mxfp8")
+            if model_plan is not None:
+                recipe = Recipe.from_dict(model_plan.recipe)  # an empty one skips the output head
+            shape = LayerShape(linear.out_features, linear.in_features, linear.transposed)
+            by_choice = recipe.skips(name)
+            if model_plan is not None and name in model_plan:
+                plan = _checked(model_plan, name, shape)
+            elif by_choice:
+                reason = "the recipe skips it"
+            elif model_plan is None:
+                plan = uniform_plan({name: shape}, recipe)[name]
+                planless += 1
+            else:
+                reason = _missing(model_plan, name)
+        row = LayerReport(name, linear.in_features, linear.out_features, reason=reason or "")
+        row.bytes_before = 0 if linear.parameter is None else linear.parameter.nbytes
+        report.layers.append(row)
+        if plan is not None:
+            chosen.append((linear, name, plan, row))
+        elif not by_choice:
+            refused.append(f"{name}: {reason}")
+    if options.plan is not None and refused and not chosen:
+        raise PlanMismatchError(differences=refused)
+    if options.strict and refused:
+        raise StrictError(layers=refused)
+    if planless and options.recipe is None:
+        warnings.warn(NoPlanWarning(layers=planless), stacklevel=2)
+    return chosen
+
+
+def _own_plan(linear: Linear, options: Options) -> LayerPlan:
+    """The plan that a layer was quantised by before, which no option can change."""
+    plan, name = linear.quantised.plan, linear.name
+    if options.recipe is not None:
+        reason = f"cannot be given: {name} is quantised already"
+        raise OptionError(
+            option="recipe",
+            reason=reason,
+            valid="those of a quantised model: strict, mode, inductor, and settings of Inductor",
+        )
+    if options.plan is not None and name in options.plan:
+        other = options.plan[name]
+        same = all(
+            getattr(other, what) == getattr(plan, what)
+            for what in ("layout", "weights", "activations")
+        )
+        if not same or not _same_order(other.order, plan.order):
+            raise PlanMismatchError(
+                differences=[f"{name}: the model is quantised already, by another plan"]
+            )
+    return plan
+
+
+def _same_order(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
+
+
+def plan_of(linear: Linear, options: Options) -> tuple[ModelPlan | None, str]:
+    """The plan a layer belongs to, and its name there.
+
+    A plan attached to the model knows the layer by its parameter. A plan given as an option knows names only:
+    those of the graph, or, where a part of the model is compiled, the one name that ends in the graph's.
+    """
+    name, plan = linear.name, options.plan
+    if plan is None and options.recipe is None:
+        plan, marked = attached(linear.parameter) or (None, None)
+        return plan, marked or name
+    if plan is not None and name not in plan:
+        ends = [known for known in plan if known.endswith("." + name)]
+        name = ends[0] if len(ends) == 1 else name
+    return plan, name
+
+
+def _missing(plan: ModelPlan, name: str) -> str:
+    ends = sum(known.endswith("." + name) for known in plan)
+    if ends < 2:
+        return f"the plan has no layer {name}"
+    return f"{ends} layers of the plan end in {name}; plan.attach(model) tells them apart"
+
+
+def _checked(plan: ModelPlan, name: str, shape: LayerShape) -> LayerPlan:
+    if plan.shapes[name] != shape:
+        difference = f"{name}: the plan has {plan.shapes[name]}, the model {shape}"
+        raise PlanMismatchError(differences=[difference])
+    return plan[name]

@@ -1,0 +1,180 @@
+"""A lowered graph and what runs it: the packed weights of each call, then Inductor's code."""
+
+from __future__ import annotations
+
+import pickle
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from micromix_compile import _torch_compat as compat
+from micromix_compile.errors import ExportError, StrictError
+from micromix_compile.explain import GraphReport
+from micromix_compile.options import Options
+from micromix_compile.passes.fold_order import Folds
+from micromix_compile.passes.lower_linears import Lowering, lower_linears
+from micromix_compile.passes.specialise_floats import specialise_floats
+from micromix_compile.plan import DIGEST
+from micromix_compile.regions import Placed, Region, Slot
+
+
+class Runner(compat.serializable_callable()):
+    """A graph to run, and how the arguments of Dynamo's graph become its own.
+
+    `kept` are the positions of the arguments that are passed on; packed tensors follow them. `region` knows how
+    to make these from the float weights among the arguments.
+    """
+
+    def __init__(self, gm: fx.GraphModule, inputs: list[Any], report: GraphReport) -> None:
+        self.gm = gm
+        self.inputs = inputs
+        self.report = report
+        self.kept = list(range(len(inputs)))
+        self.region = Region()
+
+    def lower(self, lowerings: list[Lowering], folds: Folds, options: Options) -> None:
+        """Rewrite the graph, with the packed weights as new inputs in place of the float ones."""
+        graph = self.gm.graph
+        placeholders = list(graph.find_nodes(op="placeholder"))
+        position = {node: i for i, node in enumerate(placeholders)}
+        values = list(self.inputs)
+        constants = specialise_floats(graph, self.inputs, compat.guard_value)
+        packed: list[torch.Tensor] = []
+        last = placeholders[-1] if placeholders else next(iter(graph.nodes)).prev
+
+        def add_constant(name: str, tensor: torch.Tensor) -> fx.Node:
+            nonlocal last
+            with graph.inserting_after(last):
+                last = graph.placeholder(f"micromix_{name}")
+            last.meta["example_value"] = compat.static_fake(tensor)
+            compat.mark_static_input(last)
+            packed.append(tensor)
+            self.inputs.append(last.meta["example_value"])
+            return last
+
+        for quantised in lower_linears(graph, lowerings, add_constant):
+            products = [[lowering.name for lowering in product] for product in quantised.products]
+            self.report.add_products(quantised.number, products)
+            orders = {
+                x.linear.quantised.order for p in quantised.products for x in p if not x.weight
+            }
+            # Equal orders here are no reason that those of an equal part are equal.
+            if len(orders) > 1:
+                for order in orders:
+                    compat.guard_identity(order)
+
+        floats = self._make_region(lowerings, folds, options, position, values, packed)
+        # A weight or a float that nothing reads any more is no input of the lowered graph.
+        floats |= dict.fromkeys(constants)
+        unread = {i for i, node in enumerate(placeholders) if node in floats and not node.users}
+        self.kept = [i for i in self.kept if i not in unread]
+        self.inputs = [value for i, value in enumerate(self.inputs) if i not in unread]
+        for i in unread:
+            graph.erase_node(placeholders[i])
+        graph.lint()
+        self.gm.recompile()
+
+    def _make_region(
+        self,
+        lowerings: list[Lowering],
+        folds: Folds,
+        options: Options,
+        position: Mapping[fx.Node, int],
+        values: list[Any],
+        packed: list[torch.Tensor],
+    ) -> dict[fx.Node, None]:
+        """Give the runner its region, and the graph the guards that it needs; returns the float parameters' nodes."""
+        own = [x for x in lowerings if x.weight is not None and x.linear.weight in position]
+        number = {lowering.linear: i for i, lowering in enumerate(own)}
+        slots = [
+            Slot(
+                lowering.name,
+                lowering.plan,
+                lowering.linear.transposed,
+                position[lowering.linear.weight],
+                None if lowering.bias is None else position[lowering.linear.bias],
+                number.get(folds.consumers.get(lowering.linear)),
+                lowering.weight.released,
+                lowering.weight.kernel,
+                lowering.weight.rounded,
+            )
+            for lowering in own
+        ]
+        kinds: dict[int, tuple[str, int]] = {}  # by the packed tensor's identity
+        for i, lowering in enumerate(own):
+            kinds.setdefault(id(lowering.weight.buffer), ("weight", i))
+            if lowering.bias is not None:
+                kinds.setdefault(id(lowering.bias.buffer), ("bias", i))
+            if lowering.order is not None:
+                kinds.setdefault(id(lowering.order), ("order", i))
+        found = [kinds.get(id(tensor)) for tensor in packed]
+        nodes = [lowering.linear.weight for lowering in own]
+        nodes += [lowering.linear.bias for lowering in own if lowering.bias is not None]
+        held = [lowering.weight for lowering in own]
+        held += [lowering.bias for lowering in own if lowering.bias is not None]
+        # A plan given as an option knows layers by name, which a call does not bring; the addresses of a
+        # CUDA graph's tensors are fixed.
+        shared = bool(own) and options.plan is None and None not in found
+        shared = shared and not _uses_cuda_graphs(options)
+        follows = options.plan is None and options.recipe is None
+        for node in nodes if not shared else ():
+            compat.guard_identity(node)
+            if follows:
+                compat.guard_attribute(node, values[position[node]], DIGEST)
+        first = Placed([weakref.ref(values[position[node]]) for node in nodes], held, packed)
+        self.region = Region(slots, found, first, shared, follows)
+        return dict.fromkeys(nodes)
+
+    def compile(self, options: Options) -> None:
+        self.run = self.gm.forward
+        if options.inductor:
+            settings = {**compat.inductor_mode_options(options.mode), **options.settings}
+            self._compile_with_inductor(settings, options.strict)
+        # Nothing of the compilation stays alive with the compiled function: not the fake tensors, not the graph.
+        del self.gm, self.inputs
+
+    def _compile_with_inductor(self, settings: dict[str, Any], strict: bool) -> None:
+        from micromix_compile.passes.manager import counted, pass_manager  # imports Inductor
+
+        settings = {"post_grad_custom_pre_pass": pass_manager(), **settings}
+        self.run, fused, missed = counted(lambda: compat.inductor(self.gm, self.inputs, settings))
+        self.report.add_fusions(fused)
+        if strict and missed:
+            layers = [
+                f"{', '.join(self.report.readers[quantise])}: {what} comes before, in a form that no pattern matches"
+                for quantise, what in missed.items()
+            ]
+            raise StrictError(layers=layers)
+
+    @classmethod
+    def serialize_compile_artifacts(cls, runner: Runner) -> bytes:
+        """For torch's `save_compiled_function`, whose files are pickles. Float weights are packed again when loaded."""
+        region = runner.region
+        if None in region.kinds:
+            reason = (
+                "a weight of its graph is no argument of it, so it would have to be in the file"
+            )
+            raise ExportError(reason=reason, mend="Make a package with micromix.export")
+        return pickle.dumps(
+            (compat.serialized(runner.run), runner.kept, region.slots, region.kinds)
+        )
+
+    @classmethod
+    def deserialize_compile_artifacts(cls, data: bytes) -> Runner:
+        run, kept, slots, kinds = pickle.loads(data)
+        result = cls(fx.GraphModule({}, fx.Graph()), [], GraphReport())
+        result.run, result.kept = compat.deserialized(run), kept
+        result.region = Region(slots, kinds, shared=bool(slots))  # nothing is packed yet
+        return result
+
+    def __call__(self, *arguments: Any) -> Any:
+        packed = self.region.tensors(arguments, self.report)
+        return self.run(*[arguments[i] for i in self.kept], *packed)
+
+
+def _uses_cuda_graphs(options: Options) -> bool:
+    settings = {**compat.inductor_mode_options(options.mode), **options.settings}
+    return bool(settings.get("triton.cudagraphs"))
