@@ -9,6 +9,7 @@ import torch
 from architectures import build, inputs
 from reference_model import reference_model
 from test_backend import Block, planned, run
+from test_plan import model_plan, rewrite
 from tiny_llama import save_tiny, tiny_llama
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -289,6 +290,31 @@ def test_an_older_library_refuses_the_files(plan, ids, tmp_path, monkeypatch):
     monkeypatch.setattr(micromix.checkpoint, "VERSION", 1)
     with pytest.raises(CheckpointVersionError, match="Upgrade"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+
+
+def test_files_of_older_versions_are_read(ids, tmp_path):
+    """They say nothing of activations, which were always quantised."""
+    plan = model_plan()
+    plan.save(tmp_path / "plan")
+
+    def older(metadata, content, tensors):
+        metadata.update(micromix_plan="2")
+        for group in content["groups"]:
+            del group["activations"]
+
+    rewrite(tmp_path / "plan", older)
+    assert load_plan(tmp_path / "plan") == plan
+
+    source, saved = save_tiny(tmp_path / "source"), tmp_path / "saved"
+    model = AutoModelForCausalLM.from_pretrained(source)
+    micromix.save_pretrained(model, saved, Recipe(format="mxfp6"))
+    expected = logits(AutoModelForCausalLM.from_pretrained(saved), ids)
+    config = json.loads((saved / "config.json").read_text())
+    config["quantization_config"]["version"] = 1
+    for group in config["quantization_config"]["groups"]:
+        del group["activations"]
+    (saved / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(saved), ids), expected)
 
 
 def test_a_package(block, tmp_path):

@@ -60,9 +60,15 @@ template <Dtype kDtype>
       _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int32_t>(0xFFFF0000))));
 }
 
-// Rounds to bfloat16, as float32.
+// to_bfloat16, as float32.
 [[gnu::always_inline]] inline __m512 round_to_bfloat16(__m512 x) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(to_bfloat16(x)), 16));
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7FFF));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const __m512i kept = _mm512_set1_epi32(static_cast<int32_t>(0xFFFF0000));
+  return _mm512_castsi512_ps(
+      _mm512_mask_blend_epi32(nan, _mm512_and_si512(sum, kept), _mm512_set1_epi32(0x7FC00000)));
 }
 
 template <Dtype kDtype, bool kOrdered, typename F>
