@@ -216,6 +216,19 @@ def test_only_the_weights_count_in_a_budget(ids):
     assert all(layer.weight_only for layer in plan.values())
 
 
+def test_sequential_calibration(block):
+    """Layers that run quantised, so that those behind them see it, run with float activations."""
+    x = torch.randn(16, 96)
+    plan = planned(block, x, recipe=MIX)
+    statistics = calibrate(block, plan=plan).run([x]).statistics
+    with torch.no_grad():
+        reference = reference_model(block, plan)
+        given = torch.nn.functional.silu(reference.gate(x)) * reference.up(x)
+    mean = given.abs().double().mean(dim=0)
+    assert distance(statistics["down"].metric("mean"), mean) < 1e-4
+    assert distance(calibrate(block).run([x]).statistics["down"].metric("mean"), mean) > 1e-3
+
+
 def test_gptq_rounds_for_float_activations(ids):
     model = tiny_llama(torch.float32)
     batches = [torch.randint(3, 250, (4, 32)) for _ in range(4)]
