@@ -20,9 +20,11 @@ constexpr int64_t kAhead = 4;
 constexpr int64_t kRing = 8;
 
 // For more rows: 32 rows x kMaxBlocks of the activations stay in L1 while they meet kMaxPairs pairs
-// of panels, whose decoded blocks stay in L2, as do the sums of kMaxRowTiles.
+// of panels, whose decoded blocks stay in L2, as do the sums of kMaxRowTiles. Where K has no more
+// blocks no sums need room, and more pairs spare the activations ways from L3.
 constexpr int64_t kMaxBlocks = 18;
 constexpr int64_t kMaxPairs = 8;
+constexpr int64_t kMaxPairsAlone = 16;
 constexpr int64_t kMaxRowTiles = 32;
 
 // Prepared activations: tiles of 16 rows x 32 channels, all blocks of 16 rows side by side, in the
@@ -304,6 +306,9 @@ int64_t blocks_at_once(int64_t blocks) {
   return (blocks + steps - 1) / steps;
 }
 
+// Pairs of panels that it takes at once.
+int64_t pairs_at_once(int64_t blocks) { return blocks <= kMaxBlocks ? kMaxPairsAlone : kMaxPairs; }
+
 // What run_blocked has in the caches at once: panels [p0, p1), row tiles [t0, t1), blocks [b0, b1).
 struct Range {
   int64_t p0, p1, t0, t1, b0, b1;
@@ -354,16 +359,17 @@ void multiply_range(const Context& context, const Range& range) {
     const uint8_t* const a = context.prepared + t * rows + range.b0 * kTileBytes;
     for (int64_t p = range.p0; p < range.p1; p += 2, ++sums) {
       const uint8_t* const b = context.decoded + (p - range.p0) / 2 * range.pair_bytes();
-      // Each pair of panels fetches the next pair's sums to L1, which lie on another page, and a
-      // quarter of one of the next two row tiles to L2.
+      // Each pair of panels fetches the next pair's sums to L1, which lie on another page; each of
+      // the first eight fetches a quarter of one of the next two row tiles to L2.
       const int64_t pair = (p - range.p0) / 2, quarter = range.blocks() * kTileBytes / 4;
       const uint8_t* const next = a + (2 + pair / 4) * rows + pair % 4 * quarter;
+      const bool fetches = pair < 8;
       const uint8_t* const next_sums = reinterpret_cast<const uint8_t*>(sums + 1);
       const PairEnd next_end = ends ? PairEnd(task, ended, t * kTileRows, p, range.p1) : PairEnd();
       for (int64_t i = 0; i < range.blocks(); ++i) {
 #pragma GCC unroll 4
         for (int line = 0; line < 4; ++line) {
-          _mm_prefetch(next + i * kTileBytes / 4 + line * kLine, _MM_HINT_T1);
+          if (fetches) _mm_prefetch(next + i * kTileBytes / 4 + line * kLine, _MM_HINT_T1);
         }
         if (!begins || !ends) {
 #pragma GCC unroll 4
@@ -387,10 +393,11 @@ void run_blocked(const Context& context, int64_t first_panel) {
   const int64_t blocks = context.task.layout.blocks(), tiles = row_tiles(context.task);
   const int64_t step = blocks_at_once(blocks);
   const auto at_most = [](int64_t value, int64_t limit) { return value < limit ? value : limit; };
-  for (int64_t p = first_panel; p < context.last_panel; p += 2 * kMaxPairs) {
+  const int64_t panels = 2 * pairs_at_once(blocks);
+  for (int64_t p = first_panel; p < context.last_panel; p += panels) {
     for (int64_t t = 0; t < tiles; t += kMaxRowTiles) {
       for (int64_t b = 0; b < blocks; b += step) {
-        const Range range{p, at_most(p + 2 * kMaxPairs, context.last_panel),
+        const Range range{p, at_most(p + panels, context.last_panel),
                           t, at_most(t + kMaxRowTiles, tiles),
                           b, at_most(b + step, blocks)};
         // With all of K in one step the weight of the rows before serves these.
@@ -409,7 +416,8 @@ struct Scratch {
   explicit Scratch(const LinearTask& task) {
     const bool streamed = task.m <= kStreamedRows;
     const int64_t tiles = row_tiles(task) < kMaxRowTiles ? row_tiles(task) : kMaxRowTiles;
-    decoded = (streamed ? kRing : kMaxPairs * kMaxBlocks) * 2 * kTileBytes;
+    decoded =
+        (streamed ? kRing : pairs_at_once(task.layout.blocks()) * kMaxBlocks) * 2 * kTileBytes;
     sums = (streamed ? 1 : kMaxPairs * ((tiles + 1) / 2) + 1) * sizeof(Sums);
     LinearTask one = task;
     one.m = 1;
