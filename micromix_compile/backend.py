@@ -64,7 +64,10 @@ def _compile(
     if lowerings:
         runner.lower(lowerings, folds, options)
     runner.compile(options)
-    record(report, [linear.parameter for linear in linears if linear.parameter is not None])
+    parameters = [linear.parameter for linear in linears if linear.parameter is not None]
+    if len(parameters) < len(linears):  # a weight that is computed: by what it may be computed from
+        parameters += [value for value in example_inputs if isinstance(value, torch.nn.Parameter)]
+    record(report, parameters)
     return runner
 
 

@@ -38,7 +38,11 @@ _MATMUL = {
     "matmul",
     "__matmul__",
 }
-_TRANSPOSE = {torch.t, aten.t.default, "t"}
+# The transpose of a real matrix; Dynamo writes `w.T` as a getattr up to torch 2.13, and as numpy_T since.
+_TRANSPOSE = {torch.t, torch.adjoint, "t", "adjoint", aten.t.default}
+_TRANSPOSE |= {aten.numpy_T, aten.mT, aten.matrix_H, aten.adjoint, aten.numpy_T.default}
+_TRANSPOSE |= {aten.mT.default, aten.matrix_H.default, aten.adjoint.default}
+_TRANSPOSE_ATTRIBUTES = (["T"], ["mT"], ["H"], ["mH"])
 _SWAP = {torch.transpose, torch.swapaxes, aten.transpose.int, "transpose"}
 _PERMUTE = {torch.permute, aten.permute.default, "permute"}
 _QUANTIZE = torch.ops.micromix.quantize.default
@@ -168,7 +172,7 @@ def _match(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> Linear | No
     if node.target in _ADDMM:
         bias, x, weight = _arguments(node, "input", "mat1", "mat2")
         weight, transposed = _untransposed(weight, constants)
-        if weight not in constants:
+        if weight not in constants and not _computed_from_parameters(weight, constants):
             return None
         reason = None
         if {"beta", "alpha"} & node.kwargs.keys() or len(node.args) > 3:
@@ -181,10 +185,30 @@ def _match(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> Linear | No
         if not isinstance(weight, fx.Node):
             return None
         weight, transposed = _untransposed(weight, constants)
-        if weight not in constants or constants[weight].dim() != 2 or not isinstance(x, fx.Node):
+        if not isinstance(x, fx.Node) or _rank(weight) != 2:
+            return None
+        if weight not in constants and not _computed_from_parameters(weight, constants):
             return None
         return _linear(node, x, weight, None, transposed, constants)
     return None
+
+
+def _computed_from_parameters(weight: Any, constants: dict[fx.Node, torch.Tensor]) -> bool:
+    """Whether a product's right operand is a layer's weight in a form that is not known here, and no activation."""
+    if not isinstance(weight, fx.Node):
+        return False
+    found, waiting, seen = False, [weight], set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in constants:
+            found |= isinstance(constants[node], torch.nn.Parameter)
+        elif node.op in ("placeholder", "get_attr"):
+            return False
+        waiting += [] if node in constants else node.all_input_nodes
+    return found
 
 
 def _linear(node, x, weight, bias, transposed, constants, reason=None) -> Linear:
@@ -255,7 +279,7 @@ def _untransposed(weight: Any, constants) -> tuple[Any, bool]:
         weight.target in _TRANSPOSE
         or (weight.target in _SWAP and {d % 2 for d in rest} == {0, 1})
         or (weight.target in _PERMUTE and tuple(d % 2 for d in _flat(rest)) == (1, 0))
-        or (weight.target is getattr and rest == ["T"])
+        or (weight.target is getattr and rest in _TRANSPOSE_ATTRIBUTES)
     )
     return (source, False) if swapped else (weight, True)
 

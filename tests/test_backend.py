@@ -272,6 +272,8 @@ def test_what_is_not_supported_is_left_alone_and_said(block):
     [
         lambda x, w: x @ w.t(),
         lambda x, w: x @ w.T,
+        lambda x, w: x @ w.mT,
+        lambda x, w: x @ w.adjoint(),
         lambda x, w: torch.matmul(x, w.transpose(-1, -2)),
         lambda x, w: torch.mm(x, w.permute(1, 0)),
         lambda x, w: x.matmul(w.transpose(0, 1)),
@@ -292,6 +294,24 @@ def test_every_spelling_of_a_linear_layer(product):
     y, compiled = run(model, x, recipe=Recipe(format="mxfp8"), strict=True)
     assert explain(compiled).passes["lowered"] == 1
     assert 0 < (y - model(x)).norm() < 0.1 * model(x).norm()
+
+
+def test_a_weight_in_an_unknown_form_is_named():
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 64))
+
+        def forward(self, x):
+            return x @ self.weight.flip(0).t() + x[:, :1] @ x[:1, :8]
+
+    model, x = Product().eval(), torch.randn(4, 64)
+    recipe = Recipe(format="mxfp8")
+    _, compiled = run(model, x, recipe=recipe)
+    (layer,) = explain(compiled).layers.values()
+    assert "computed in the graph" in layer.reason
+    with pytest.raises(StrictError, match="computed in the graph"):
+        run(model, x, recipe=recipe, strict=True)
 
 
 @pytest.mark.parametrize("k", [1, 31, 33, 100])
