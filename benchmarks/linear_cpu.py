@@ -8,8 +8,9 @@ All contenders run in one process, in turn; a figure is the median of its runs, 
 of the same rounds. With one thread the time is that thread's CPU time, so that other work on the
 machine is not counted; with more it is the clock's. "rotated": each run takes another copy of the
 weight, more copies than the caches hold; "hot": five runs in a row on one, after one that is not
-counted. micromix is the time of quantise and linear together. The memory of every contender is in
-huge pages where the system gives them. Prints a table; writes it as JSON, and a roofline picture.
+counted. micromix is the time of quantise and linear together, weight-only that of its one operator.
+The memory of every contender is in huge pages where the system gives them. Prints a table; writes it
+as JSON, and a roofline picture.
 """
 
 from __future__ import annotations
