@@ -139,6 +139,16 @@ def guard_attribute(node: fx.Node, tensor: torch.Tensor, name: str) -> None:
         _add_guard(AttrSource(source, name), GuardBuilder.HASATTR)
 
 
+def look_again(module: torch.nn.Module) -> None:
+    """Make Dynamo evaluate the guards on a module's parameters, though nothing it watches has changed.
+
+    It passes over the guards of a module whose dictionaries are as they were (torch 2.11 over those on attributes of
+    its parameters too), so one of these is changed and changed back.
+    """
+    module._parameters["_micromix_look_again"] = None
+    del module._parameters["_micromix_look_again"]
+
+
 def _guard(node: fx.Node, kind: str) -> None:
     from torch._dynamo.guards import GuardBuilder
 
@@ -332,6 +342,11 @@ class AotiModel:
 
     def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         return self._loader.boxed_run(inputs)
+
+
+def runs_packages() -> bool:
+    """Whether AOTInductor runs operators that return lists: that of torch 2.11 loses some of their results."""
+    return torch.__version__ >= (2, 12)
 
 
 def serializable_callable() -> type:

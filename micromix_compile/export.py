@@ -110,6 +110,11 @@ def trace(
     """Export, lower and compile one graph of a model whose layers are packed."""
     from micromix_compile.passes.manager import pass_manager  # imports Inductor
 
+    if not compat.runs_packages():
+        reason = (
+            f"AOTInductor of torch {torch.__version__} loses results of operators that return lists"
+        )
+        raise ExportError(reason=reason, mend="Use torch 2.12 or newer, or a quantised checkpoint")
     if model.training:
         raise GradientError(reason="the model is in training mode")
     args, kwargs = tuple(args), dict(kwargs)

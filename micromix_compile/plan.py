@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import _torch_compat as compat
 from .errors import InvalidPlanError, PlanFileError, PlanMismatchError, PlanVersionError
 from .files import read_file, write_file
 from .mx.layout import WEIGHT_IS_MXFP4, MixedLayout
@@ -397,7 +398,7 @@ class ModelPlan(Mapping[str, LayerPlan]):
 
         For a model that was loaded quantised, whose planned layers have no float weight.
         """
-        _count_change()
+        _count_change(model)
         for parameter in _named_parameters(model).values():
             if attached(parameter) is None:
                 setattr(parameter, _ATTRIBUTE, (self, None))
@@ -485,7 +486,7 @@ def attached(parameter: Tensor) -> tuple[ModelPlan, str | None] | None:
 
 def detach(model: nn.Module) -> None:
     """Takes off whatever plan is attached to the weights of a model."""
-    _count_change()
+    _count_change(model)
     for parameter in model.parameters():
         if attached(parameter) is not None:
             delattr(parameter, _ATTRIBUTE)
@@ -496,9 +497,11 @@ def detach(model: nn.Module) -> None:
 _changes = 0
 
 
-def _count_change() -> None:
+def _count_change(model: nn.Module) -> None:
     global _changes
     _changes += 1
+    for module in model.modules():
+        compat.look_again(module)
 
 
 def attachment_changes() -> int:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import micromix_compile as micromix
 from micromix_compile import Recipe, calibrate
+from micromix_compile import _torch_compat as compat
 from micromix_compile.cli import main
 from micromix_compile.errors import (
     ExportError,
@@ -30,6 +31,7 @@ from micromix_compile.errors import (
 from micromix_compile.export import MANIFEST
 from micromix_compile.ops import _extension
 
+pytestmark = pytest.mark.skipif(not compat.runs_packages(), reason="torch 2.11 runs none")
 RUNNER = _extension.LIBRARY.with_name("micromix_runner")
 MIX = Recipe(split=(0.5, 0.25, 0.25))
 LENGTH = 48
@@ -229,6 +231,19 @@ def test_wrong_arguments_are_named(gated):
     for args, kwargs, message in cases:
         with pytest.raises(PackageInputError, match=message):
             package(*args, **kwargs)
+
+
+def test_a_torch_that_runs_no_packages_makes_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(compat, "runs_packages", lambda: False)
+    with pytest.raises(ExportError, match="Use torch 2.12 or newer"):
+        micromix.export(
+            Gated().eval(),
+            (torch.randn(2, 64),),
+            {},
+            tmp_path / "x.pt2",
+            plan=Recipe(format="mxfp8"),
+        )
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_exported_says_so(gated, tmp_path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
+from micromix_compile import _torch_compat as compat
 from micromix_compile.passes.manager import counted, pass_manager
 
 
@@ -17,6 +19,7 @@ class Quantised(nn.Module):
         return torch.ops.micromix.quantize(self.norm(x), None, 32, 0, 32, 88)
 
 
+@pytest.mark.skipif(not compat.runs_packages(), reason="torch 2.11 loses results")
 def test_a_package_has_the_same_fusions(tmp_path):
     model, x = Quantised().eval(), torch.randn(4, 64)
     batch = torch.export.Dim("batch", min=2, max=64)
