@@ -1,6 +1,7 @@
 """Every private torch name this project uses, in one place.
 
-Each entry says what it is for and the torch versions it was tried on. Nothing else in the project may
+Each entry says what it is for. The tests of the backend, the passes and the packages ran with all of them on torch 2.11,
+2.12, 2.13 and 2.14, on CPUs (2.11 runs no packages). Nothing else in the project may
 import from `torch._dynamo`, `torch._inductor`, `torch._guards` or `torch._functorch`.
 """
 
@@ -21,7 +22,7 @@ def source_name(node: fx.Node) -> str:
     """Where Dynamo read a placeholder from, as the Python expression it guards on.
 
     For example ``L['self']._modules['lm_head']._parameters['weight']``; empty for a node that Dynamo did not
-    make. Tried on torch 2.13 (`Source.name` is a property there, a method in earlier releases).
+    make. (`Source.name` was a method in earlier releases.)
     """
     source = getattr(node, "_dynamo_source", None)
     if source is None:
@@ -30,7 +31,7 @@ def source_name(node: fx.Node) -> str:
 
 
 def is_static_input(node: fx.Node) -> bool:
-    """Whether Dynamo holds a placeholder to be a parameter or buffer of a module. Tried on torch 2.13."""
+    """Whether Dynamo holds a placeholder to be a parameter or buffer of a module."""
     return bool(node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"))
 
 
@@ -38,8 +39,7 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of a graph that may be edited, with all that AOTAutograd reads from Dynamo's graph.
 
     Dynamo reads its own graph again after the backend has returned, so that one must stay as it is. A plain
-    `deepcopy` would copy the fake tensors in `meta`; this copies nodes and shares what they refer to. Tried on
-    torch 2.13.
+    `deepcopy` would copy the fake tensors in `meta`; this copies nodes and shares what they refer to.
     """
     graph = fx.Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
     copies: dict[fx.Node, fx.Node] = {}
@@ -60,14 +60,14 @@ def mark_static_input(node: fx.Node) -> None:
     """Make a placeholder that this project added look like a parameter: a static address, and no guard on it.
 
     AOTAutograd wants `_dynamo_source` on every placeholder (None: not from the user's code), and takes the
-    indices of static inputs, which CUDA graphs need, from `tensor_dict`. Tried on torch 2.13.
+    indices of static inputs, which CUDA graphs need, from `tensor_dict`.
     """
     node._dynamo_source = None
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
 
 def fake_mode():
-    """The fake-tensor mode of the compilation under way, or None outside of one. Tried on torch 2.13."""
+    """The fake-tensor mode of the compilation under way, or None outside of one."""
     context = torch._guards.TracingContext.try_get()
     return None if context is None else context.fake_mode
 
@@ -76,14 +76,14 @@ def static_fake(tensor: torch.Tensor) -> torch.Tensor:
     """A fake of `tensor` with constant sizes, even under `dynamic=True`; the tensor itself outside a compilation.
 
     A real tensor given to `compile_fx` under `dynamic=True` would get symbolic sizes and guards that no source
-    backs. Tried on torch 2.13.
+    backs.
     """
     mode = fake_mode()
     return tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
 
 
 def same_storage(a: object, b: object) -> bool:
-    """Whether two fake tensors of one trace are views of the same memory. Tried on torch 2.13."""
+    """Whether two fake tensors of one trace are views of the same memory."""
     tensors = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
     return tensors and torch._C._is_alias_of(a, b)
 
@@ -92,7 +92,7 @@ def raised_through_dynamo(error: Exception) -> Exception:
     """The same error, of a class derived from its own, that Dynamo hands to the caller of the compiled model.
 
     Any other exception of a backend reaches the user as `BackendCompilerFailed`, which no `except` clause of
-    theirs names. Tried on torch 2.13.
+    theirs names.
     """
     from torch._dynamo.exc import ShortenTraceback
 
@@ -109,21 +109,20 @@ def guard_identity(node: fx.Node) -> None:
     """Make Dynamo compile anew when the tensor behind a placeholder is another object.
 
     Dynamo guards a parameter's shape and dtype only, so that one graph can serve several equal modules; a
-    graph with packed weights belongs to the very parameters it was packed from. Tried on torch 2.13.
+    graph with packed weights belongs to the very parameters it was packed from.
     """
     _guard(node, "ID_MATCH")
 
 
 def guard_value(node: fx.Node) -> None:
-    """Make Dynamo compile anew when the number behind a placeholder has another value. Tried on torch 2.13."""
+    """Make Dynamo compile anew when the number behind a placeholder has another value."""
     _guard(node, "EQUALS_MATCH")
 
 
 def guard_attribute(node: fx.Node, tensor: torch.Tensor, name: str) -> None:
     """Make Dynamo compile anew when a Python attribute of the tensor behind a placeholder has another value, comes or goes.
 
-    HASATTR takes the attribute as an argument on torch 2.13; where it does not, it reads it from the source. Tried
-    on torch 2.13.
+    HASATTR takes the attribute as an argument on torch 2.13; where it does not, it reads it from the source.
     """
     from torch._dynamo.guards import GuardBuilder
     from torch._dynamo.source import AttrSource
@@ -166,14 +165,14 @@ def _add_guard(source: Any, kind: Callable) -> None:
 def inductor(
     gm: fx.GraphModule, example_inputs: Sequence[Any], config_patches: dict[str, Any]
 ) -> Callable[..., Any]:
-    """Compile a Dynamo-style graph with Inductor. Tried on torch 2.13."""
+    """Compile a Dynamo-style graph with Inductor."""
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(gm, list(example_inputs), config_patches=config_patches or None)
 
 
 def inductor_mode_options(mode: str) -> dict[str, Any]:
-    """The Inductor settings behind a `torch.compile(mode=...)`; ValueError for an unknown mode. Tried on torch 2.13."""
+    """The Inductor settings behind a `torch.compile(mode=...)`; ValueError for an unknown mode."""
     from torch._inductor import list_mode_options
 
     modes = list_mode_options()
@@ -185,7 +184,7 @@ def inductor_mode_options(mode: str) -> dict[str, Any]:
 
 
 def is_inductor_option(name: str) -> bool:
-    """Whether `torch.compile(options={name: ...})` is a setting of Inductor. Tried on torch 2.13."""
+    """Whether `torch.compile(options={name: ...})` is a setting of Inductor."""
     from torch._inductor import list_options
 
     return name.replace("-", "_") in list_options()
@@ -199,7 +198,7 @@ def compiled_call(module: torch.nn.Module, backend: Callable[..., Any]) -> Itera
     the model would run unseen. (Hugging Face models share one wrapper function, and so do the hooks of
     accelerate.) The compilations do not count towards those of the user where torch can keep them apart
     (`isolate_recompiles`, 2.13). `_compiled_call_impl` is what `Module.__call__` runs. Dynamo does not compile
-    the frames of torch's own modules (an `nn.Sequential`), so it is given one of ours. Tried on torch 2.13.
+    the frames of torch's own modules (an `nn.Sequential`), so it is given one of ours.
     """
     from torch._dynamo import config
 
@@ -220,14 +219,14 @@ def compiled_call(module: torch.nn.Module, backend: Callable[..., Any]) -> Itera
 
 
 def fresh_compile_cache() -> contextlib.AbstractContextManager[None]:
-    """Compiles under it find no earlier kernel, on disk or in memory: for honest compile times. Tried on torch 2.13."""
+    """Compiles under it find no earlier kernel, on disk or in memory: for honest compile times."""
     from torch._inductor.utils import fresh_cache
 
     return fresh_cache()
 
 
 def graph_pass(run: Callable[[fx.Graph], None], uuid: Callable[[], str | None]) -> Any:
-    """A pass over Inductor's graph; `uuid` identifies it to Inductor's caches. Tried on torch 2.13."""
+    """A pass over Inductor's graph; `uuid` identifies it to Inductor's caches."""
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
     class Pass(CustomGraphPass):
@@ -241,7 +240,7 @@ def graph_pass(run: Callable[[fx.Graph], None], uuid: Callable[[], str | None]) 
 
 
 def trace_inference(function: Callable[..., Any], arguments: Sequence[Any]) -> fx.GraphModule:
-    """The graph that Inductor makes of a function, with its decompositions, as in inference. Tried on torch 2.13."""
+    """The graph that Inductor makes of a function, with its decompositions, as in inference."""
     from torch._inductor.pattern_matcher import fwd_only
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -252,7 +251,7 @@ def trace_inference(function: Callable[..., Any], arguments: Sequence[Any]) -> f
 
 
 def fake_mode_of(values: Any) -> contextlib.AbstractContextManager[Any]:
-    """The fake-tensor mode of the first fake tensor among nested values. Tried on torch 2.13."""
+    """The fake-tensor mode of the first fake tensor among nested values."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     leaves = torch.utils._pytree.tree_leaves(values)
@@ -262,14 +261,14 @@ def fake_mode_of(values: Any) -> contextlib.AbstractContextManager[Any]:
 
 
 def has_kernel(op: torch._ops.OpOverload, device: torch.device) -> bool:
-    """Whether an operator has a kernel of this kind of device's own. Tried on torch 2.13."""
+    """Whether an operator has a kernel of this kind of device's own."""
     keys = {"cpu": "CPU", "cuda": "CUDA"}
     key = keys.get(device.type)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key)
 
 
 def count(name: str) -> None:
-    """Add one to a counter that Inductor saves with the graph under compilation. Tried on torch 2.13."""
+    """Add one to a counter that Inductor saves with the graph under compilation."""
     from torch._dynamo.utils import counters
 
     counters["inductor"][name] += 1
@@ -278,7 +277,7 @@ def count(name: str) -> None:
 def counting(run: Callable[[], Any], prefix: str) -> tuple[Any, dict[str, int]]:
     """What `run` returns, and how much it added to the counters whose names start with `prefix`.
 
-    A graph from Inductor's cache adds what its compilation added. Tried on torch 2.13.
+    A graph from Inductor's cache adds what its compilation added.
     """
     from torch._dynamo.utils import counters
 
@@ -292,7 +291,7 @@ def counting(run: Callable[[], Any], prefix: str) -> tuple[Any, dict[str, int]]:
 
 
 def readable(graph: fx.Graph) -> str:
-    """A graph as Python, with the types and sizes of its values. Tried on torch 2.13."""
+    """A graph as Python, with the types and sizes of its values."""
     module = graph.owning_module or fx.GraphModule({}, graph)
     return fx.GraphModule(module, graph).print_readable(print_output=False)
 
@@ -303,7 +302,7 @@ def aot_compile(
     """Compile an unlifted exported graph with AOTInductor: its files, and its constants, which are not in them.
 
     Constants are those of the module and those that Inductor folded. "pickle_weights" is what makes Inductor return
-    them; nothing is pickled. Tried on torch 2.13.
+    them; nothing is pickled.
     """
     options = {
         "aot_inductor.package": True,
@@ -318,14 +317,14 @@ def aot_compile(
 
 
 def write_aoti_archive(path: str, files: dict[str, list[str]]) -> None:
-    """A .pt2 archive of the files of several compiled graphs, by name. Tried on torch 2.13."""
+    """A .pt2 archive of the files of several compiled graphs, by name."""
     from torch._inductor.package import package_aoti
 
     package_aoti(path, files)
 
 
 class AotiModel:
-    """One compiled graph of a .pt2 archive, for flat lists of tensors. Tried on torch 2.13.
+    """One compiled graph of a .pt2 archive, for flat lists of tensors.
 
     torch's own loader for Python, `load_package`, loads every graph of an archive at each call, and reads pickles.
     """
@@ -350,7 +349,7 @@ def runs_packages() -> bool:
 
 
 def serializable_callable() -> type:
-    """What a backend's result must derive from for `aot_compile` to save it. Tried on torch 2.13."""
+    """What a backend's result must derive from for `aot_compile` to save it."""
     try:
         from torch._dynamo.aot_compile_types import SerializableCallable
     except ImportError:  # an older torch, which saves none
@@ -359,14 +358,14 @@ def serializable_callable() -> type:
 
 
 def serialized(compiled: Callable[..., Any]) -> bytes:
-    """What `inductor` returned under `aot_compile`, in torch's own form, which is a pickle. Tried on torch 2.13."""
+    """What `inductor` returned under `aot_compile`, in torch's own form, which is a pickle."""
     from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as Bundled
 
     return Bundled.serialize_compile_artifacts(Bundled(compiled))
 
 
 def deserialized(data: bytes) -> Callable[..., Any]:
-    """The inverse of `serialized`. Tried on torch 2.13."""
+    """The inverse of `serialized`."""
     from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as Bundled
 
     return Bundled.deserialize_compile_artifacts(data)
