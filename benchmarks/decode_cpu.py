@@ -47,6 +47,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the figures")
     arguments = parser.parse_args()
 
+    # All variants share one code object: beyond Dynamo's limit the last ones would run uncompiled.
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
     model, tokenizer = load_smollm2()
     del model.model.layers[arguments.layers :]
     model.config.num_hidden_layers = arguments.layers
