@@ -28,6 +28,7 @@ from unittest import mock
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import StaticCache
+from turns import in_turns
 
 from micromix_compile import Recipe, calibrate
 from micromix_compile.evaluate import Decoder, decode_speed
@@ -88,7 +89,7 @@ def main() -> None:
         results[name] |= dict(zip(("products_ms", "head_ms", "else_ms"), parts))
     if prefills:
         print(f"prefill of {arguments.prefill} tokens")
-        for name, (seconds, ratio) in in_turns(prefills, arguments.rounds).items():
+        for name, (seconds, ratio) in medians(in_turns(prefills, arguments.rounds)).items():
             print(f"{name:12s} {1e3 * seconds:7.1f} ms {ratio:5.2f}x")
             results[name] |= {"prefill_s": seconds, "prefill_ratio": ratio}
     if arguments.json:
@@ -132,15 +133,9 @@ def prefill(model, compiled, ids: torch.Tensor) -> Callable[[], object]:
     return run
 
 
-def in_turns(runs: dict[str, Callable], rounds: int) -> dict[str, tuple[float, float]]:
+def medians(seconds: dict[str, list[float]]) -> dict[str, tuple[float, float]]:
     """Median seconds of each, and the median over rounds of the first one's seconds by its own."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - began)
-    base = seconds[next(iter(runs))]
+    base = seconds[next(iter(seconds))]
     return {
         name: (statistics.median(own), statistics.median(b / a for a, b in zip(own, base)))
         for name, own in seconds.items()

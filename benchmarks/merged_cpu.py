@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from turns import in_turns
 
 import micromix_compile.ops  # noqa: F401  (registers torch.ops.micromix)
 from micromix_compile.mx import MixedLayout
@@ -71,17 +71,6 @@ def ways(k: int, sizes: tuple[int, ...], rows: int) -> dict[str, Callable[[], ob
             ops.linear(*x, part, None, n, *layout, dtype) for part, n in zip(parts, sizes)
         ],
     }
-
-
-def in_turns(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, round by round."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - began)
-    return seconds
 
 
 if __name__ == "__main__":

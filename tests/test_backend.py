@@ -103,18 +103,19 @@ def test_layers_that_share_an_input_share_a_quantise(block):
     assert explain(compiled).passes["micromix::quantize"] == 2
 
 
+class Writes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 32), nn.Linear(64, 32)
+
+    def forward(self, x):
+        x = x + 1
+        y = self.a(x)
+        x.mul_(3)
+        return y, self.b(x)
+
+
 def test_a_write_between_two_readers_is_seen():
-    class Writes(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(64, 32), nn.Linear(64, 32)
-
-        def forward(self, x):
-            x = x + 1
-            y = self.a(x)
-            x.mul_(3)
-            return y, self.b(x)
-
     model = Writes().eval()
     x = torch.randn(4, 64)
     (a, b), compiled = run(model, x, recipe=Recipe(format="mxfp8"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from architectures import build, inputs
 from reference_model import reference_model
-from test_backend import Block, planned, run
+from test_backend import Block, Writes, planned, run
 from test_plan import model_plan, rewrite
 from tiny_llama import save_tiny, tiny_llama
 from torch import nn
@@ -171,17 +171,6 @@ def test_quantised_and_float_activations_in_one_graph(block):
 
 
 def test_a_write_between_two_readers_is_seen():
-    class Writes(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(64, 32), nn.Linear(64, 32)
-
-        def forward(self, x):
-            x = x + 1
-            y = self.a(x)
-            x.mul_(3)
-            return y, self.b(x)
-
     model, x = Writes().eval(), torch.randn(4, 64)
     results, _ = run(model, x, recipe=Recipe(format="mxfp8", activations="bfloat16"))
     for result, exact in zip(results, model(x)):
