@@ -38,13 +38,12 @@ from micromix_compile.errors import (
 from micromix_compile.files import file_digest, write_tensors, write_text
 from micromix_compile.packing import PackedWeight, is_released, pack_weight
 from micromix_compile.plan import LayerPlan, LayerShape, ModelPlan, attached
-from micromix_compile.quantized_linear import QuantizedLinear, linear_shape
+from micromix_compile.quantized_linear import QuantizedLinear, linear_shapes
 from micromix_compile.recipe import Recipe
 
 __all__ = [
     "METHOD",
     "Description",
-    "linear_shapes",
     "pack_layer",
     "plan_to_use",
     "restore",
@@ -206,12 +205,6 @@ def read_tensor(file: Path, name: str) -> Tensor:
     """A tensor of a file in memory of its own: a mapped one stays resident with the rest of its file."""
     with safetensors.safe_open(file, framework="pt", backend="pread") as opened:
         return opened.get_tensor(name)
-
-
-def linear_shapes(model: nn.Module) -> dict[str, LayerShape]:
-    """The float linear modules of a model, by name."""
-    shapes = ((name, linear_shape(module)) for name, module in model.named_modules())
-    return {name: shape for name, shape in shapes if shape is not None}
 
 
 def save_pretrained(

@@ -156,6 +156,11 @@ def _parser() -> argparse.ArgumentParser:
         help="sliding windows: each overlaps the one before by N tokens, which are not scored again",
     )  # fmt: skip
     evaluate.add_argument(
+        "--against", choices=("float", "reference"), default="float",
+        help="what plans and formats are compared with: the model as it is (default), or the reference arithmetic "
+        "of the same plan in pure torch, which shows what the kernels add, on the whole built-in text",
+    )  # fmt: skip
+    evaluate.add_argument(
         "--tasks", nargs="+", default=[], metavar="TASK",
         help="tasks of lm-evaluation-harness instead of a text: names, or YAML files",
     )  # fmt: skip
@@ -316,11 +321,16 @@ def _load(arguments: argparse.Namespace):
     return model.to(arguments.device), tokenizer
 
 
-def _texts(arguments: argparse.Namespace, half: int) -> dict[str, str]:
-    """The texts given; a half of the built-in one, and of each file where one command calibrates and measures."""
+def _texts(arguments: argparse.Namespace, half: int | None) -> dict[str, str]:
+    """The texts given; a half of the built-in one, and of each file where one command calibrates and measures.
+
+    All of each if half is None.
+    """
     from micromix_compile.models import builtin_text, halves, read_text
 
     texts = {n: builtin_text() if n == "builtin" else read_text(n) for n in arguments.text}
+    if half is None:
+        return texts
     cut = {"builtin"} if arguments.command != "sweep" else texts.keys()
     return {name: halves(text)[half] if name in cut else text for name, text in texts.items()}
 
@@ -536,6 +546,8 @@ def _eval(arguments: argparse.Namespace) -> None:
     from micromix_compile.plan import load_plan
     from micromix_compile.recipe import Recipe
 
+    if arguments.against == "reference":
+        _check_against_reference(arguments)
     variants = [(str(path), {"plan": load_plan(path)}) for path in arguments.plan]
     for name in arguments.format:
         recipe = Recipe(format=name, activations=arguments.activations)
@@ -551,7 +563,8 @@ def _eval(arguments: argparse.Namespace) -> None:
         print(
             "Plans and formats run the lowered graph with the operators of a compiled model, without Inductor."
         )
-        for name, text in _texts(arguments, half=1).items():
+        half = 1 if arguments.against == "float" else None
+        for name, text in _texts(arguments, half).items():
             windows = token_windows(
                 tokenizer, text, arguments.seqlen, arguments.samples, arguments.context
             )
@@ -562,33 +575,67 @@ def _eval(arguments: argparse.Namespace) -> None:
         print(f"figures: {arguments.output}")
 
 
+def _check_against_reference(arguments: argparse.Namespace) -> None:
+    from micromix_compile.errors import OptionError
+
+    if arguments.tasks or not (arguments.plan or arguments.format):
+        raise OptionError(
+            option="--against reference",
+            reason="compares plans and formats on a text",
+            valid="beside --plan or --format, without --tasks",
+        )
+
+
 def _eval_text(model, text: str, windows, variants, arguments) -> list[dict]:
     """Prints and returns the figures of each variant on one text."""
-    from micromix_compile.evaluate import perplexity
-
     scored = windows.shape[1] - max(1, arguments.context)
     print(f"{text}: {len(windows)} windows of {windows.shape[1]} tokens, {scored} scored")
     if len(windows) < 2:
         print("one window: no standard errors; ask for more --samples or a smaller --seqlen")
-    base = perplexity(model, windows, arguments.context, label=arguments.dtype)
-    errors = "standard errors, by window"
-    print(f"{arguments.dtype}: {base.value:.3f} ± {base.standard_error:.3f} ({errors})")
-    rows = [{"text": text, "variant": arguments.dtype, "perplexity": base.value}]
+    rows = []
+    if arguments.against == "float":
+        rows.append(_float_row(model, text, windows, arguments))
+    else:
+        print("compared with the reference arithmetic of each plan (standard errors, by window)")
     for name, options in variants:
-        row = {"text": text, "variant": name} | _measure(
-            model, windows, options, arguments.context, name
+        base, digits = model, 2
+        if arguments.against == "reference":
+            base, digits = _reference(model, options), 3
+        row = {"text": text, "variant": name, "against": arguments.against} | _measure(
+            model, windows, options, arguments.context, name, base
         )
         rows.append(row)
         print(
-            f"{name}: {row['perplexity']:.3f}, {row['increase']:+.2%} ± {row['increase_error']:.2%}, "
+            f"{name}: {row['perplexity']:.3f}, {row['increase']:+.{digits}%} ± {row['increase_error']:.{digits}%}, "
             f"KL {row['kl']:.4f} ± {row['kl_error']:.4f} nats, "
             f"same top token {row['top1']:.2%} ± {row['top1_error']:.2%}"
         )
     return rows
 
 
-def _measure(model, windows, options: dict, context: int = 0, label: str | None = None) -> dict:
-    """The figures of one variant beside the model itself."""
+def _float_row(model, text: str, windows, arguments) -> dict:
+    from micromix_compile.evaluate import perplexity
+
+    found = perplexity(model, windows, arguments.context, label=arguments.dtype)
+    errors = "standard errors, by window"
+    print(f"{arguments.dtype}: {found.value:.3f} ± {found.standard_error:.3f} ({errors})")
+    return {"text": text, "variant": arguments.dtype, "perplexity": found.value}
+
+
+def _reference(model, options: dict):
+    """The model in the reference arithmetic of a variant."""
+    from micromix_compile.allocation import uniform_plan
+    from micromix_compile.quantized_linear import linear_shapes
+    from micromix_compile.reference import reference_model
+
+    plan = options.get("plan") or uniform_plan(linear_shapes(model), options["recipe"])
+    return reference_model(model, plan)
+
+
+def _measure(
+    model, windows, options: dict, context: int = 0, label: str | None = None, base=None
+) -> dict:
+    """The figures of one variant beside the model itself, or beside `base`."""
     import torch
 
     from micromix_compile.evaluate import compare
@@ -596,7 +643,7 @@ def _measure(model, windows, options: dict, context: int = 0, label: str | None 
     options = {**options, "inductor": False}
     lowered = torch.compile(model, backend="micromix", options=options, dynamic=False)
     try:
-        found = compare(model, lowered, windows, context, label)
+        found = compare(base or model, lowered, windows, context, label)
     finally:
         torch.compiler.reset()  # Dynamo gives up, silently, on the ninth variant of one function
     row = {"perplexity": found.model.value}

@@ -19,7 +19,7 @@ from micromix_compile.mx.layout import WEIGHT_IS_MXFP4
 from micromix_compile.packing import PackedWeight
 from micromix_compile.plan import LayerPlan, LayerShape
 
-__all__ = ["QuantizedLinear", "linear_shape"]
+__all__ = ["QuantizedLinear", "linear_shape", "linear_shapes"]
 
 
 class QuantizedLinear(nn.Module):
@@ -192,6 +192,12 @@ def linear_shape(module: nn.Module) -> LayerShape | None:
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return LayerShape(module.nf, module.weight.shape[0], transposed=True)
     return None
+
+
+def linear_shapes(model: nn.Module) -> dict[str, LayerShape]:
+    """The float linear modules of a model, by name."""
+    shapes = ((name, linear_shape(module)) for name, module in model.named_modules())
+    return {name: shape for name, shape in shapes if shape is not None}
 
 
 def _bytes(tensor: Tensor) -> nn.Parameter:

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from reference_model import reference_model
 
 from micromix_compile import Recipe, calibrate, evaluate, explain, models
+from micromix_compile.reference import reference_model
 
 WINDOWS, LENGTH = 12, 2048
 

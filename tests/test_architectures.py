@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import MODELS, build, inputs
-from reference_model import linears_that_run, reference_model
+from linear_modules import linears_that_run
 
 from micromix_compile import Recipe, calibrate, explain
+from micromix_compile.reference import reference_model
 
 
 def outputs(result) -> torch.Tensor:

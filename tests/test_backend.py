@@ -10,7 +10,6 @@ import warnings
 import pytest
 import torch
 from architectures import build, token_ids
-from reference_model import reference_model
 from torch import nn
 
 from micromix_compile import Recipe, calibrate, explain, runner
@@ -24,6 +23,7 @@ from micromix_compile.errors import (
     StrictError,
 )
 from micromix_compile.packing import packings
+from micromix_compile.reference import reference_model
 
 MIX = Recipe(split=(0.5, 0.25, 0.25))
 QUICK = {"inductor": False}

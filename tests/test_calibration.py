@@ -5,7 +5,7 @@ from __future__ import annotations
 import accelerate
 import pytest
 import torch
-from reference_model import is_linear
+from linear_modules import is_linear
 from torch import nn
 
 from micromix_compile import Recipe, calibrate, explain, load_statistics

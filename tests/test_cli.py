@@ -156,6 +156,19 @@ def test_eval_writes_its_figures(directory, tmp_path, capsys):
     assert rows[1]["kl"] > 0 and 0 < rows[1]["top1"] <= 1
 
 
+def test_eval_against_the_reference_arithmetic(directory, tmp_path, capsys):
+    """Nothing for MXFP4, whose sums are exact; little for MXFP8."""
+    path = tmp_path / "figures.json"
+    flags = ["--against", "reference", "--output", str(path)]
+    assert main(["eval", *small(directory), *flags, "--format", "mxfp4", "mxfp8"]) == 0
+    assert "reference arithmetic" in capsys.readouterr().out
+    exact, near = json.loads(path.read_text())
+    assert (exact["variant"], exact["against"]) == ("mxfp4", "reference")
+    assert exact["increase"] == 0 and exact["top1"] == 1
+    assert abs(near["increase"]) < 0.02 and near["kl"] < 0.02
+    assert "beside --plan or --format" in failure(capsys, "eval", *small(directory), *flags)
+
+
 def test_a_budget_rotated_and_rounded(directory, tmp_path, capsys):
     path = tmp_path / "plan.safetensors"
     flags = ["--bits", "5", "--hadamard", "measured", "--rounding", "gptq"]

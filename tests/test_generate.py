@@ -6,10 +6,10 @@ import pytest
 import torch
 import transformers as tf
 from architectures import VOCABULARY, build, token_ids
-from reference_model import reference_model
 
 from micromix_compile import Recipe, calibrate, explain
 from micromix_compile.packing import packings
+from micromix_compile.reference import reference_model
 
 NEW_TOKENS = 64
 

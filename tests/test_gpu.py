@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import build, inputs
-from reference_model import reference_model
 from tiny_llama import VOCABULARY, tiny_llama
 
 from micromix_compile import Recipe, calibrate, explain
 from micromix_compile.errors import ReferenceKernelWarning
 from micromix_compile.ops import EMULATED, _reference, blackwell_kernel, kernel_name
 from micromix_compile.packing import pack_weight, packings
+from micromix_compile.reference import reference_model
 
 pytestmark = [
     pytest.mark.gpu,

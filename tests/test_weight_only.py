@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 from architectures import build, inputs
-from reference_model import reference_model
 from test_backend import Block, Writes, planned, run
 from test_plan import model_plan, rewrite
 from tiny_llama import save_tiny, tiny_llama
@@ -32,6 +31,7 @@ from micromix_compile.ops import refuse_weight_only
 from micromix_compile.passes.find_linears import find_linears
 from micromix_compile.plan import ModelPlan
 from micromix_compile.quantized_linear import QuantizedLinear
+from micromix_compile.reference import reference_model
 
 SPLIT = (0.5, 0.25, 0.25)
 MIX = Recipe(split=SPLIT, hadamard=(4, 6), activations="bfloat16")

@@ -17,14 +17,13 @@ from micromix_compile.allocation import uniform_plan
 from micromix_compile.checkpoint import (
     METHOD,
     Description,
-    linear_shapes,
     pack_layer,
     read_tensor,
     verify_files,
 )
 from micromix_compile.errors import CheckpointError, OptionError
 from micromix_compile.plan import ModelPlan, load_plan
-from micromix_compile.quantized_linear import QuantizedLinear, linear_shape
+from micromix_compile.quantized_linear import QuantizedLinear, linear_shape, linear_shapes
 from micromix_compile.recipe import Recipe
 
 __all__ = ["MicroMixConfig", "MicroMixQuantizer"]
