@@ -11,6 +11,7 @@ from micromix_compile.package import load
 from micromix_compile.plan import LayerPlan, ModelPlan, load_plan
 from micromix_compile.recipe import Recipe
 from micromix_compile.statistics import load_statistics
+from micromix_compile.targets import modelled_time
 
 __all__ = [
     "Calibration",
@@ -25,6 +26,7 @@ __all__ = [
     "load",
     "load_plan",
     "load_statistics",
+    "modelled_time",
     "restore",
     "save_pretrained",
 ]

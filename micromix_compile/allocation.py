@@ -35,7 +35,7 @@ def allocate(statistics: ModelStatistics, recipe: Recipe) -> ModelPlan:
     statistics.require_tokens(kept)
     groups = [([n for n in names if n in kept], inputs) for names, inputs in statistics.groups()]
     groups = [(names, inputs) for names, inputs in groups if names]
-    if recipe.method == "bits":
+    if recipe.has_budget:
         budgets = spend(statistics, groups, recipe)
         plans = [
             _budget_plan(*group, own, recipe) for group, own in zip(groups, budgets, strict=True)

@@ -1,9 +1,9 @@
-"""A budget of bits, spent where it lowers the loss most: statistics + Recipe(bits=...) -> LayerPlans.
+"""A budget of bits or of time, spent where it lowers the loss most: statistics + Recipe(bits=...) -> LayerPlans.
 
 For each input, several orders of its channels are tried: the channels as they are, with the most important ones
 (or all) sorted behind them, rotated or not. The error that each format makes in each unit of channels is measured
 on the rows that calibration kept, and one price of a bit for the whole model decides the format of every unit and
-the order of every input.
+the order of every input. With Recipe(time=...) a unit costs its modelled time (targets.py) instead of its bits.
 
 The error of a unit is the expected change of the loss, to second order and with the Hessian's diagonal in its
 Fisher form, where calibration had gradients g: sum over channels of E[d² g²] for an error d of the activation.
@@ -26,6 +26,7 @@ from .errors import SensitivityError
 from .mx import BLOCK, MixedLayout, dequantize, hadamard, quantize
 from .recipe import BITS, Recipe
 from .statistics import ChannelStatistics, ModelStatistics
+from .targets import check_time, find_target
 
 __all__ = ["InputBudget", "spend"]
 
@@ -45,13 +46,13 @@ class InputBudget:
 
 @dataclass(frozen=True)
 class _Choices:
-    """One input of K channels: its orders ``[Kp]``, their rotations, errors ``[O, U, F]``, and ΣN of its layers."""
+    """One input of K channels: its orders ``[Kp]``, their rotations, errors ``[O, U, F]``, and N of each of its layers."""
 
     channels: int
     orders: list[Tensor]
     rotations: list[tuple[int, ...]]
     errors: Tensor
-    outputs: int
+    outputs: list[int]
 
 
 def spend(
@@ -59,18 +60,18 @@ def spend(
     groups: Sequence[tuple[Sequence[str], ChannelStatistics]],
     recipe: Recipe,
 ) -> list[InputBudget]:
-    """Formats and order of each input, the average of the bits over all weights at most ``recipe.bits``.
+    """Formats and order of each input, within the budget of the recipe, which is ``bits`` or ``time``.
 
-    ``groups``: the layers that read each input, and its statistics. Scales are not counted: they take 0.25 bit in
-    every format. Padding is. Raises SensitivityError if the statistics come from a version that kept none.
+    ``groups``: the layers that read each input, and its statistics. Raises SensitivityError if the statistics come
+    from a version that kept none, RecipeError for a time that no choice of formats reaches.
     """
+    if recipe.method == "time":
+        check_time({n: statistics.layers[n] for names, _ in groups for n in names}, recipe)
     choices = [_choices(statistics, names, inputs, recipe) for names, inputs in groups]
-    widths = torch.tensor([BITS[name] for name in recipe.formats], dtype=torch.float64)
-    total = sum(c.outputs * len(c.orders[0]) for c in choices)
-    unit_costs = [widths * c.outputs * recipe.multiple for c in choices]
+    unit_costs, budget = (_bit_costs if recipe.method == "bits" else _time_costs)(choices, recipe)
 
     def at(price: float) -> tuple[float, list[tuple[int, Tensor]]]:
-        """What is bought at a price of a bit: its cost, and for each input the order and the units' formats."""
+        """What is bought at a price of the cost: its cost, and for each input the order and the units' formats."""
         cost, bought = 0.0, []
         for choice, costs in zip(choices, unit_costs, strict=True):
             least, formats = (choice.errors + price * costs).min(dim=2)
@@ -79,7 +80,7 @@ def spend(
             cost += float(costs[formats[best]].sum())
         return cost, bought
 
-    budget = recipe.bits * total * (1 + 1e-12)
+    budget *= 1 + 1e-12
     cheap, dear = (
         1e-30,
         1e30,
@@ -99,8 +100,34 @@ def spend(
     ]
 
 
+def _bit_costs(choices: Sequence[_Choices], recipe: Recipe) -> tuple[list[Tensor], float]:
+    """The bits of a unit in each format ``[F]``, for each input, and those that may be spent.
+
+    Scales are not counted: they take 0.25 bit in every format. Padding is.
+    """
+    widths = torch.tensor([BITS[name] for name in recipe.formats], dtype=torch.float64)
+    total = sum(sum(c.outputs) * len(c.orders[0]) for c in choices)
+    return [widths * sum(c.outputs) * recipe.multiple for c in choices], recipe.bits * total
+
+
+def _time_costs(choices: Sequence[_Choices], recipe: Recipe) -> tuple[list[Tensor], float]:
+    """The same in modelled time, as fractions of the time of all channels in MXFP8."""
+    target = find_target(recipe.target)
+
+    def channel_time(choice: _Choices, name: str, *kind: str) -> float:
+        return sum(target.channel_time(BITS[name], n, recipe.rows, *kind) for n in choice.outputs)
+
+    whole = sum(len(c.orders[0]) * channel_time(c, "mxfp8") for c in choices)
+    costs = [
+        [channel_time(c, name, recipe.weights, recipe.activations) for name in recipe.formats]
+        for c in choices
+    ]
+    unit = recipe.multiple / whole
+    return [torch.tensor(own, dtype=torch.float64) * unit for own in costs], recipe.time
+
+
 def _spend_rest(choices, unit_costs, bought, left: float) -> None:
-    """Widens single units, the best gain for a bit first, as far as what is left goes; orders stay."""
+    """Widens single units, the best gain for its cost first, as far as what is left goes; orders stay."""
     moves = []
     for i, ((best, formats), choice, costs) in enumerate(
         zip(bought, choices, unit_costs, strict=True)
@@ -133,7 +160,7 @@ def _choices(
             orders.append(order)
             turned.append(rotation)
             errors.append(_errors(inputs.sample.rows, importance, slopes, order, rotation, recipe))
-    outputs = sum(statistics.layers[name].out_features for name in names)
+    outputs = [statistics.layers[name].out_features for name in names]
     return _Choices(inputs.channels, orders, turned, torch.stack(errors), outputs)
 
 

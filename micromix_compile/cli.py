@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument(
         "--gradients",
         action="store_true",
-        help="observe the loss's gradients too, for --bits (which implies it)",
+        help="observe the loss's gradients too, for --bits and --time (which imply it)",
     )
     calibrate.add_argument(
         "--sequential", type=Path, metavar="PLAN",
@@ -169,12 +169,13 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     sweep = command(
-        "sweep", _sweep, "plan a model for several budgets of bits, and draw perplexity against bits",
+        "sweep", _sweep, "plan a model for several budgets, and draw perplexity against them",
         model, recipe,
     )  # fmt: skip
     sweep.add_argument(
-        "--budgets", type=float, nargs="+", default=[4.0, 4.5, 5.0, 6.0], metavar="BITS",
-        help="element bits, each a plan (default: 4 4.5 5 6)",
+        "--budgets", type=float, nargs="+", metavar="B",
+        help="each a plan: element bits (default: 4 4.5 5 6), or with --target fractions of the time of MXFP8 "
+        "(default: 0.6 0.7 0.8 0.9)",
     )  # fmt: skip
     sweep.add_argument(
         "--statistics",
@@ -194,6 +195,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--statistics", type=Path, metavar="FILE", help="those it was made from: draws outliers too"
     )
+    report.add_argument("--target", help="say the modelled time on this device too")
+    report.add_argument("--rows", type=_positive, default=1, metavar="M", help="of a forward")
     report.add_argument("--output", type=Path, required=True, metavar="PNG", help="write it here")
 
     demo = command("demo", _demo, "SmolLM2-135M in bf16, MXFP8, MXFP4 and the mix, side by side")
@@ -250,7 +253,8 @@ def _text_flags() -> argparse.ArgumentParser:
 def _recipe_flags() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(add_help=False)
     group = flags.add_argument_group(
-        "recipe", "at most one of thresholds, split, counts, format; defaults: micromix.Recipe"
+        "recipe",
+        "at most one of thresholds, split, counts, format, bits, time; defaults: micromix.Recipe",
     )
     add = group.add_argument
     add("--thresholds", choices=("published", "paper"), help="MicroMix thresholds")
@@ -260,10 +264,19 @@ def _recipe_flags() -> argparse.ArgumentParser:
         help="channels per format for matching layers; may be given again")  # fmt: skip
     add("--format", choices=("mxfp8", "mxfp6", "mxfp4"), help="one for all")
     add("--bits", type=float, metavar="B", help="a budget: the average of the element bits")
+    add("--time", type=float, metavar="T",
+        help="a budget: the modelled time, as a fraction of that in MXFP8")  # fmt: skip
+    add("--target", metavar="DEVICE", help="the device of --time (micromix_compile/targets.py)")
+    add(
+        "--rows",
+        type=_positive,
+        metavar="M",
+        help="rows of a forward, for --time (default: 1, decode)",
+    )
     add("--formats", nargs="+", choices=("mxfp4", "mxfp6", "mxfp8"),
-        help="what --bits is spent on (default: all three)")  # fmt: skip
+        help="what --bits or --time is spent on (default: all three)")  # fmt: skip
     add("--hadamard", type=_hadamard, metavar="4,6|measured",
-        help="segments whose blocks are rotated, or, with --bits, what lowers the error")  # fmt: skip
+        help="segments whose blocks are rotated, or, with a budget, what lowers the error")  # fmt: skip
     add("--rounding", choices=("nearest", "gptq"), help="of the weights (default: nearest)")
     add("--lam", type=float, metavar="L", help="scales the thresholds")
     add("--act-sort-metric", dest="sort", choices=("mean", "max", "hessian"),
@@ -301,10 +314,11 @@ def _hadamard(text: str) -> tuple[int, ...] | str:
         raise argparse.ArgumentTypeError(f"{text!r} is not 4,6 or measured") from None
 
 
-def _recipe(arguments: argparse.Namespace):
+def _recipe(arguments: argparse.Namespace, **budget: float):
+    """The recipe of the flags; with `budget`, that in place of the flag."""
     from micromix_compile.recipe import Recipe
 
-    flags = {field.name: getattr(arguments, field.name) for field in fields(Recipe)}
+    flags = {field.name: getattr(arguments, field.name) for field in fields(Recipe)} | budget
     given = {name: value for name, value in flags.items() if value is not None}
     if "counts" in given:
         given["counts"] = dict(given["counts"])
@@ -355,9 +369,10 @@ def _calibrate(arguments: argparse.Namespace) -> None:
 
     recipe = _recipe(arguments)  # before the long work: a bad recipe is said at once
     model, tokenizer = _load(arguments)
+    _check_time(model, recipe)
     windows = _calibration_windows(arguments, tokenizer)
     before = micromix.load_plan(arguments.sequential) if arguments.sequential else None
-    gradients = arguments.gradients or (recipe.method == "bits" and before is None)
+    gradients = arguments.gradients or (recipe.has_budget and before is None)
     batches = [{"input_ids": window[None]} for window in windows]
     calibration = micromix.calibrate(model, gradients, before).run(batches)
     print(f"calibrated on {len(windows)} windows of {windows.shape[1]} tokens")
@@ -508,9 +523,10 @@ def _calibrated(model, tokenizer, arguments: argparse.Namespace):
         if plan.recipe == recipe.to_dict():
             print(f"plan: {path}, from an earlier run; remove it to calibrate again")
             return plan
+    _check_time(model, recipe)
     windows = _calibration_windows(arguments, tokenizer)
     batches = [{"input_ids": window[None]} for window in windows]
-    plan = micromix.calibrate(model, recipe.method == "bits").run(batches).plan(recipe)
+    plan = micromix.calibrate(model, recipe.has_budget).run(batches).plan(recipe)
     _save_plan(plan, path)
     return plan
 
@@ -531,13 +547,18 @@ def _save_plan(plan, path: Path) -> None:
 
 
 def _bits(plan) -> str:
+    from micromix_compile.targets import modelled_time
+
     if not len(plan):
         return "nothing planned"
     scales = plan.weight_bits - plan.element_bits
-    return (
+    text = (
         f"{plan.element_bits:.2f} + {scales:.2f} bits per weight (elements + scales and padding), "
         f"{plan.activation_element_bits:.2f} bits per activation, scales not counted"
     )
+    if target := plan.recipe.get("target"):
+        text += f"; {modelled_time(plan, target, plan.recipe['rows'])}"
+    return text
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -655,15 +676,16 @@ def _measure(
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
-    from dataclasses import replace
-
     import micromix_compile as micromix
     from micromix_compile.models import token_windows
     from micromix_compile.sweep import write_sweep
 
-    recipe = _recipe(arguments)
-    recipes = [replace(recipe, bits=bits, thresholds=None) for bits in arguments.budgets]
+    timed = arguments.target is not None
+    method, unit = ("time", "of the time of MXFP8") if timed else ("bits", "bits")
+    budgets = arguments.budgets or ([0.6, 0.7, 0.8, 0.9] if timed else [4.0, 4.5, 5.0, 6.0])
+    recipes = [_recipe(arguments, **{method: budget}) for budget in budgets]
     model, tokenizer = _load(arguments)
+    _check_time(model, *recipes)
     windows = _calibration_windows(arguments, tokenizer)
     batches = [{"input_ids": window[None]} for window in windows]
     calibration = micromix.calibrate(model, gradients=True)
@@ -678,29 +700,48 @@ def _sweep(arguments: argparse.Namespace) -> None:
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
     rows = []
-    for own in recipes:
+    for budget, own in zip(budgets, recipes, strict=True):
         plan = calibration.plan(own)
-        plan.save(arguments.output / f"bits-{own.bits:g}.safetensors")
-        row = {"budget": own.bits, "bits": plan.element_bits, "with_scales": plan.weight_bits}
+        plan.save(arguments.output / f"{method}-{budget:g}.safetensors")
+        row = {"budget": budget, "bits": plan.element_bits, "with_scales": plan.weight_bits}
         row["activation_bits"] = plan.activation_element_bits
+        if timed:
+            row["time"] = micromix.modelled_time(plan, own.target, own.rows).fraction
+            row |= {"target": own.target, "rows": own.rows}
         row["texts"] = {
-            name: _measure(model, own_windows, {"plan": plan}, label=f"{own.bits:g} bits, {name}")
+            name: _measure(model, own_windows, {"plan": plan}, label=f"{budget:g} {unit}, {name}")
             for name, own_windows in texts.items()
         }
         rows.append(row)
         figures = ", ".join(f"{n} {f['increase']:+.2%}" for n, f in row["texts"].items())
-        print(f"{own.bits:g} bits ({_bits(plan)}): {figures}")
+        print(f"{budget:g} {unit} ({_bits(plan)}): {figures}")
     write_sweep(rows, arguments.output)
     print(f"table and picture: {arguments.output}")
+
+
+def _check_time(model, *recipes) -> None:
+    """Raises RecipeError before the long work where a budget of time is less than the layers can take."""
+    from micromix_compile.quantized_linear import linear_shapes
+    from micromix_compile.targets import check_time
+
+    shapes = linear_shapes(model)
+    for recipe in recipes:
+        if recipe.time is not None:
+            check_time({n: s for n, s in shapes.items() if not recipe.skips(n)}, recipe)
 
 
 def _report(arguments: argparse.Namespace) -> None:
     from micromix_compile.plan import load_plan
     from micromix_compile.report import draw_report
     from micromix_compile.statistics import load_statistics
+    from micromix_compile.targets import modelled_time
 
     statistics = load_statistics(arguments.statistics) if arguments.statistics else None
-    draw_report(load_plan(arguments.plan), arguments.output, statistics)
+    plan = load_plan(arguments.plan)
+    time = modelled_time(plan, arguments.target, arguments.rows) if arguments.target else None
+    draw_report(plan, arguments.output, statistics, time)
+    if time:
+        print(time)
     print(f"report: {arguments.output}")
 
 

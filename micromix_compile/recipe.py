@@ -13,6 +13,7 @@ from typing import Any
 from .errors import RecipeError
 from .mx.layout import ROTATIONS
 from .mx.scales import ScaleRule
+from .targets import TARGETS
 
 __all__ = ["Recipe"]
 
@@ -21,7 +22,7 @@ ACTIVATIONS = ("match", "bfloat16")
 _THRESHOLDS = ("published", "paper")
 _SORTS = ("mean", "max", "hessian")
 _RULES = tuple(rule.label for rule in ScaleRule)
-_METHODS = ("thresholds", "split", "counts", "format", "bits")
+_METHODS = ("thresholds", "split", "counts", "format", "bits", "time")
 BITS = {"mxfp4": 4, "mxfp6": 6, "mxfp8": 8}
 
 # The output head under the names that Hugging Face models give it.
@@ -39,7 +40,7 @@ _OUTPUT_HEADS = (
 class Recipe:
     """How channels get their formats. Immutable and hashable; bad values raise RecipeError.
 
-    Exactly one of five methods decides the counts of channels per format (none given means
+    Exactly one of six methods decides the counts of channels per format (none given means
     ``thresholds="published"``):
 
     * ``thresholds``: "published" or "paper", the two forms of the MicroMix thresholds
@@ -52,6 +53,8 @@ class Recipe:
     * ``bits``: an average of the element bits over all weights (scales take 0.25 bit more), spent over
       all layers where it lowers the error most, on ``formats`` (budget.py). Calibrate with gradients
       for it.
+    * ``time``: the same with modelled time for bits (targets.py): at most this fraction of what the products take
+      in MXFP8, in a forward of ``rows`` rows (1: decode at batch 1) on ``target``, a name of targets.TARGETS.
 
     The other choices:
 
@@ -62,7 +65,7 @@ class Recipe:
     * ``activations``: "match", quantised in the format of the channel when the model runs, or "bfloat16": not
       quantised. Then formats and ``rules`` are those of the weights alone.
     * ``hadamard``: the segments, out of 4, 6 and 8, whose blocks of 32 are rotated before the cast,
-      when the model runs too; with ``bits`` also "measured": each input as is or with (4, 6), whichever
+      when the model runs too; with a budget also "measured": each input as is or with (4, 6), whichever
       lowers the error. None by default.
     * ``rounding``: of the weights, "nearest" or "gptq" (rounding.py), which takes the calibration's
       batches again, and several times as long.
@@ -78,6 +81,9 @@ class Recipe:
     counts: Any = None  # given as a mapping, kept as a tuple of its items: hashable
     format: str | None = None
     bits: float | None = None
+    time: float | None = None
+    target: str | None = None
+    rows: int = 1
     formats: tuple[str, ...] = ("mxfp4", "mxfp6", "mxfp8")
     format6: str = "e2m3"
     rules: tuple[str, str, str] = ("even", "ceil", "ceil")
@@ -107,6 +113,7 @@ class Recipe:
         self._one_of("sort", _SORTS)
         self._one_of("multiple", (32, 64, 128))
         self._one_of("include_lm_head", (False, True))
+        self._one_of("target", (None, *TARGETS))
         for name, check in (
             ("lam", self._checked_lam),
             ("split", _checked_split),
@@ -117,9 +124,13 @@ class Recipe:
             ("hadamard", self._checked_hadamard),
             ("formats", self._checked_formats),
             ("bits", self._checked_bits),
+            ("time", self._checked_time),
+            ("rows", self._checked_rows),
         ):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, check(name, getattr(self, name)))
+        if self.target is not None and self.time is None:
+            _reject("target", self.target, "left out: it is where time=... is spent")
         if self.activations == "bfloat16":
             self._check_weight_only()
 
@@ -154,8 +165,13 @@ class Recipe:
 
     @property
     def method(self) -> str:
-        """The method that decides the counts: "thresholds", "split", "counts" or "format"."""
+        """The method that decides the counts: "thresholds", "split", "counts", "format", "bits" or "time"."""
         return next(name for name in _METHODS if getattr(self, name) is not None)
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether one budget is spent over all layers, by measured error."""
+        return self.method in ("bits", "time")
 
     @property
     def digest(self) -> str:
@@ -193,6 +209,9 @@ class Recipe:
         if self.hadamard == "measured":
             expected = "segments, as in (4, 6), with activations='bfloat16': their error is what is measured"
             _reject("hadamard", self.hadamard, expected)
+        if self.target is not None and not TARGETS[self.target].cpu:
+            expected = "a CPU with activations='bfloat16': CUDA devices have no product for it"
+            _reject("target", self.target, expected)
 
     def _checked_lam(self, name: str, value: Any) -> float:
         if not _is_number(value) or not value > 0:
@@ -203,8 +222,8 @@ class Recipe:
 
     def _checked_hadamard(self, name: str, value: Any) -> tuple[int, ...] | str:
         if value == "measured":
-            if self.method != "bits":
-                _reject(name, value, "segments, as in (4, 6); it is measured with bits=...")
+            if not self.has_budget:
+                _reject(name, value, "segments, as in (4, 6); it is measured with bits or time")
             if self.weights != "match":
                 _reject(name, value, "() or (4, 6, 8) with weights='mxfp4', which have one segment")
             return value
@@ -219,8 +238,8 @@ class Recipe:
         if not good or len(set(value)) != len(value):
             _reject(name, value, f"some of {', '.join(BITS)}, each once")
         formats = tuple(sorted(value, key=BITS.get))
-        if self.bits is None and len(formats) < len(BITS):
-            _reject(name, value, "left out: it limits what bits=... is spent on")
+        if not self.has_budget and len(formats) < len(BITS):
+            _reject(name, value, "left out: it limits what bits or time is spent on")
         return formats
 
     def _checked_bits(self, name: str, value: Any) -> float:
@@ -228,6 +247,20 @@ class Recipe:
         if not _is_number(value) or not low <= value <= high:
             _reject(name, value, f"a number from {low} to {high}, element bits of {self.formats}")
         return float(value)
+
+    def _checked_time(self, name: str, value: Any) -> float:
+        if self.target is None:
+            _reject(name, value, f"beside a target: one of {', '.join(TARGETS)}")
+        if not _is_number(value) or not 0 < value <= 1:
+            _reject(name, value, "above 0 and at most 1, a fraction of the time of MXFP8")
+        return float(value)
+
+    def _checked_rows(self, name: str, value: Any) -> int:
+        if type(value) is not int or value < 1:
+            _reject(name, value, "a whole number from 1")
+        if self.time is None and value != 1:
+            _reject(name, value, "left out: it is what time=... is modelled for")
+        return value
 
     def _checked_counts(self, name: str, value: Any) -> tuple:
         expected = (

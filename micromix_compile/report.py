@@ -10,16 +10,21 @@ from matplotlib.patches import Patch
 from micromix_compile.picture import COLOURS, draw_map, format_maps, kind_of, save_figure
 from micromix_compile.plan import ModelPlan
 from micromix_compile.statistics import ModelStatistics
+from micromix_compile.targets import ModelledTime
 
 __all__ = ["draw_report"]
 
 
 def draw_report(
-    plan: ModelPlan, path: str | os.PathLike, statistics: ModelStatistics | None = None
+    plan: ModelPlan,
+    path: str | os.PathLike,
+    statistics: ModelStatistics | None = None,
+    time: ModelledTime | None = None,
 ) -> None:
     """Writes a PNG: element bits of every layer, a map of the channels for each kind of layer, and the outliers.
 
     An outlier is the largest |x| of an input over its mean |x|; it takes the statistics that the plan was made from.
+    The modelled time is written where it is given.
     """
     maps = format_maps(plan)
     upper = 1 if statistics is None else 2
@@ -38,6 +43,7 @@ def draw_report(
     figure.suptitle(
         f"{len(plan)} layers; weights {plan.element_bits:.2f} bits, {plan.weight_bits:.2f} with scales and padding; "
         f"activations {plan.activation_element_bits:.2f} bits; rotated {rotated}; rounded ahead {len(plan.rounded)}"
+        + (f"\n{time}" if time else "")
     )
     legend = [Patch(color=colour, label=f"MXFP{width}") for width, colour in COLOURS.items()]
     figure.legend(handles=legend, loc="outside lower left", ncols=3, frameon=False)

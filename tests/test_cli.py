@@ -195,6 +195,30 @@ def test_sweep_and_report(directory, tmp_path, capsys):
     assert "report: " in capsys.readouterr().out
 
 
+def test_budgets_of_time(directory, tmp_path, capsys):
+    folder, statistics = tmp_path / "sweep", str(tmp_path / "statistics.safetensors")
+    target = ["--target", "sm_120", "--rows", "4"]
+    line = failure(capsys, "calibrate", *small(directory), *target, "--time", "0.3")
+    assert "at least 0.5" in line  # before anything is calibrated
+    flags = ["--gradients", "--statistics", statistics]
+    assert main(["calibrate", *small(directory), *flags]) == 0
+    plan = str(tmp_path / "plan.safetensors")
+    assert main(["plan", statistics, *target, "--time", "0.7", "--output", plan]) == 0
+    assert "modelled for sm_120, 4 rows" in capsys.readouterr().out
+    flags = ["--budgets", "0.6", "0.8", "--statistics", statistics, "--output", str(folder)]
+    assert main(["sweep", *small(directory), *target, *flags]) == 0
+    rows = json.loads((folder / "sweep.json").read_text())
+    assert [row["target"] for row in rows] == ["sm_120", "sm_120"]
+    for row, time in zip(rows, (0.6, 0.8), strict=True):
+        assert time - 0.03 < row["time"] <= time
+    assert "modelled time" in (folder / "sweep.md").read_text()
+    capsys.readouterr()
+    assert main(["report", plan, *target, "--output", str(tmp_path / "report.png")]) == 0
+    assert "4 rows" in capsys.readouterr().out
+    line = failure(capsys, "report", plan, "--target", "x", "--output", str(tmp_path / "r.png"))
+    assert "amx, sm_120" in line
+
+
 def test_env(capsys):
     assert main(["env"]) == 0
     assert "extension" in capsys.readouterr().out
