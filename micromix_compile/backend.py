@@ -11,6 +11,7 @@ from torch import fx
 from tqdm import tqdm
 
 from micromix_compile import _torch_compat as compat
+from micromix_compile.attachment import STRUCTURE
 from micromix_compile.choice import choose, plan_of
 from micromix_compile.errors import GradientError, MicroMixError, OptionError
 from micromix_compile.explain import GraphReport, record
@@ -28,7 +29,6 @@ from micromix_compile.passes.contiguous_cats import contiguous_cats
 from micromix_compile.passes.find_linears import Linear, find_linears
 from micromix_compile.passes.fold_order import Folds, fold_orders
 from micromix_compile.passes.lower_linears import Lowering
-from micromix_compile.plan import STRUCTURE
 from micromix_compile.runner import Runner
 
 

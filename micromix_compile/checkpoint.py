@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from micromix_compile.allocation import uniform_plan
+from micromix_compile.attachment import attached
 from micromix_compile.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -37,7 +38,7 @@ from micromix_compile.errors import (
 )
 from micromix_compile.files import file_digest, write_tensors, write_text
 from micromix_compile.packing import PackedWeight, is_released, pack_weight
-from micromix_compile.plan import LayerPlan, LayerShape, ModelPlan, attached
+from micromix_compile.plan import LayerPlan, LayerShape, ModelPlan
 from micromix_compile.quantized_linear import QuantizedLinear, linear_shapes
 from micromix_compile.recipe import Recipe
 

@@ -7,6 +7,7 @@ import warnings
 import torch
 
 from micromix_compile.allocation import uniform_plan
+from micromix_compile.attachment import attached
 from micromix_compile.errors import (
     NoPlanWarning,
     OptionError,
@@ -17,7 +18,7 @@ from micromix_compile.explain import GraphReport, LayerReport
 from micromix_compile.options import Options
 from micromix_compile.passes.find_linears import Linear
 from micromix_compile.passes.lower_linears import unsupported
-from micromix_compile.plan import LayerPlan, LayerShape, ModelPlan, attached
+from micromix_compile.plan import LayerPlan, LayerShape, ModelPlan
 from micromix_compile.recipe import Recipe
 
 

@@ -1,7 +1,7 @@
 """LayerPlan and ModelPlan: which channel of which layer gets which format.
 
 A plan is pure data. It is made by :mod:`micromix_compile.allocation`, saved as safetensors, and
-found by the backend through the model's own parameters (:meth:`ModelPlan.attach`).
+found by the backend through the model's own parameters (:mod:`micromix_compile.attachment`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import _torch_compat as compat
+from . import attachment
 from .errors import InvalidPlanError, PlanFileError, PlanMismatchError, PlanVersionError
 from .files import read_file, write_file
 from .mx.layout import WEIGHT_IS_MXFP4, MixedLayout
@@ -28,19 +28,12 @@ __all__ = [
     "LayerShape",
     "ModelPlan",
     "RoundedWeight",
-    "attached",
-    "detach",
-    "find_weight",
     "fingerprint",
     "load_plan",
 ]
 
 _KIND = "micromix_plan"
 _VERSION = 3
-_ATTRIBUTE = "_micromix_plan"
-# Beside it what Dynamo can guard: all of the plan that is constant in a graph, and the whole plan.
-STRUCTURE = "_micromix_structure"
-DIGEST = "_micromix_digest"
 
 
 class LayerShape(NamedTuple):
@@ -370,63 +363,16 @@ class ModelPlan(Mapping[str, LayerPlan]):
         `load_state_dict(assign=True)`). Raises PlanMismatchError, before anything is changed, if a
         planned layer is missing or its weight has another shape.
         """
-        parameters = _named_parameters(model)
-        found, differences = {}, []
-        for name, shape in self.shapes.items():
-            weight = _weight(parameters, name)
-            if weight is None:
-                differences.append(f"{name}: the model has no such layer")
-            elif tuple(weight.shape) != shape.weight_shape:
-                differences.append(
-                    f"{name}: the plan has a weight {list(shape.weight_shape)}, "
-                    f"the model {list(weight.shape)}"
-                )
-            else:
-                found[name] = weight
-        if differences:
-            raise PlanMismatchError(differences=differences)
-        detach(model)
-        for name, weight in found.items():
-            if attached(weight) is None:
-                setattr(weight, _ATTRIBUTE, (self, name))
-                setattr(weight, STRUCTURE, self._structures[name])
-                setattr(weight, DIGEST, self.digest)
-        return self.attach_rest(model)
+        attachment.attach(self, model)
+        return self
 
     def attach_rest(self, model: nn.Module) -> ModelPlan:
         """Marks every parameter that has no mark yet as none of the planned layers'; returns self.
 
         For a model that was loaded quantised, whose planned layers have no float weight.
         """
-        _count_change(model)
-        for parameter in _named_parameters(model).values():
-            if attached(parameter) is None:
-                setattr(parameter, _ATTRIBUTE, (self, None))
-                setattr(parameter, STRUCTURE, "left alone")
-                setattr(parameter, DIGEST, self.digest)
+        attachment.attach_rest(self, model)
         return self
-
-    @cached_property
-    def _structures(self) -> dict[str, str]:
-        """Of each layer all that a compiled graph has as constants; equal parts of a model have equal ones.
-
-        The layout, the kind of channel order, and which layers have the same plan, by the ends of their names.
-        """
-        sharing: dict[LayerPlan, list[str]] = {}
-        for name, layer in self.items():
-            sharing.setdefault(layer, []).append(name)
-        structures = {}
-        for layer, names in sharing.items():
-            start = os.path.commonprefix([name.rpartition(".")[0] + "." for name in names])
-            ends = [name[start.rindex(".") + 1 :] for name in names] if "." in start else names
-            order = "none"
-            if layer.order is not None:
-                order = "padded" if (layer.order[: layer.in_features] < 0).any() else "plain"
-            layout = layer.layout
-            facts = [layout.k4, layout.k6, layout.k8, layer.format_code, layer.in_features, order]
-            facts += [layer.activations] if layer.weight_only else []
-            structures |= dict.fromkeys(names, json.dumps([*facts, sorted(ends)]))
-        return structures
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the plan as safetensors, atomically. Raises OSError if that fails."""
@@ -474,51 +420,3 @@ def load_plan(path: str | os.PathLike) -> ModelPlan:
     if not whole:
         raise PlanFileError(path=os.fspath(path), reason="its content does not match its digest")
     return plan
-
-
-def attached(parameter: Tensor) -> tuple[ModelPlan, str | None] | None:
-    """The plan attached to a parameter's model; None if there is none.
-
-    With it the name of the planned layer that the parameter is the weight of, or None.
-    """
-    return getattr(parameter, _ATTRIBUTE, None)
-
-
-def detach(model: nn.Module) -> None:
-    """Takes off whatever plan is attached to the weights of a model."""
-    _count_change(model)
-    for parameter in model.parameters():
-        if attached(parameter) is not None:
-            delattr(parameter, _ATTRIBUTE)
-            delattr(parameter, STRUCTURE)
-            delattr(parameter, DIGEST)
-
-
-_changes = 0
-
-
-def _count_change(model: nn.Module) -> None:
-    global _changes
-    _changes += 1
-    for module in model.modules():
-        compat.look_again(module)
-
-
-def attachment_changes() -> int:
-    """How often a plan was attached or detached in this process: cheap to ask before looking closer."""
-    return _changes
-
-
-def find_weight(model: nn.Module, layer: str) -> nn.Parameter | None:
-    """The weight of the layer of this name: the parameter ``layer.weight``, or ``layer`` itself."""
-    return _weight(_named_parameters(model), layer)
-
-
-def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    # torch.compile wraps a module, the whole model or a part of it, in one that holds _orig_mod.
-    named = model.named_parameters(remove_duplicate=False)
-    return {name.replace("_orig_mod.", ""): parameter for name, parameter in named}
-
-
-def _weight(parameters: Mapping[str, nn.Parameter], layer: str) -> nn.Parameter | None:
-    return parameters.get(f"{layer}.weight", parameters.get(layer))

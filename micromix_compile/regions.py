@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from micromix_compile import attachment
 from micromix_compile.explain import GraphReport, record
 from micromix_compile.packing import (
     AUTO,
@@ -26,7 +27,7 @@ from micromix_compile.packing import (
     refuse_released,
 )
 from micromix_compile.passes.fold_order import row_order
-from micromix_compile.plan import LayerPlan, RoundedWeight, attached, attachment_changes
+from micromix_compile.plan import LayerPlan, RoundedWeight
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Placed:
     parameters: list[weakref.ref]
     held: list[PlacedWeight | OrderedBias]
     tensors: list[torch.Tensor]
-    changes: int = field(default_factory=attachment_changes)
+    changes: int = field(default_factory=attachment.changes)
 
     def belongs_to(self, parameters: Sequence[torch.Tensor]) -> bool:
         mine = [ref() for ref in self.parameters]
@@ -106,7 +107,7 @@ class Region:
         return self.last.tensors
 
     def _is_of(self, placed: Placed, parameters: Sequence[torch.Tensor]) -> bool:
-        current = not self.follows or placed.changes == attachment_changes()
+        current = not self.follows or placed.changes == attachment.changes()
         return current and placed.belongs_to(parameters)
 
     def _find(
@@ -119,7 +120,7 @@ class Region:
 
     def _place(self, arguments: Sequence[Any], report: GraphReport) -> Placed:
         weights = [arguments[slot.weight] for slot in self.slots]
-        marks = [attached(weight) if self.follows else None for weight in weights]
+        marks = [attachment.attached(weight) if self.follows else None for weight in weights]
         plans = [s.plan if m is None else m[0][m[1]] for s, m in zip(self.slots, marks)]
         names = [s.name if m is None else m[1] for s, m in zip(self.slots, marks)]
         rounded = [

@@ -11,13 +11,13 @@ import torch
 from torch import fx
 
 from micromix_compile import _torch_compat as compat
+from micromix_compile.attachment import DIGEST
 from micromix_compile.errors import ExportError, StrictError
 from micromix_compile.explain import GraphReport
 from micromix_compile.options import Options
 from micromix_compile.passes.fold_order import Folds
 from micromix_compile.passes.lower_linears import Lowering, lower_linears
 from micromix_compile.passes.specialise_floats import specialise_floats
-from micromix_compile.plan import DIGEST
 from micromix_compile.regions import Placed, Region, Slot
 
 

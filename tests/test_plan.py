@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from micromix_compile import files
+from micromix_compile.attachment import attached, detach
 from micromix_compile.errors import (
     InvalidPlanError,
     PlanFileError,
@@ -26,9 +27,6 @@ from micromix_compile.plan import (
     LayerPlan,
     LayerShape,
     ModelPlan,
-    attached,
-    detach,
-    find_weight,
     load_plan,
 )
 
@@ -296,12 +294,11 @@ def test_a_module_under_two_names():
     assert attached(model.q.weight) == (plan, "again")
 
 
-def test_find_weight():
+def test_attach_to_a_layer_that_is_a_parameter():
     model = Model()
-    model.projection = nn.Parameter(torch.zeros(3, 4))
-    assert find_weight(model, "block.down") is model.block.down.weight
-    assert find_weight(model, "projection") is model.projection
-    assert find_weight(model, "nothing") is None
+    model.projection = nn.Parameter(torch.zeros(8, 96))
+    plan = ModelPlan({"projection": layer_plan()}, {"projection": (8, 96)}).attach(model)
+    assert attached(model.projection) == (plan, "projection")
 
 
 # --- files ---

@@ -1,0 +1,122 @@
+"""Plans on a model's own parameters, where the backend finds them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from . import _torch_compat as compat
+from .errors import PlanMismatchError
+
+if TYPE_CHECKING:
+    from .plan import LayerPlan, ModelPlan
+
+__all__ = ["DIGEST", "STRUCTURE", "attach", "attach_rest", "attached", "changes", "detach"]
+
+_PLAN = "_micromix_plan"
+# Beside it what Dynamo can guard: all of the plan that is constant in a graph, and the whole plan.
+STRUCTURE = "_micromix_structure"
+DIGEST = "_micromix_digest"
+
+
+def attach(plan: ModelPlan, model: nn.Module) -> None:
+    """See :meth:`ModelPlan.attach`."""
+    parameters = _named_parameters(model)
+    found, differences = {}, []
+    for name, shape in plan.shapes.items():
+        weight = parameters.get(f"{name}.weight", parameters.get(name))
+        if weight is None:
+            differences.append(f"{name}: the model has no such layer")
+        elif tuple(weight.shape) != shape.weight_shape:
+            differences.append(
+                f"{name}: the plan has a weight {list(shape.weight_shape)}, "
+                f"the model {list(weight.shape)}"
+            )
+        else:
+            found[name] = weight
+    if differences:
+        raise PlanMismatchError(differences=differences)
+    detach(model)
+    structures = _structures(plan)
+    for name, weight in found.items():
+        if attached(weight) is None:
+            _mark(weight, plan, name, structures[name])
+    attach_rest(plan, model)
+
+
+def attach_rest(plan: ModelPlan, model: nn.Module) -> None:
+    """See :meth:`ModelPlan.attach_rest`."""
+    _count_change(model)
+    for parameter in _named_parameters(model).values():
+        if attached(parameter) is None:
+            _mark(parameter, plan, None, "left alone")
+
+
+def attached(parameter: Tensor) -> tuple[ModelPlan, str | None] | None:
+    """The plan attached to a parameter's model; None if there is none.
+
+    With it the name of the planned layer that the parameter is the weight of, or None.
+    """
+    return getattr(parameter, _PLAN, None)
+
+
+def detach(model: nn.Module) -> None:
+    """Takes off whatever plan is attached to the weights of a model."""
+    _count_change(model)
+    for parameter in model.parameters():
+        if attached(parameter) is not None:
+            for mark in (_PLAN, STRUCTURE, DIGEST):
+                delattr(parameter, mark)
+
+
+_changes = 0
+
+
+def changes() -> int:
+    """How often a plan was attached or detached in this process: cheap to ask before looking closer."""
+    return _changes
+
+
+def _count_change(model: nn.Module) -> None:
+    global _changes
+    _changes += 1
+    for module in model.modules():
+        compat.look_again(module)
+
+
+def _mark(parameter: Tensor, plan: ModelPlan, layer: str | None, structure: str) -> None:
+    setattr(parameter, _PLAN, (plan, layer))
+    setattr(parameter, STRUCTURE, structure)
+    setattr(parameter, DIGEST, plan.digest)
+
+
+def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    # torch.compile wraps a module, the whole model or a part of it, in one that holds _orig_mod.
+    named = model.named_parameters(remove_duplicate=False)
+    return {name.replace("_orig_mod.", ""): parameter for name, parameter in named}
+
+
+def _structures(plan: Mapping[str, LayerPlan]) -> dict[str, str]:
+    """Of each layer all that a compiled graph has as constants; equal parts of a model have equal ones.
+
+    The layout, the kind of channel order, and which layers have the same plan, by the ends of their names.
+    """
+    sharing: dict[LayerPlan, list[str]] = {}
+    for name, layer in plan.items():
+        sharing.setdefault(layer, []).append(name)
+    structures = {}
+    for layer, names in sharing.items():
+        start = os.path.commonprefix([name.rpartition(".")[0] + "." for name in names])
+        ends = [name[start.rindex(".") + 1 :] for name in names] if "." in start else names
+        order = "none"
+        if layer.order is not None:
+            order = "padded" if (layer.order[: layer.in_features] < 0).any() else "plain"
+        layout = layer.layout
+        facts = [layout.k4, layout.k6, layout.k8, layer.format_code, layer.in_features, order]
+        facts += [layer.activations] if layer.weight_only else []
+        structures |= dict.fromkeys(names, json.dumps([*facts, sorted(ends)]))
+    return structures
