@@ -34,6 +34,7 @@ RECIPES = [
     Recipe(counts={"*.b": [32, 0, 64], "*": (64, 32, 0)}, include_lm_head=True),
     Recipe(format="mxfp6", format6="e3m2", weight_rules=["floor", "even", "ceil"]),
     Recipe(bits=4.5, hadamard=[4, 6], activations="bfloat16"),
+    Recipe(time=0.7, target="sm_120", rows=16),
 ]
 
 
