@@ -23,6 +23,7 @@ struct QuantizeTask {
 struct QuantizeKernel {
   const char* name;
   int64_t grain_channels;  // work that pays for a second thread
+  int64_t ordered_rows;    // so many rows of a 16-bit type are put in order together
   // Bytes of scratch, 64-byte aligned, that a call of `run` needs.
   int64_t (*scratch_bytes)(const QuantizeTask&);
   void (*run)(const QuantizeTask&, int64_t first_row, int64_t last_row, void* scratch);

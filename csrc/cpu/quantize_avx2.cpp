@@ -169,6 +169,6 @@ void run(const QuantizeTask& task, int64_t first_row, int64_t last_row, void* sc
 
 }  // namespace
 
-const QuantizeKernel kQuantizeAvx2 = {"avx2", 1 << 14, scratch_bytes, run};
+const QuantizeKernel kQuantizeAvx2 = {"avx2", 1 << 14, 1, scratch_bytes, run};
 
 }  // namespace micromix::cpu

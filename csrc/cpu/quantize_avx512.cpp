@@ -9,7 +9,8 @@ namespace {
 
 using namespace avx512;
 
-constexpr int kGroup = 16;  // blocks whose amax are found together
+constexpr int kGroup = 16;            // blocks whose amax are found together
+constexpr int64_t kRowsTogether = 4;  // rows of a 16-bit type that an order gathers at once
 
 // What a row needs: its values block by block, and per block its amax and its factor, whole groups
 // of them. Rows of a 16-bit type that an order gathers come in fours: channel by channel the four
@@ -334,15 +335,16 @@ void run(const QuantizeTask& task, int64_t first_row, int64_t last_row, void* me
   const Scratch scratch(task, memory);
   constexpr int64_t kElement = kDtype == Dtype::kFloat32 ? sizeof(float) : sizeof(uint16_t);
   constexpr int64_t kBlockBytes = mx::kBlock * kElement;
-  const int64_t ordered_rows =
-      task.order && kDtype != Dtype::kFloat32 ? (last_row - first_row) / 4 * 4 : 0;
+  const int64_t ordered_rows = task.order && kDtype != Dtype::kFloat32
+                                   ? (last_row - first_row) / kRowsTogether * kRowsTogether
+                                   : 0;
   const auto at = [&](int64_t r) {
     return static_cast<const uint8_t*>(task.x) + r * task.k * kElement;
   };
   for (int64_t r = first_row; r < last_row; ++r) {
     Source source{at(r)};
     if (r - first_row < ordered_rows) {
-      source.number = (r - first_row) % 4;
+      source.number = (r - first_row) % kRowsTogether;
       if (source.number == 0) order_rows(task, reinterpret_cast<const uint16_t*>(at(r)), scratch);
     }
     if (layout.rotates_any()) {
@@ -351,7 +353,7 @@ void run(const QuantizeTask& task, int64_t first_row, int64_t last_row, void* me
       load_row<kDtype, false>(task, source, scratch);
     }
     // The row after this one, or the same of the next four.
-    const int64_t following = r + (source.number < 0 ? 1 : 4);
+    const int64_t following = r + (source.number < 0 ? 1 : kRowsTogether);
     const uint8_t* const next = at(following < last_row ? following : r);
     uint8_t* const data = task.data + r * layout.row_bytes();
     uint8_t* const scales = task.scales + r * layout.blocks();
@@ -376,6 +378,6 @@ void run(const QuantizeTask& task, int64_t first_row, int64_t last_row, void* me
 
 }  // namespace
 
-const QuantizeKernel kQuantizeAvx512 = {"avx512", 1 << 15, scratch_bytes, run};
+const QuantizeKernel kQuantizeAvx512 = {"avx512", 1 << 15, kRowsTogether, scratch_bytes, run};
 
 }  // namespace micromix::cpu

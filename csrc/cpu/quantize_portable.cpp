@@ -51,6 +51,6 @@ void run(const QuantizeTask& task, int64_t first_row, int64_t last_row, void* sc
 
 }  // namespace
 
-const QuantizeKernel kQuantizePortable = {"portable", 1 << 12, scratch_bytes, run};
+const QuantizeKernel kQuantizePortable = {"portable", 1 << 12, 1, scratch_bytes, run};
 
 }  // namespace micromix::cpu

@@ -2,6 +2,6 @@
 
 namespace micromix::cpu {
 
-const RowKernels kRowsAvx2 = {rms_norm, layer_norm, pointwise, store_row};
+const RowKernels kRowsAvx2 = {rms_norm, layer_norm, pointwise};
 
 }  // namespace micromix::cpu

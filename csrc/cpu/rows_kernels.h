@@ -1,21 +1,14 @@
-// The row kernels, included once for each instruction set: vectors of sixteen channels, for the
-// compiler to split as the including file is built. No product and sum is contracted and every
-// reduction has sixteen lanes, so all instruction sets give the same bits.
+// The row kernels, included once for each instruction set. No product and sum is contracted and
+// every reduction has sixteen lanes, so all instruction sets give the same bits.
 #pragma once
 
 #include <cmath>
-#include <cstring>
 
-#include "convert.h"
+#include "lanes.h"
 #include "rows.h"
 
 namespace micromix::cpu {
 namespace {
-
-constexpr int kLanes = 16;
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
-typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(float))));
-typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 
 // Calls f(i, lanes) for the vectors of a row: channels i to i + lanes, sixteen but for the last.
 template <typename F>
@@ -25,71 +18,9 @@ template <typename F>
   if (i < k) f(i, static_cast<int>(k - i));
 }
 
-[[gnu::always_inline]] inline Lanes load_floats(const float* from, int lanes) {
-  Lanes v{};
-  std::memcpy(&v, from, lanes * sizeof(float));
-  return v;
-}
-
-// Apart from the others, whose vectors stay in registers.
-[[gnu::noinline]] void from_float16(const Halves& bits, Lanes& v) {
-  for (int j = 0; j < kLanes; ++j) v[j] = float16_to_float(bits[j]);
-}
-
-[[gnu::noinline]] void to_float16(const Lanes& v, Halves& bits) {
-  for (int j = 0; j < kLanes; ++j) bits[j] = float_to_float16(v[j]);
-}
-
-// Vectors of a row's values; lanes beyond its end are zero.
-[[gnu::always_inline]] inline Lanes load(const void* from, Dtype dtype, int64_t at, int lanes) {
-  if (dtype == Dtype::kFloat32) return load_floats(static_cast<const float*>(from) + at, lanes);
-  Halves bits{};
-  std::memcpy(&bits, static_cast<const uint16_t*>(from) + at, lanes * sizeof(uint16_t));
-  if (dtype == Dtype::kBFloat16) return (Lanes)(__builtin_convertvector(bits, Words) << 16);
-  Lanes v;
-  from_float16(bits, v);
-  return v;
-}
-
-// Stores values that are of `dtype` already.
-[[gnu::always_inline]] inline void store(Lanes v, void* to, Dtype dtype, int64_t at, int lanes) {
-  if (dtype == Dtype::kFloat32) {
-    std::memcpy(static_cast<float*>(to) + at, &v, lanes * sizeof(float));
-    return;
-  }
-  Halves bits;
-  if (dtype == Dtype::kBFloat16) {
-    bits = __builtin_convertvector((Words)v >> 16, Halves);
-  } else {
-    to_float16(v, bits);
-  }
-  std::memcpy(static_cast<uint16_t*>(to) + at, &bits, lanes * sizeof(uint16_t));
-}
-
-[[gnu::always_inline]] inline Lanes rounded(Lanes v, Dtype dtype) {
-  if (dtype == Dtype::kBFloat16) {
-    const Words bits = (Words)v;
-    const Words up = (bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u;
-    return (Lanes)(v == v ? up : Words{} + 0x7FC00000u);
-  }
-  if (dtype == Dtype::kFloat16) {
-    Halves half;
-    to_float16(v, half);
-    from_float16(half, v);
-  }
-  return v;
-}
-
-[[gnu::always_inline]] inline float total(Lanes lanes) {
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
-}
-
 // e^x to 2 units in the last place; below 2^-126 it is that, above 2^127 about that.
 inline Lanes exponential(Lanes x) {
-  x = x < -87.33f ? -87.33f : x;
-  x = x > 88.37f ? 88.37f : x;
+  x = clamped(x, -87.33f, 88.37f);
   constexpr float kMagic = 0x1.8p23f;  // its unit in the last place is 1
   const Lanes shifted = x * 1.44269504f + kMagic;
   const Lanes n = shifted - kMagic;
@@ -105,7 +36,43 @@ inline Lanes exponential(Lanes x) {
   return p * (Lanes)((exponent + 127u) << 23);
 }
 
-inline Lanes silu(Lanes x) { return x / (1.0f + exponential(-x)); }
+#if defined(__AVX512BW__)
+// logistic_product, with fused products and sums and no division. It may differ from the other in
+// the last bits of a float32, which every rounding to bfloat16 hides where x is a bfloat16 number:
+// tests/ops/test_fused.py tries them all.
+inline Lanes logistic_product_for_bfloat16(Lanes x, Lanes u) {
+  const auto set = [](float value) { return _mm512_set1_ps(value); };
+  const __m512 y = (__m512)clamped(u, -88.37f, 87.33f);
+  const __m512 magic = set(0x1.8p23f);
+  const __m512 shifted = _mm512_fmadd_ps(y, set(-1.44269504f), magic);
+  const __m512 n = _mm512_sub_ps(shifted, magic);
+  __m512 r = _mm512_fnmsub_ps(n, set(0.693359375f), y);
+  r = _mm512_fnmadd_ps(n, set(-2.12194440e-4f), r);
+  __m512 p = _mm512_fmadd_ps(r, set(1.990044450e-4f), set(1.393454510e-3f));
+  p = _mm512_fmadd_ps(p, r, set(8.333297063e-3f));
+  p = _mm512_fmadd_ps(p, r, set(4.166645677e-2f));
+  p = _mm512_fmadd_ps(p, r, set(1.666666672e-1f));
+  p = _mm512_fmadd_ps(p, r, set(5.000000014e-1f));
+  p = _mm512_fmadd_ps(p, r, set(1.0f));
+  p = _mm512_fmadd_ps(p, r, set(1.0f));
+  const Words power = (Words)p + ((Words)shifted << 23);
+  const __m512 below = _mm512_add_ps((__m512)power, set(1.0f));
+  // A step of Newton's on a reciprocal of 14 bits.
+  const __m512 about = _mm512_rcp14_ps(below);
+  const __m512 rest = _mm512_fnmadd_ps(below, about, set(1.0f));
+  return x * (Lanes)_mm512_fmadd_ps(rest, about, about);
+}
+#endif
+
+// x times the logistic function of u, x / (1 + e^-u). `for_bfloat16`: x is a bfloat16 number, and
+// the result will be rounded to one.
+[[gnu::always_inline]] inline Lanes logistic_product(Lanes x, Lanes u,
+                                                     [[maybe_unused]] bool for_bfloat16) {
+#if defined(__AVX512BW__)
+  if (for_bfloat16) return logistic_product_for_bfloat16(x, u);
+#endif
+  return x / (1.0f + exponential(-u));
+}
 
 // x erfc(-x / sqrt 2) / 2. With t = 1 / (1 + z/2), erfc(z) = t exp(p(t) - z^2), p fitted on
 // 0.12 <= t <= 1 (Chebyshev nodes) to a relative error of 1e-7: no cancellation for negative x.
@@ -124,15 +91,6 @@ inline Lanes gelu(Lanes x) {
   const Lanes tail = 0.5f * t * exponential(p - z * z);
   return x * (x < 0.0f ? tail : 1.0f - tail);
 }
-
-// 0.5 (1 + tanh u) is the logistic function of 2 u.
-inline Lanes gelu_tanh(Lanes x) {
-  const Lanes u = 0.79788456f * (x + 0.044715f * (x * x * x));
-  return x / (1.0f + exponential(-2.0f * u));
-}
-
-// x times the logistic function of 1.702 x: CLIP's activation.
-inline Lanes quick_gelu(Lanes x) { return x / (1.0f + exponential(-1.702f * x)); }
 
 // Calls f with a task whose types are constants to the compiler where all are bfloat16, as they
 // mostly are; the copy's fields stay in registers.
@@ -154,7 +112,7 @@ template <typename F>
 // The values that a norm is of, x or x + residual rounded to x's type and stored, and f of each
 // vector of them.
 template <typename F>
-[[gnu::always_inline]] inline void load_sum(const RowTask& task, int64_t row, float* out, F f) {
+[[gnu::always_inline]] inline void load_sum(const RowTask& task, int64_t row, float* values, F f) {
   for_each_vector(task.k, [&](int64_t i, int lanes) __attribute__((always_inline)) {
     Lanes v = load(task.x.data, task.x.dtype, row * task.x.stride + i, lanes);
     if (task.second.data) {
@@ -162,99 +120,103 @@ template <typename F>
       v = rounded(v, task.x.dtype);
       store(v, task.sum, task.x.dtype, row * task.k + i, lanes);
     }
-    store(v, out, Dtype::kFloat32, i, lanes);
+    store(v, values, Dtype::kFloat32, i, lanes);
     f(v);
   });
 }
 
-[[gnu::always_inline]] inline void rms_norm_of(const RowTask& task, int64_t row, float* out) {
+[[gnu::always_inline]] inline void rms_norm_of(const RowTask& task, int64_t row, float* values,
+                                               void* out) {
   const int64_t k = task.k;
   Lanes squares{};
-  load_sum(task, row, out, [&](Lanes v) __attribute__((always_inline)) { squares += v * v; });
+  load_sum(task, row, values, [&](Lanes v) __attribute__((always_inline)) { squares += v * v; });
   const float mean = total(squares) / static_cast<float>(k);
   const float factor = 1.0f / std::sqrt(mean + task.eps);
   for_each_vector(k, [&](int64_t i, int lanes) __attribute__((always_inline)) {
-    Lanes v = load_floats(out + i, lanes) * factor;
+    Lanes v = load_floats(values + i, lanes) * factor;
     if (task.form == RmsForm::kWeightAfterCast) v = rounded(v, task.x.dtype);
     if (task.weight.data) {
       const Lanes weight = load(task.weight.data, task.weight.dtype, i, lanes);
       v *= task.form == RmsForm::kOnePlusWeight ? weight + 1.0f : weight;
     }
-    store(rounded(v, task.dtype), out, Dtype::kFloat32, i, lanes);
+    store(rounded(v, task.dtype), out, task.dtype, i, lanes);
   });
 }
 
-[[gnu::always_inline]] inline void layer_norm_of(const RowTask& task, int64_t row, float* out) {
+[[gnu::always_inline]] inline void layer_norm_of(const RowTask& task, int64_t row, float* values,
+                                                 void* out) {
   const int64_t k = task.k;
   Lanes sum{}, squares{};
-  load_sum(task, row, out, [&](Lanes v) __attribute__((always_inline)) { sum += v; });
+  load_sum(task, row, values, [&](Lanes v) __attribute__((always_inline)) { sum += v; });
   const float mean = total(sum) / static_cast<float>(k);
   for_each_vector(k, [&](int64_t i, int lanes) __attribute__((always_inline)) {
-    store(load_floats(out + i, lanes) - mean, out, Dtype::kFloat32, i, lanes);
-    const Lanes v = load_floats(out + i, lanes);  // zero beyond the row's end
+    store(load_floats(values + i, lanes) - mean, values, Dtype::kFloat32, i, lanes);
+    const Lanes v = load_floats(values + i, lanes);  // zero beyond the row's end
     squares += v * v;
   });
   const float variance = total(squares) / static_cast<float>(k);
   const float factor = 1.0f / std::sqrt(variance + task.eps);
   for_each_vector(k, [&](int64_t i, int lanes) __attribute__((always_inline)) {
-    Lanes v = load_floats(out + i, lanes) * factor;
+    Lanes v = load_floats(values + i, lanes) * factor;
     if (task.weight.data) v *= load(task.weight.data, task.weight.dtype, i, lanes);
     if (task.bias.data) v += load(task.bias.data, task.bias.dtype, i, lanes);
-    store(rounded(v, task.dtype), out, Dtype::kFloat32, i, lanes);
+    store(rounded(v, task.dtype), out, task.dtype, i, lanes);
   });
 }
 
-void rms_norm(const RowTask& task, int64_t row, float* out) {
-  specialised(
-      task, [=](const RowTask& one) __attribute__((always_inline)) { rms_norm_of(one, row, out); });
+void rms_norm(const RowTask& task, int64_t row, float* values, void* out) {
+  specialised(task, [=](const RowTask& one)
+                        __attribute__((always_inline)) { rms_norm_of(one, row, values, out); });
 }
 
-void layer_norm(const RowTask& task, int64_t row, float* out) {
+void layer_norm(const RowTask& task, int64_t row, float* values, void* out) {
   specialised(task, [=](const RowTask& one)
-                        __attribute__((always_inline)) { layer_norm_of(one, row, out); });
+                        __attribute__((always_inline)) { layer_norm_of(one, row, values, out); });
 }
 
 template <typename F>
-[[gnu::always_inline]] inline void pointwise_of(const RowTask& task, int64_t row, float* out, F f) {
+[[gnu::always_inline]] inline void pointwise_of(const RowTask& task, int64_t row, void* out, F f) {
+  const bool for_bfloat16 = task.x.dtype == Dtype::kBFloat16 && task.dtype == Dtype::kBFloat16;
   for_each_vector(task.k, [&](int64_t i, int lanes) __attribute__((always_inline)) {
-    Lanes v = f(load(task.x.data, task.x.dtype, row * task.x.stride + i, lanes));
+    Lanes v = f(load(task.x.data, task.x.dtype, row * task.x.stride + i, lanes), for_bfloat16);
     if (task.second.data) {
       const Lanes other =
           load(task.second.data, task.second.dtype, row * task.second.stride + i, lanes);
       // An activation has a value of its own in the model, of x's type.
       v = task.function == Pointwise::kAdd ? v + other : rounded(v, task.x.dtype) * other;
     }
-    store(rounded(v, task.dtype), out, Dtype::kFloat32, i, lanes);
+    store(rounded(v, task.dtype), out, task.dtype, i, lanes);
   });
 }
 
-void pointwise(const RowTask& task, int64_t row, float* out) {
+void pointwise(const RowTask& task, int64_t row, float*, void* out) {
   const auto apply = [&](auto f) {
     specialised(task, [=](const RowTask& one)
                           __attribute__((always_inline)) { pointwise_of(one, row, out, f); });
   };
   switch (task.function) {
     case Pointwise::kRelu:
-      return apply([](Lanes x) __attribute__((always_inline)) { return x < 0.0f ? Lanes{} : x; });
+      return apply([](Lanes x, bool)
+                       __attribute__((always_inline)) { return x < 0.0f ? Lanes{} : x; });
     case Pointwise::kSilu:
-      return apply([](Lanes x) __attribute__((always_inline)) { return silu(x); });
+      return apply([](Lanes x, bool for_bfloat16) __attribute__((always_inline)) {
+        return logistic_product(x, x, for_bfloat16);
+      });
     case Pointwise::kGelu:
-      return apply([](Lanes x) __attribute__((always_inline)) { return gelu(x); });
-    case Pointwise::kGeluTanh:
-      return apply([](Lanes x) __attribute__((always_inline)) { return gelu_tanh(x); });
-    case Pointwise::kQuickGelu:
-      return apply([](Lanes x) __attribute__((always_inline)) { return quick_gelu(x); });
+      return apply([](Lanes x, bool) __attribute__((always_inline)) { return gelu(x); });
+    case Pointwise::kGeluTanh:  // 0.5 (1 + tanh u) is the logistic function of 2 u
+      return apply([](Lanes x, bool for_bfloat16) __attribute__((always_inline)) {
+        const Lanes u = 0.79788456f * (x + 0.044715f * (x * x * x));
+        return logistic_product(x, 2.0f * u, for_bfloat16);
+      });
+    case Pointwise::kQuickGelu:  // CLIP's
+      return apply([](Lanes x, bool for_bfloat16) __attribute__((always_inline)) {
+        return logistic_product(x, 1.702f * x, for_bfloat16);
+      });
     case Pointwise::kCast:
     case Pointwise::kAdd:
-      return apply([](Lanes x) __attribute__((always_inline)) { return x; });
+      return apply([](Lanes x, bool) __attribute__((always_inline)) { return x; });
   }
-}
-
-// Stores a row whose values are of `dtype` already.
-void store_row(const float* row, int64_t k, Dtype dtype, void* out, int64_t start) {
-  for_each_vector(k, [&](int64_t i, int lanes) __attribute__((always_inline)) {
-    store(load_floats(row + i, lanes), out, dtype, start + i, lanes);
-  });
 }
 
 }  // namespace

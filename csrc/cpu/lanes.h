@@ -1,0 +1,136 @@
+// Vectors of sixteen numbers, for the compiler to split as the including file is built; written out
+// where AVX-512 does with fewer instructions what the compiler makes of it.
+#pragma once
+
+#if defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
+
+#include <cstring>
+
+#include "convert.h"
+
+namespace micromix::cpu {
+namespace {
+
+constexpr int kLanes = 16;
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(float))));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+
+[[gnu::always_inline]] inline Lanes load_floats(const float* from, int lanes) {
+  Lanes v{};
+  std::memcpy(&v, from, lanes * sizeof(float));
+  return v;
+}
+
+// Apart from the others, whose vectors stay in registers.
+[[gnu::noinline]] void from_float16(const Halves& bits, Lanes& v) {
+  for (int j = 0; j < kLanes; ++j) v[j] = float16_to_float(bits[j]);
+}
+
+[[gnu::noinline]] void to_float16(const Lanes& v, Halves& bits) {
+  for (int j = 0; j < kLanes; ++j) bits[j] = float_to_float16(v[j]);
+}
+
+#if defined(__AVX512BW__)
+[[gnu::always_inline]] inline __mmask16 first_lanes(int lanes) {
+  return static_cast<__mmask16>((1u << lanes) - 1);
+}
+
+[[gnu::always_inline]] inline Lanes load_bfloat16(const uint16_t* from, int lanes) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(first_lanes(lanes), from);
+  return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
+
+[[gnu::always_inline]] inline void store_bfloat16(Lanes v, uint16_t* to, int lanes) {
+  // The high half of each word.
+  const __m512i halves = _mm512_castsi256_si512(
+      _mm256_setr_epi16(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
+  const __m512i bits = _mm512_permutexvar_epi16(halves, (__m512i)v);
+  _mm256_mask_storeu_epi16(to, first_lanes(lanes), _mm512_castsi512_si256(bits));
+}
+
+[[gnu::always_inline]] inline Lanes rounded_to_bfloat16(Lanes v) {
+  const __m512i bits = (__m512i)v;
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __mmask16 number = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q);
+  const __m512i sum = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF));
+  const __m512i up = _mm512_mask_add_epi32(sum, odd, sum, _mm512_set1_epi32(1));
+  return (Lanes)_mm512_mask_and_epi32(_mm512_set1_epi32(0x7FC00000), number, up,
+                                      _mm512_set1_epi32(static_cast<int32_t>(0xFFFF0000)));
+}
+
+// NaN stays NaN.
+[[gnu::always_inline]] inline Lanes clamped(Lanes v, float least, float most) {
+  const __m512 high = _mm512_max_ps(_mm512_set1_ps(least), (__m512)v);
+  return (Lanes)_mm512_min_ps(_mm512_set1_ps(most), high);
+}
+#else
+[[gnu::always_inline]] inline Lanes load_bfloat16(const uint16_t* from, int lanes) {
+  Halves bits{};
+  std::memcpy(&bits, from, lanes * sizeof(uint16_t));
+  return (Lanes)(__builtin_convertvector(bits, Words) << 16);
+}
+
+[[gnu::always_inline]] inline void store_bfloat16(Lanes v, uint16_t* to, int lanes) {
+  const Halves bits = __builtin_convertvector((Words)v >> 16, Halves);
+  std::memcpy(to, &bits, lanes * sizeof(uint16_t));
+}
+
+[[gnu::always_inline]] inline Lanes rounded_to_bfloat16(Lanes v) {
+  const Words bits = (Words)v;
+  const Words up = (bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u;
+  return (Lanes)(v == v ? up : Words{} + 0x7FC00000u);
+}
+
+// NaN stays NaN.
+[[gnu::always_inline]] inline Lanes clamped(Lanes v, float least, float most) {
+  v = v < least ? least : v;
+  return v > most ? most : v;
+}
+#endif
+
+// Numbers of a row; lanes beyond its end are zero.
+[[gnu::always_inline]] inline Lanes load(const void* from, Dtype dtype, int64_t at, int lanes) {
+  if (dtype == Dtype::kFloat32) return load_floats(static_cast<const float*>(from) + at, lanes);
+  const uint16_t* const halves = static_cast<const uint16_t*>(from) + at;
+  if (dtype == Dtype::kBFloat16) return load_bfloat16(halves, lanes);
+  Halves bits{};
+  std::memcpy(&bits, halves, lanes * sizeof(uint16_t));
+  Lanes v;
+  from_float16(bits, v);
+  return v;
+}
+
+// Stores numbers that are of `dtype` already.
+[[gnu::always_inline]] inline void store(Lanes v, void* to, Dtype dtype, int64_t at, int lanes) {
+  if (dtype == Dtype::kFloat32) {
+    std::memcpy(static_cast<float*>(to) + at, &v, lanes * sizeof(float));
+    return;
+  }
+  uint16_t* const halves = static_cast<uint16_t*>(to) + at;
+  if (dtype == Dtype::kBFloat16) return store_bfloat16(v, halves, lanes);
+  Halves bits;
+  to_float16(v, bits);
+  std::memcpy(halves, &bits, lanes * sizeof(uint16_t));
+}
+
+[[gnu::always_inline]] inline Lanes rounded(Lanes v, Dtype dtype) {
+  if (dtype == Dtype::kBFloat16) return rounded_to_bfloat16(v);
+  if (dtype == Dtype::kFloat16) {
+    Halves half;
+    to_float16(v, half);
+    from_float16(half, v);
+  }
+  return v;
+}
+
+[[gnu::always_inline]] inline float total(Lanes lanes) {
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+}  // namespace
+}  // namespace micromix::cpu
