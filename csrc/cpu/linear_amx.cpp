@@ -23,7 +23,7 @@ constexpr int64_t kRing = 8;
 // of panels, whose decoded blocks stay in L2, as do the sums of kMaxRowTiles. Where K has no more
 // blocks no sums need room, and more pairs spare the activations ways from L3.
 constexpr int64_t kMaxBlocks = 18;
-constexpr int64_t kMaxPairs = 8;
+constexpr int64_t kMaxPairs = 9;
 constexpr int64_t kMaxPairsAlone = 16;
 constexpr int64_t kMaxRowTiles = 32;
 
@@ -393,13 +393,16 @@ void run_blocked(const Context& context, int64_t first_panel) {
   const int64_t blocks = context.task.layout.blocks(), tiles = row_tiles(context.task);
   const int64_t step = blocks_at_once(blocks);
   const auto at_most = [](int64_t value, int64_t limit) { return value < limit ? value : limit; };
-  const int64_t panels = 2 * pairs_at_once(blocks);
-  for (int64_t p = first_panel; p < context.last_panel; p += panels) {
+  // Equal numbers of pairs at once: few pairs alone would wait for the activations.
+  const int64_t pairs = (context.last_panel - first_panel + 1) / 2, most = pairs_at_once(blocks);
+  const int64_t ranges = (pairs + most - 1) / most;
+  for (int64_t i = 0; i < ranges; ++i) {
+    const int64_t p0 = first_panel + pairs * i / ranges * 2;
+    const int64_t p1 = at_most(first_panel + pairs * (i + 1) / ranges * 2, context.last_panel);
     for (int64_t t = 0; t < tiles; t += kMaxRowTiles) {
       for (int64_t b = 0; b < blocks; b += step) {
-        const Range range{p, at_most(p + panels, context.last_panel),
-                          t, at_most(t + kMaxRowTiles, tiles),
-                          b, at_most(b + step, blocks)};
+        const Range range{
+            p0, p1, t, at_most(t + kMaxRowTiles, tiles), b, at_most(b + step, blocks)};
         // With all of K in one step the weight of the rows before serves these.
         if (t == 0 || step < blocks) decode_range(context, range);
         asm volatile("" : : : "memory");  // gcc 12: _tile_loadd reads memory
