@@ -1,5 +1,6 @@
-// Vectors of sixteen numbers, for the compiler to split as the including file is built; written out
-// where AVX-512 does with fewer instructions what the compiler makes of it.
+// Vectors of numbers, as wide as those of the instruction set that the including file is built for:
+// the compiler makes poor code of wider ones. Written out where AVX-512 does with fewer
+// instructions what the compiler makes of it.
 #pragma once
 
 #if defined(__AVX512BW__)
@@ -13,7 +14,15 @@
 namespace micromix::cpu {
 namespace {
 
+#if defined(__AVX512BW__)
 constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+constexpr int kSums = 16;  // a row's numbers are summed up in so many lanes, whatever kLanes is
+constexpr int kParts = kSums / kLanes;
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
 typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(float))));
 typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
@@ -126,8 +135,14 @@ typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
   return v;
 }
 
-[[gnu::always_inline]] inline float total(Lanes lanes) {
-  for (int width = kLanes / 2; width > 0; width /= 2)
+struct Sums {
+  Lanes parts[kParts] = {};
+};
+
+[[gnu::always_inline]] inline float total(const Sums& sums) {
+  float lanes[kSums];
+  std::memcpy(lanes, sums.parts, sizeof lanes);
+  for (int width = kSums / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
   return lanes[0];
 }

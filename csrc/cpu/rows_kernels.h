@@ -10,12 +10,20 @@
 namespace micromix::cpu {
 namespace {
 
-// Calls f(i, lanes) for the vectors of a row: channels i to i + lanes, sixteen but for the last.
+// Calls f(i, lanes, part) for the vectors of a row: channels i to i + lanes, kLanes but for the
+// last, which belong to `part` of the row's sums.
 template <typename F>
 [[gnu::always_inline]] inline void for_each_vector(int64_t k, F f) {
   int64_t i = 0;
-  for (; i + kLanes <= k; i += kLanes) f(i, kLanes);
-  if (i < k) f(i, static_cast<int>(k - i));
+  for (; i + kSums <= k; i += kSums) {
+#pragma GCC unroll 4
+    for (int part = 0; part < kParts; ++part) f(i + part * kLanes, kLanes, part);
+  }
+#pragma GCC unroll 4
+  for (int part = 0; part < kParts; ++part) {
+    const int64_t left = k - i - part * kLanes;
+    if (left > 0) f(i + part * kLanes, left < kLanes ? static_cast<int>(left) : kLanes, part);
+  }
 }
 
 // e^x to 2 units in the last place; below 2^-126 it is that, above 2^127 about that.
@@ -113,7 +121,7 @@ template <typename F>
 // vector of them.
 template <typename F>
 [[gnu::always_inline]] inline void load_sum(const RowTask& task, int64_t row, float* values, F f) {
-  for_each_vector(task.k, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+  for_each_vector(task.k, [&](int64_t i, int lanes, int part) __attribute__((always_inline)) {
     Lanes v = load(task.x.data, task.x.dtype, row * task.x.stride + i, lanes);
     if (task.second.data) {
       v += load(task.second.data, task.second.dtype, row * task.second.stride + i, lanes);
@@ -121,18 +129,19 @@ template <typename F>
       store(v, task.sum, task.x.dtype, row * task.k + i, lanes);
     }
     store(v, values, Dtype::kFloat32, i, lanes);
-    f(v);
+    f(v, part);
   });
 }
 
 [[gnu::always_inline]] inline void rms_norm_of(const RowTask& task, int64_t row, float* values,
                                                void* out) {
   const int64_t k = task.k;
-  Lanes squares{};
-  load_sum(task, row, values, [&](Lanes v) __attribute__((always_inline)) { squares += v * v; });
+  Sums squares;
+  load_sum(task, row, values,
+           [&](Lanes v, int part) __attribute__((always_inline)) { squares.parts[part] += v * v; });
   const float mean = total(squares) / static_cast<float>(k);
   const float factor = 1.0f / std::sqrt(mean + task.eps);
-  for_each_vector(k, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+  for_each_vector(k, [&](int64_t i, int lanes, int) __attribute__((always_inline)) {
     Lanes v = load_floats(values + i, lanes) * factor;
     if (task.form == RmsForm::kWeightAfterCast) v = rounded(v, task.x.dtype);
     if (task.weight.data) {
@@ -146,17 +155,18 @@ template <typename F>
 [[gnu::always_inline]] inline void layer_norm_of(const RowTask& task, int64_t row, float* values,
                                                  void* out) {
   const int64_t k = task.k;
-  Lanes sum{}, squares{};
-  load_sum(task, row, values, [&](Lanes v) __attribute__((always_inline)) { sum += v; });
+  Sums sum, squares;
+  load_sum(task, row, values,
+           [&](Lanes v, int part) __attribute__((always_inline)) { sum.parts[part] += v; });
   const float mean = total(sum) / static_cast<float>(k);
-  for_each_vector(k, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+  for_each_vector(k, [&](int64_t i, int lanes, int part) __attribute__((always_inline)) {
     store(load_floats(values + i, lanes) - mean, values, Dtype::kFloat32, i, lanes);
     const Lanes v = load_floats(values + i, lanes);  // zero beyond the row's end
-    squares += v * v;
+    squares.parts[part] += v * v;
   });
   const float variance = total(squares) / static_cast<float>(k);
   const float factor = 1.0f / std::sqrt(variance + task.eps);
-  for_each_vector(k, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+  for_each_vector(k, [&](int64_t i, int lanes, int) __attribute__((always_inline)) {
     Lanes v = load_floats(values + i, lanes) * factor;
     if (task.weight.data) v *= load(task.weight.data, task.weight.dtype, i, lanes);
     if (task.bias.data) v += load(task.bias.data, task.bias.dtype, i, lanes);
@@ -177,7 +187,7 @@ void layer_norm(const RowTask& task, int64_t row, float* values, void* out) {
 template <typename F>
 [[gnu::always_inline]] inline void pointwise_of(const RowTask& task, int64_t row, void* out, F f) {
   const bool for_bfloat16 = task.x.dtype == Dtype::kBFloat16 && task.dtype == Dtype::kBFloat16;
-  for_each_vector(task.k, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+  for_each_vector(task.k, [&](int64_t i, int lanes, int) __attribute__((always_inline)) {
     Lanes v = f(load(task.x.data, task.x.dtype, row * task.x.stride + i, lanes), for_bfloat16);
     if (task.second.data) {
       const Lanes other =
