@@ -10,6 +10,9 @@ Variants, timed in turns (A B C A B C ...), ratios by round:
     with head      the same, and the output head quantised too
     weight-only    the same formats, of the weights alone: activations in bf16
 
+and each of them with "+ cpp": Inductor's C++ wrapper (`options={"cpp_wrapper": True}`) around the kernels in place of
+its Python one.
+
 One more run of each under the profiler tells the milliseconds a token in quantised products (`micromix::linear`,
 `linears`, `weight_only_linear`), in other matrix products (the head's), and in all else.
 """
@@ -36,6 +39,8 @@ from micromix_compile.models import builtin_text, load_smollm2
 from micromix_compile.passes.fold_order import Folds
 
 VARIANTS = ("inductor", "passes off", "micromix", "with head", "weight-only")
+CPP = " + cpp"
+ALL = [*VARIANTS, *(name + CPP for name in VARIANTS)]
 
 
 def main() -> None:
@@ -44,7 +49,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="decode steps of each timing")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt; 0: none")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--variants", nargs="+", choices=ALL, default=ALL, metavar="NAME")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     arguments = parser.parse_args()
 
@@ -64,12 +69,15 @@ def main() -> None:
     }
     plans["passes off"] = plans["micromix"]
 
-    decoders, prefills = {}, {}
+    decoders, prefills, compile_seconds = {}, {}, {}
     for name in arguments.variants:
         compiled = torch.compile(model, **how(name, plans))
         decoders[name] = Decoder(model, compiled)
-        with passes_off() if name == "passes off" else contextlib.nullcontext():
+        off = name.removesuffix(CPP) == "passes off"
+        with passes_off() if off else contextlib.nullcontext():
+            began = time.perf_counter()
             decoders[name].feed(0)
+            compile_seconds[name] = time.perf_counter() - began
             if arguments.prefill:
                 prefills[name] = prefill(model, compiled, ids[:, : arguments.prefill])
                 prefills[name]()
@@ -78,19 +86,20 @@ def main() -> None:
     print(f"{arguments.layers} layers, {threads} thread(s), torch {torch.__version__}")
     results = {}
     print(
-        f"{'decode':12s} {'tok/s':>7s} {'ratio':>6s} {'products':>9s} {'head':>7s} {'else':>7s}  (ms)"
+        f"{'decode':17s} {'tok/s':>7s} {'ratio':>6s} {'products':>9s} {'head':>7s} {'else':>7s}  (ms)"
     )
     speeds = decode_speed(decoders, arguments.tokens, arguments.rounds, label=None)
     for name, speed in speeds.items():
         parts = decode_parts(decoders[name], arguments.tokens)
         times = " ".join(f"{t:{w}.2f}" for t, w in zip(parts, (9, 7, 7)))
-        print(f"{name:12s} {speed.tokens_per_second:7.1f} {speed.ratio:5.2f}x {times}")
+        print(f"{name:17s} {speed.tokens_per_second:7.1f} {speed.ratio:5.2f}x {times}")
         results[name] = {"tokens_per_second": speed.tokens_per_second, "ratio": speed.ratio}
         results[name] |= dict(zip(("products_ms", "head_ms", "else_ms"), parts))
+        results[name]["first_call_s"] = compile_seconds[name]
     if prefills:
         print(f"prefill of {arguments.prefill} tokens")
         for name, (seconds, ratio) in medians(in_turns(prefills, arguments.rounds)).items():
-            print(f"{name:12s} {1e3 * seconds:7.1f} ms {ratio:5.2f}x")
+            print(f"{name:17s} {1e3 * seconds:7.1f} ms {ratio:5.2f}x")
             results[name] |= {"prefill_s": seconds, "prefill_ratio": ratio}
     if arguments.json:
         facts = {"layers": arguments.layers, "threads": threads, "prefill": arguments.prefill}
@@ -99,9 +108,11 @@ def main() -> None:
 
 def how(name: str, plans: dict) -> dict:
     """The arguments of torch.compile for a variant."""
+    options = {"cpp_wrapper": True} if name.endswith(CPP) else {}
+    name = name.removesuffix(CPP)
     if name == "inductor":
-        return {"backend": "inductor"}
-    options = {"plan": plans[name]}
+        return {"backend": "inductor", "options": options}
+    options["plan"] = plans[name]
     if name == "passes off":
         options["post_grad_custom_pre_pass"] = None
     return {"backend": "micromix", "options": options}

@@ -58,17 +58,19 @@ def ways(k: int, sizes: tuple[int, ...], rows: int) -> dict[str, Callable[[], ob
 
     parts = [ops.place_weight(*quantised(n), *layout) for n in sizes]
     whole, total = ops.place_weight(*quantised(sum(sizes)), *layout), sum(sizes)
-    x, none = quantised(rows), [None] * len(sizes)
+    x, rest = quantised(rows), (*layout, dtype)
+    linears = {2: ops.linears.two, 3: ops.linears.three}[len(sizes)]
+    layers = [argument for part, n in zip(parts, sizes) for argument in (part, None, n)]
 
     def views() -> tuple[torch.Tensor, ...]:
-        return ops.linear(*x, whole, None, total, *layout, dtype).split(sizes, -1)
+        return ops.linear.default(*x, whole, None, total, *rest).split(sizes, -1)
 
     return {
-        "linears": lambda: ops.linears(*x, parts, none, list(sizes), *layout, dtype),
+        "linears": lambda: linears(*x, *layers, *rest),
         "views": views,
         "copies": lambda: [part.contiguous() for part in views()],
         "apart": lambda: [
-            ops.linear(*x, part, None, n, *layout, dtype) for part, n in zip(parts, sizes)
+            ops.linear.default(*x, part, None, n, *rest) for part, n in zip(parts, sizes)
         ],
     }
 

@@ -79,8 +79,8 @@ def _pointwise(function, x, other, *rest):
     return micromix.pointwise_quantize(x, other, function, BF16, False, *rest)
 
 
-def _quantize(x, weight, orders, layouts):
-    return micromix.quantize(x, orders[0], *layouts)
+def _quantize(x, weight, *rest):
+    return micromix.quantize(x, *rest)
 
 
 FORMS = [
@@ -210,8 +210,8 @@ def measure(
         )
         for _ in range(copies)
     ]
-    layouts = [layout.k4, layout.k6, layout.k8, layout.code]
-    contenders = {"micromix": lambda *a: form.ours(*a, [order], layouts)}
+    quantise = (order, layout.k4, layout.k6, layout.k8, layout.code)
+    contenders = {"micromix": lambda *a: form.ours(*a, *quantise)}
     halves = [torch.empty(total // 16, dtype=torch.int64, device="cuda") for _ in range(copies)]
     if peer:
         torch._dynamo.reset()

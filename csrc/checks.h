@@ -70,6 +70,17 @@ inline int64_t rows_of(const Tensor& t) {
   return rows;
 }
 
+// A new tensor [size] on the device of `like`.
+inline Tensor empty_vector(const Tensor& like, int64_t size, int32_t dtype) {
+  const int64_t stride = 1;
+  AtenTensorHandle result;
+  int32_t device;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(1, &size, &stride, dtype, device, like.get_device_index(), &result));
+  return Tensor(result);
+}
+
 // A new tensor with the sizes of `like`, on its device, the last size replaced. On the CPU a large
 // one gets huge pages where its memory is fresh.
 inline Tensor empty_rows(const Tensor& like, int64_t last, int32_t dtype) {
@@ -103,6 +114,21 @@ void parallel(int64_t count, int64_t grain, const F& f) {
   } else {
     torch::stable::parallel_for(0, count, grain, f);
   }
+}
+
+// One layer of a product: its arguments, and its result once there is one.
+struct Layer {
+  Tensor weight;
+  std::optional<Tensor> bias;
+  int64_t n;
+  std::optional<Tensor> result = std::nullopt;
+};
+
+// The most layers of one product: the overloads of micromix::linears.
+constexpr size_t kMostLayers = 3;
+
+inline int32_t shim_dtype(ScalarType dtype) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
 }
 
 // The channel order of a quantise of k channels as the kernels take it, null for the identity.

@@ -4,9 +4,9 @@
 
 #include <atomic>
 #include <optional>
+#include <span>
 #include <string>
 #include <tuple>
-#include <vector>
 
 #include "abi.h"
 #include "checks.h"
@@ -148,35 +148,31 @@ void launch(const cpu::LinearKernel& kernel, const cpu::LinearTask* tasks, size_
   });
 }
 
-// Checks a weight and its bias, and gives the task, which has its activations, what it lacks of
-// them. Returns the result's memory: rows of `like`, a tensor whose rows the activations are.
-Tensor add_weight(const char* op, cpu::LinearTask& task, const Tensor& like, const Tensor& weight,
-                  std::optional<Tensor>& bias, ScalarType dtype) {
-  const int64_t n = task.n;
-  MICROMIX_CHECK(n >= 0, "micromix::", op, ": n must not be negative; got ", n);
+// Checks a layer, makes its result, rows of `like`, a tensor whose rows the activations are, and
+// gives the task, which has its activations, what it lacks.
+void add_layer(const char* op, cpu::LinearTask& task, const Tensor& like, Layer& layer,
+               ScalarType dtype) {
+  MICROMIX_CHECK(layer.n >= 0, "micromix::", op, ": n must not be negative; got ", layer.n);
+  task.n = layer.n;
   task.out_dtype = checked_dtype(op, "dtype", dtype);
-  check_placed(op, weight, task.layout, n);
-  task.weight = static_cast<const uint8_t*>(weight.const_data_ptr());
-  if (bias) {
+  check_placed(op, layer.weight, task.layout, layer.n);
+  task.weight = static_cast<const uint8_t*>(layer.weight.const_data_ptr());
+  if (std::optional<Tensor>& bias = layer.bias) {
     task.bias_dtype = checked_dtype(op, "bias", bias->scalar_type());
-    MICROMIX_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == n, "micromix::", op,
-                   ": bias must be [", n, "] on the CPU");
+    MICROMIX_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == layer.n, "micromix::", op,
+                   ": bias must be [", layer.n, "] on the CPU");
     *bias = dense(*bias);
     task.bias = bias->const_data_ptr();
   }
-  const int32_t shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  Tensor result = empty_rows(like, n, shim_dtype);
-  task.out = result.mutable_data_ptr();
-  return result;
+  layer.result = empty_rows(like, layer.n, shim_dtype(dtype));
+  task.out = layer.result->mutable_data_ptr();
 }
 
-// Products of one activation with several weights of one layout, in one launch: the activations are
+// Products of one activation with several layers of one layout, in one launch: the activations are
 // decoded once, and the panels of all weights are shared out together.
-std::vector<Tensor> products(const char* op, Tensor data, Tensor scales,
-                             const std::vector<Tensor>& weights,
-                             std::vector<std::optional<Tensor>>& biases,
-                             const std::vector<int64_t>& n, const mx::MixedLayout& layout,
-                             ScalarType dtype) {
+void products(const char* op, Tensor data, Tensor scales, std::span<Layer> layers, int64_t k4,
+              int64_t k6, int64_t k8, int64_t format, ScalarType dtype) {
+  const mx::MixedLayout layout = checked_layout(op, k4, k6, k8, format);
   check_bytes(op, "data", data);
   check_bytes(op, "scales", scales);
   MICROMIX_CHECK(data.dim() > 0 && data.size(data.dim() - 1) == layout.row_bytes(),
@@ -190,40 +186,50 @@ std::vector<Tensor> products(const char* op, Tensor data, Tensor scales,
   data = dense(data);
   scales = dense(scales);
 
-  std::vector<Tensor> results;
-  std::vector<cpu::LinearTask> tasks;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    cpu::LinearTask task{layout, m, n[i]};
+  cpu::LinearTask tasks[kMostLayers];
+  size_t count = 0;
+  for (Layer& layer : layers) {
+    cpu::LinearTask& task = tasks[count] = {layout, m, 0};
     task.data = static_cast<const uint8_t*>(data.const_data_ptr());
     task.scales = static_cast<const uint8_t*>(scales.const_data_ptr());
-    results.push_back(add_weight(op, task, data, weights[i], biases[i], dtype));
-    if (m > 0 && n[i] > 0) tasks.push_back(task);
+    add_layer(op, task, data, layer, dtype);
+    count += m > 0 && layer.n > 0;
   }
-  for (size_t first = 0; first < tasks.size();) {
+  for (size_t first = 0; first < count;) {
     const cpu::LinearKernel& kernel = cpu::linear_kernel(tasks[first]);
     size_t last = first + 1;
-    while (last < tasks.size() && &cpu::linear_kernel(tasks[last]) == &kernel) ++last;
-    launch(kernel, tasks.data() + first, last - first);
+    while (last < count && &cpu::linear_kernel(tasks[last]) == &kernel) ++last;
+    launch(kernel, tasks + first, last - first);
     first = last;
   }
-  return results;
 }
 
 Tensor linear(Tensor data, Tensor scales, Tensor weight, std::optional<Tensor> bias, int64_t n,
               int64_t k4, int64_t k6, int64_t k8, int64_t format, ScalarType dtype) {
-  const mx::MixedLayout layout = checked_layout("linear", k4, k6, k8, format);
-  std::vector<std::optional<Tensor>> biases{bias};
-  return products("linear", data, scales, {weight}, biases, {n}, layout, dtype)[0];
+  Layer layers[] = {{weight, bias, n}};
+  products("linear", data, scales, layers, k4, k6, k8, format, dtype);
+  return *layers[0].result;
 }
 
-std::vector<Tensor> linears(Tensor data, Tensor scales, std::vector<Tensor> weights,
-                            std::vector<std::optional<Tensor>> biases, std::vector<int64_t> n,
-                            int64_t k4, int64_t k6, int64_t k8, int64_t format, ScalarType dtype) {
-  const mx::MixedLayout layout = checked_layout("linears", k4, k6, k8, format);
-  MICROMIX_CHECK(biases.size() == weights.size() && n.size() == weights.size(),
-                 "micromix::linears: weights, biases and n must be of one length; got ",
-                 weights.size(), ", ", biases.size(), " and ", n.size());
-  return products("linears", data, scales, weights, biases, n, layout, dtype);
+std::tuple<Tensor, Tensor> linears_two(Tensor data, Tensor scales, Tensor weight0,
+                                       std::optional<Tensor> bias0, int64_t n0, Tensor weight1,
+                                       std::optional<Tensor> bias1, int64_t n1, int64_t k4,
+                                       int64_t k6, int64_t k8, int64_t format, ScalarType dtype) {
+  Layer layers[] = {{weight0, bias0, n0}, {weight1, bias1, n1}};
+  products("linears", data, scales, layers, k4, k6, k8, format, dtype);
+  return {*layers[0].result, *layers[1].result};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linears_three(Tensor data, Tensor scales, Tensor weight0,
+                                                 std::optional<Tensor> bias0, int64_t n0,
+                                                 Tensor weight1, std::optional<Tensor> bias1,
+                                                 int64_t n1, Tensor weight2,
+                                                 std::optional<Tensor> bias2, int64_t n2,
+                                                 int64_t k4, int64_t k6, int64_t k8, int64_t format,
+                                                 ScalarType dtype) {
+  Layer layers[] = {{weight0, bias0, n0}, {weight1, bias1, n1}, {weight2, bias2, n2}};
+  products("linears", data, scales, layers, k4, k6, k8, format, dtype);
+  return {*layers[0].result, *layers[1].result, *layers[2].result};
 }
 
 Tensor weight_only_linear(Tensor x, std::optional<Tensor> order, Tensor weight,
@@ -232,16 +238,17 @@ Tensor weight_only_linear(Tensor x, std::optional<Tensor> order, Tensor weight,
   const char* const op = "weight_only_linear";
   const mx::MixedLayout layout = checked_layout(op, k4, k6, k8, format);
   MICROMIX_CHECK(x.dim() > 0, "micromix::", op, ": x needs at least one dimension, the channels");
-  cpu::LinearTask task{layout, rows_of(x), n};
+  cpu::LinearTask task{layout, rows_of(x), 0};
   task.weight_only = true;
   task.x_dtype = checked_dtype(op, "x", x.scalar_type());
   task.k = x.size(x.dim() - 1);
   x = dense(x);
   task.x = x.const_data_ptr();
   task.order = checked_order(op, x, order, layout, task.k);
-  Tensor result = add_weight(op, task, x, weight, bias, dtype);
+  Layer layer{weight, bias, n};
+  add_layer(op, task, x, layer, dtype);
   if (task.m > 0 && n > 0) launch(cpu::linear_kernel(task), &task, 1);
-  return result;
+  return *layer.result;
 }
 
 // What was built, one "key=value" a line.
@@ -272,8 +279,13 @@ STABLE_TORCH_LIBRARY(micromix, m) {
       "linear(Tensor data, Tensor scales, Tensor weight, Tensor? bias, int n, int k4, int k6, "
       "int k8, int format, ScalarType dtype) -> Tensor");
   m.def(
-      "linears(Tensor data, Tensor scales, Tensor[] weights, Tensor?[] biases, int[] n, int k4, "
-      "int k6, int k8, int format, ScalarType dtype) -> Tensor[]");
+      "linears.two(Tensor data, Tensor scales, Tensor weight0, Tensor? bias0, int n0, "
+      "Tensor weight1, Tensor? bias1, int n1, int k4, int k6, int k8, int format, "
+      "ScalarType dtype) -> (Tensor, Tensor)");
+  m.def(
+      "linears.three(Tensor data, Tensor scales, Tensor weight0, Tensor? bias0, int n0, "
+      "Tensor weight1, Tensor? bias1, int n1, Tensor weight2, Tensor? bias2, int n2, int k4, "
+      "int k6, int k8, int format, ScalarType dtype) -> (Tensor, Tensor, Tensor)");
   m.def(
       "weight_only_linear(Tensor x, Tensor? order, Tensor weight, Tensor? bias, int n, int k4, "
       "int k6, int k8, int format, ScalarType dtype) -> Tensor");
@@ -289,7 +301,8 @@ STABLE_TORCH_LIBRARY(micromix, m) {
 STABLE_TORCH_LIBRARY_IMPL(micromix, CPU, m) {
   m.impl("quantize", TORCH_BOX(&quantize));
   m.impl("linear", TORCH_BOX(&linear));
-  m.impl("linears", TORCH_BOX(&linears));
+  m.impl("linears.two", TORCH_BOX(&linears_two));
+  m.impl("linears.three", TORCH_BOX(&linears_three));
   m.impl("weight_only_linear", TORCH_BOX(&weight_only_linear));
   m.impl("place_weight", TORCH_BOX(&place_weight));
   m.impl("unplace_weight", TORCH_BOX(&unplace_weight));

@@ -1,19 +1,19 @@
 // The operators that quantise what they compute: the checks of their arguments and the allocation
 // of their results, the same on every device. `kRun` is the device's own part: it computes `rows`
-// rows of a task and quantises each for every output.
+// rows of a task and quantises them.
+//
+// No operator takes or returns a list, which Inductor's C++ wrapper could not call without Python.
+// So each has a fixed number of results, and one that was not asked for is empty.
 #pragma once
 
-#include <vector>
+#include <tuple>
 
 #include "checks.h"
 #include "rows.h"
 
 namespace micromix {
 
-using Orders = std::vector<std::optional<Tensor>>;
-using Layouts = std::vector<int64_t>;  // k4, k6, k8, format of each quantise
-using RunRows = void (*)(const Tensor& x, const RowTask&, int64_t rows,
-                         const std::vector<RowOutput>&);
+using RunRows = void (*)(const Tensor& x, const RowTask&, int64_t rows, const RowOutput&);
 
 // The rows of `t` [..., K] where they lie, if they are evenly spaced, and of a dense copy
 // otherwise.
@@ -47,10 +47,6 @@ inline void check_same_sizes(const char* op, const char* what, const Tensor& x,
                  " must be on the device of x and have x's sizes");
 }
 
-inline int32_t shim_dtype(ScalarType dtype) {
-  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-}
-
 // The task of x alone.
 inline RowTask row_task(const char* op, RowFunction function, Tensor& x, ScalarType dtype) {
   MICROMIX_CHECK(x.dim() > 0, "micromix::", op, ": x needs at least one dimension, the channels");
@@ -62,88 +58,91 @@ inline RowTask row_task(const char* op, RowFunction function, Tensor& x, ScalarT
   return task;
 }
 
-// One quantise of a task; its results are appended to `results`. `order` is made dense in place.
-inline RowOutput row_output(const char* op, const Tensor& x, int64_t k,
-                            std::optional<Tensor>& order, const mx::MixedLayout& layout,
-                            std::vector<Tensor>& results) {
-  RowOutput output{layout, checked_order(op, x, order, layout, k), nullptr, nullptr};
-  results.push_back(empty_rows(x, layout.row_bytes(), aoti_torch_dtype_uint8()));
-  output.data = static_cast<uint8_t*>(results.back().mutable_data_ptr());
-  results.push_back(empty_rows(x, layout.blocks(), aoti_torch_dtype_uint8()));
-  output.scales = static_cast<uint8_t*>(results.back().mutable_data_ptr());
-  return output;
+// Rows like x's for a result that was asked for, with their memory in `data`; else a tensor [0].
+inline Tensor if_asked_for(bool asked, const Tensor& x, int64_t k, ScalarType dtype, void*& data) {
+  if (!asked) return empty_vector(x, 0, shim_dtype(dtype));
+  Tensor rows = empty_rows(x, k, shim_dtype(dtype));
+  data = rows.mutable_data_ptr();
+  return rows;
 }
 
-// Allocates the results of a task and runs it. `results` holds what comes before these in the
-// operator's result.
+// Runs a task: data and scales.
 template <RunRows kRun>
-std::vector<Tensor> run_rows(const char* op, RowTask task, const Tensor& x, ScalarType dtype,
-                             bool keep, Orders& orders, const Layouts& layouts,
-                             std::vector<Tensor> results) {
-  MICROMIX_CHECK(layouts.size() == 4 * orders.size(), "micromix::", op,
-                 ": layouts must hold k4, k6, k8 and format for each of ", orders.size(),
-                 " orders; got ", layouts.size(), " numbers");
-  if (keep) {
-    results.push_back(empty_rows(x, task.k, shim_dtype(dtype)));
-    task.kept = results.back().mutable_data_ptr();
-  }
-  std::vector<RowOutput> outputs;
-  for (size_t i = 0; i < orders.size(); ++i) {
-    const int64_t* const l = layouts.data() + 4 * i;
-    const mx::MixedLayout layout = checked_layout(op, l[0], l[1], l[2], l[3]);
-    outputs.push_back(row_output(op, x, task.k, orders[i], layout, results));
-  }
+std::tuple<Tensor, Tensor> quantise_rows(const char* op, const RowTask& task, const Tensor& x,
+                                         std::optional<Tensor>& order, int64_t k4, int64_t k6,
+                                         int64_t k8, int64_t format) {
+  const mx::MixedLayout layout = checked_layout(op, k4, k6, k8, format);
+  const int32_t* const channels = checked_order(op, x, order, layout, task.k);
+  Tensor data = empty_rows(x, layout.row_bytes(), aoti_torch_dtype_uint8());
+  Tensor scales = empty_rows(x, layout.blocks(), aoti_torch_dtype_uint8());
   const int64_t rows = rows_of(x);
-  if (rows > 0) kRun(x, task, rows, outputs);
-  return results;
+  if (rows > 0) {
+    kRun(x, task, rows,
+         {layout, channels, static_cast<uint8_t*>(data.mutable_data_ptr()),
+          static_cast<uint8_t*>(scales.mutable_data_ptr())});
+  }
+  return {data, scales};
 }
 
-// What both norms do before their own: the first results, and the task.
+// What both norms do before their own.
 inline RowTask norm_task(const char* op, RowFunction function, Tensor& x,
                          std::optional<Tensor>& residual, std::optional<Tensor>& weight, double eps,
-                         ScalarType dtype, std::vector<Tensor>& results) {
+                         ScalarType dtype) {
   RowTask task = row_task(op, function, x, dtype);
   if (residual) {
     check_same_sizes(op, "residual", x, *residual);
     MICROMIX_CHECK(residual->scalar_type() == x.scalar_type(), "micromix::", op,
                    ": residual must have x's type");
     task.second = rows_where_they_are(op, "residual", *residual);
-    results.push_back(empty_rows(x, task.k, shim_dtype(x.scalar_type())));
-    task.sum = results.back().mutable_data_ptr();
   }
   task.weight = channel_vector(op, "weight", x, weight, task.k);
   task.eps = static_cast<float>(eps);
   return task;
 }
 
+// What both norms do after their own: sum, y, data and scales.
 template <RunRows kRun>
-std::vector<Tensor> rms_norm_quantize(Tensor x, std::optional<Tensor> residual,
-                                      std::optional<Tensor> weight, double eps, int64_t form,
-                                      ScalarType dtype, bool keep, Orders orders, Layouts layouts) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> quantise_norm(const char* op, RowTask& task,
+                                                         const Tensor& x, bool has_sum,
+                                                         ScalarType dtype, bool keep,
+                                                         std::optional<Tensor>& order, int64_t k4,
+                                                         int64_t k6, int64_t k8, int64_t format) {
+  Tensor sum = if_asked_for(has_sum, x, task.k, x.scalar_type(), task.sum);
+  Tensor y = if_asked_for(keep, x, task.k, dtype, task.kept);
+  const auto [data, scales] = quantise_rows<kRun>(op, task, x, order, k4, k6, k8, format);
+  return {sum, y, data, scales};
+}
+
+template <RunRows kRun>
+std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_quantize(
+    Tensor x, std::optional<Tensor> residual, std::optional<Tensor> weight, double eps,
+    int64_t form, ScalarType dtype, bool keep, std::optional<Tensor> order, int64_t k4, int64_t k6,
+    int64_t k8, int64_t format) {
   constexpr const char* kOp = "rms_norm_quantize";
-  std::vector<Tensor> results;
-  RowTask task = norm_task(kOp, RowFunction::kRmsNorm, x, residual, weight, eps, dtype, results);
+  RowTask task = norm_task(kOp, RowFunction::kRmsNorm, x, residual, weight, eps, dtype);
   MICROMIX_CHECK(form >= 0 && form <= 2, "micromix::", kOp, ": form must be 0, 1 or 2; got ", form);
   task.form = static_cast<RmsForm>(form);
-  return run_rows<kRun>(kOp, task, x, dtype, keep, orders, layouts, std::move(results));
+  return quantise_norm<kRun>(kOp, task, x, residual.has_value(), dtype, keep, order, k4, k6, k8,
+                             format);
 }
 
 template <RunRows kRun>
-std::vector<Tensor> layer_norm_quantize(Tensor x, std::optional<Tensor> residual,
-                                        std::optional<Tensor> weight, std::optional<Tensor> bias,
-                                        double eps, ScalarType dtype, bool keep, Orders orders,
-                                        Layouts layouts) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_quantize(
+    Tensor x, std::optional<Tensor> residual, std::optional<Tensor> weight,
+    std::optional<Tensor> bias, double eps, ScalarType dtype, bool keep,
+    std::optional<Tensor> order, int64_t k4, int64_t k6, int64_t k8, int64_t format) {
   constexpr const char* kOp = "layer_norm_quantize";
-  std::vector<Tensor> results;
-  RowTask task = norm_task(kOp, RowFunction::kLayerNorm, x, residual, weight, eps, dtype, results);
+  RowTask task = norm_task(kOp, RowFunction::kLayerNorm, x, residual, weight, eps, dtype);
   task.bias = channel_vector(kOp, "bias", x, bias, task.k);
-  return run_rows<kRun>(kOp, task, x, dtype, keep, orders, layouts, std::move(results));
+  return quantise_norm<kRun>(kOp, task, x, residual.has_value(), dtype, keep, order, k4, k6, k8,
+                             format);
 }
 
 template <RunRows kRun>
-std::vector<Tensor> pointwise_quantize(Tensor x, std::optional<Tensor> other, int64_t function,
-                                       ScalarType dtype, bool keep, Orders orders,
-                                       Layouts layouts) {
+std::tuple<Tensor, Tensor, Tensor> pointwise_quantize(Tensor x, std::optional<Tensor> other,
+                                                      int64_t function, ScalarType dtype, bool keep,
+                                                      std::optional<Tensor> order, int64_t k4,
+                                                      int64_t k6, int64_t k8, int64_t format) {
   constexpr const char* kOp = "pointwise_quantize";
   RowTask task = row_task(kOp, RowFunction::kPointwise, x, dtype);
   MICROMIX_CHECK(function >= 0 && function <= 6, "micromix::", kOp,
@@ -155,7 +154,9 @@ std::vector<Tensor> pointwise_quantize(Tensor x, std::optional<Tensor> other, in
     check_same_sizes(kOp, "other", x, *other);
     task.second = rows_where_they_are(kOp, "other", *other);
   }
-  return run_rows<kRun>(kOp, task, x, dtype, keep, orders, layouts, {});
+  Tensor y = if_asked_for(keep, x, task.k, dtype, task.kept);
+  const auto [data, scales] = quantise_rows<kRun>(kOp, task, x, order, k4, k6, k8, format);
+  return {y, data, scales};
 }
 
 }  // namespace micromix

@@ -46,7 +46,7 @@ struct RowTask {
   void* kept = nullptr;           // [rows, k] of `dtype`: the result itself
 };
 
-// One quantised form of the result. `order` is null for the identity.
+// The quantised form of the result. `order` is null for the identity.
 struct RowOutput {
   mx::MixedLayout layout;
   const int32_t* order;  // [layout.channels()], -1 for padding

@@ -1,4 +1,4 @@
-"""LayerNorm, or a sum and its LayerNorm, and the quantises that read it -> `micromix::layer_norm_quantize`."""
+"""LayerNorm, or a sum and its LayerNorm, and the quantise that reads it -> `micromix::layer_norm_quantize`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fuse a value and every `micromix::quantize` that reads it into one operator."""
+"""Fuse a value and the `micromix::quantize` that reads it into one operator."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from micromix_compile.passes.patterns import Call, Pattern, same_sizes
 
 aten = torch.ops.aten
 QUANTIZE = torch.ops.micromix.quantize.default
-_PRODUCTS = (torch.ops.micromix.linear.default, torch.ops.micromix.linears.default)
+_PRODUCTS = (
+    torch.ops.micromix.linear.default,
+    torch.ops.micromix.linears.two,
+    torch.ops.micromix.linears.three,
+)
 _VIEWS = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 
 
 def fuse_quantize(graph: fx.Graph, patterns: Sequence[Pattern]) -> dict[int, str]:
     """Rewrite `graph` in place where the input of a quantise matches one of `patterns`, the first that does.
 
-    Returns what was fused: the name of the pattern for each quantise's number (`numbered`). A value that others
-    read too is returned by the operator beside its quantised form, and so is the sum that a norm normalises.
+    Returns what was fused: the name of the pattern for each quantise's number (`number_quantises`). A value that others
+    read too is returned by the operator beside its quantised form, and so is the sum that a norm normalises. Those
+    others may be quantises of other plans: the first one is fused, the next read the value.
     """
     fused: dict[int, str] = {}
-    done: set[fx.Node] = set()
     for node in list(graph.find_nodes(op="call_function", target=QUANTIZE)):
-        if node in done:
-            continue
         value = quantised_value(node)
         if not isinstance(value.meta.get("val"), torch.Tensor):
             continue
@@ -40,13 +42,11 @@ def fuse_quantize(graph: fx.Graph, patterns: Sequence[Pattern]) -> dict[int, str
             call = pattern.replacement(inputs, value.meta["val"].dtype)
             if not compat.has_kernel(call.op, value.meta["val"].device):
                 continue
-            consumers = _consumers(value)
             x = call.arguments[0]
             call, total = _with_residual(call)
             name = pattern.name if total is None else f"add_{pattern.name}"
-            fused |= {consumer.meta["micromix"]: name for consumer in consumers}
-            done.update(consumers)
-            _replace(graph, call, x, value, total, consumers)
+            fused[node.meta["micromix"]] = name
+            _replace(graph, call, x, value, total, node)
             break
     graph.eliminate_dead_code()
     return fused
@@ -60,8 +60,8 @@ def number_quantises(graph: fx.Graph) -> None:
     weights: dict[fx.Node, set[fx.Node]] = {}
     for quantise in graph.find_nodes(op="call_function", target=QUANTIZE):
         products = {user for getitem in quantise.users for user in getitem.users}
-        found = [p.args[2] for p in products if p.target in _PRODUCTS]
-        weights[quantise] = {w for ws in found for w in (ws if isinstance(ws, list) else [ws])}
+        # Of each layer weight, bias and n; five arguments follow the last one's.
+        weights[quantise] = {w for p in products if p.target in _PRODUCTS for w in p.args[2:-5:3]}
     ordered = sorted(set().union(*weights.values())) if weights else []
     number = {weight: i for i, weight in enumerate(ordered)}
     for quantise, own in weights.items():
@@ -79,17 +79,6 @@ def quantised_value(quantise: fx.Node) -> fx.Node:
 def _keeps_channels(view: fx.Node) -> bool:
     before, after = view.args[0].meta["val"].shape, view.meta["val"].shape
     return len(before) > 0 and len(after) > 0 and same_sizes(before[-1:], after[-1:])
-
-
-def _consumers(value: fx.Node) -> list[fx.Node]:
-    """The quantises of a value, directly or through reshapes, in graph order."""
-    found: list[fx.Node] = []
-    for user in value.users:
-        if user.target is QUANTIZE:
-            found.append(user)
-        elif user.target in _VIEWS and _keeps_channels(user):
-            found += _consumers(user)
-    return sorted(found)
 
 
 def _with_residual(call: Call) -> tuple[Call, fx.Node | None]:
@@ -119,31 +108,29 @@ def _replace(
     x: fx.Node,
     value: fx.Node,
     total: fx.Node | None,
-    quantises: list[fx.Node],
+    quantise: fx.Node,
 ) -> None:
-    """Put `call` in the place of `value`, which is computed from `x`, of its quantises, and of the sum."""
-    keep = any(user not in quantises and not _only_quantised(user) for user in value.users)
-    orders = [quantise.args[1] for quantise in quantises]
-    layouts = [number for quantise in quantises for number in quantise.args[2:]]
-    arguments = (*call.arguments, keep, orders, layouts)
-    operands = [a for a in (*call.arguments, *orders) if isinstance(a, fx.Node)]
+    """Put `call` in the place of `value`, which is computed from `x`, of its quantise, and of the sum."""
+    keep = not _read_by_alone(value, quantise)
+    arguments = (*call.arguments, keep, *quantise.args[1:])
+    operands = [a for a in arguments if isinstance(a, fx.Node)]
     with _inserting_after(graph, max(operands)):
         node = _call(graph, call.op, arguments)
         results = [_call(graph, operator.getitem, (node, i)) for i in range(len(node.meta["val"]))]
+    *_, kept, data, scales = results
     if total is not None:
-        total.replace_all_uses_with(results.pop(0))
+        total.replace_all_uses_with(results[0])
     if keep:
-        kept = results.pop(0)
         with graph.inserting_before(value):
             kept = _in_rows_of(graph, kept, value, x)
-        value.replace_all_uses_with(kept, delete_user_cb=lambda user: user not in quantises)
-    for quantise, pair in zip(quantises, zip(results[::2], results[1::2])):
-        for getitem in list(quantise.users):
-            with graph.inserting_before(getitem):
-                result = _in_rows_of(graph, pair[getitem.args[1]], quantise.args[0], x)
-            getitem.replace_all_uses_with(result)
-            graph.erase_node(getitem)
-        graph.erase_node(quantise)
+        value.replace_all_uses_with(kept, delete_user_cb=lambda user: user is not quantise)
+    for getitem in list(quantise.users):
+        with graph.inserting_before(getitem):
+            result = (data, scales)[getitem.args[1]]
+            result = _in_rows_of(graph, result, quantise.args[0], x)
+        getitem.replace_all_uses_with(result)
+        graph.erase_node(getitem)
+    graph.erase_node(quantise)
 
 
 def _in_rows_of(graph: fx.Graph, result: fx.Node, like: fx.Node, x: fx.Node) -> fx.Node:
@@ -155,9 +142,11 @@ def _in_rows_of(graph: fx.Graph, result: fx.Node, like: fx.Node, x: fx.Node) -> 
     return _call(graph, aten.reshape.default, (result, [*view.args[1][:-1], last]))
 
 
-def _only_quantised(node: fx.Node) -> bool:
-    return node.target in _VIEWS and all(
-        u.target is QUANTIZE or _only_quantised(u) for u in node.users
+def _read_by_alone(value: fx.Node, quantise: fx.Node) -> bool:
+    """Whether nothing but a quantise reads a value, directly or through reshapes."""
+    return all(
+        user is quantise or (user.target in _VIEWS and _read_by_alone(user, quantise))
+        for user in value.users
     )
 
 

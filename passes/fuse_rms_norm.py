@@ -1,4 +1,4 @@
-"""RMSNorm, or a sum and its RMSNorm, and the quantises that read it -> `micromix::rms_norm_quantize`."""
+"""RMSNorm, or a sum and its RMSNorm, and the quantise that reads it -> `micromix::rms_norm_quantize`."""
 
 from __future__ import annotations
 

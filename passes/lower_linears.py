@@ -1,13 +1,13 @@
 """Lower linear layers to `micromix::quantize` + `micromix::linear`, or to `micromix::weight_only_linear`.
 
-Layers that read one value under one plan share one quantise, and are one product, `micromix::linears`. Where
-activations stay in bfloat16 there is nothing to share: each layer is a product of its own.
+Layers that read one value under one plan share one quantise, and are one product, `micromix::linears`, three at a
+time. Where activations stay in bfloat16 there is nothing to share: each layer is a product of its own.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,11 @@ from micromix_compile.passes.shared_inputs import shared_inputs
 from micromix_compile.plan import LayerPlan
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_PRODUCTS = {
+    1: torch.ops.micromix.linear.default,
+    2: torch.ops.micromix.linears.two,
+    3: torch.ops.micromix.linears.three,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +118,7 @@ def lower_linears(
                 with graph.inserting_before(of_plan[0].node):
                     operands = _quantise(graph, of_plan[0], x, order, plan)
             used, products = set(), []
-            for layers in _grouped(of_plan, key).values():
+            for layers in _of_at_most(max(_PRODUCTS), _grouped(of_plan, key).values()):
                 product = [lowering_of[linear] for linear in layers]
                 weights = [
                     p.linear.weight
@@ -154,6 +159,13 @@ def _grouped(layers: Sequence[Linear], key: Callable[[Linear], object]) -> dict:
     return groups
 
 
+def _of_at_most(count: int, groups: Iterable[list[Linear]]) -> Iterator[list[Linear]]:
+    """The groups, the longer ones in parts."""
+    for group in groups:
+        for i in range(0, len(group), count):
+            yield group[i : i + count]
+
+
 def _product_key(linear: Linear) -> object:
     """Layers with one key can be computed where the first of them is."""
     if linear.bias is not None and linear.bias.op not in ("placeholder", "get_attr"):
@@ -190,15 +202,13 @@ def _products(
     code = first.plan.format_code if first.weight is None else first.weight.format_code
     rest = (layout.k4, layout.k6, layout.k8, code, dtype)
     n = [lowering.linear.out_features for lowering in product]
-    if len(product) == 1:
-        op = torch.ops.micromix.linear
-        if first.plan.weight_only:
-            op = torch.ops.micromix.weight_only_linear
-        arguments = (*operands, weights[0], biases[0], n[0], *rest)
-        results = [graph.call_function(op.default, arguments)]
-    else:
-        arguments = (*operands, weights, biases, n, *rest)
-        both = graph.call_function(torch.ops.micromix.linears.default, arguments)
+    layers = [argument for layer in zip(weights, biases, n) for argument in layer]
+    op = _PRODUCTS[len(product)]
+    if first.plan.weight_only:
+        op = torch.ops.micromix.weight_only_linear.default
+    both = graph.call_function(op, (*operands, *layers, *rest))
+    results = [both]
+    if len(product) > 1:
         both.meta = _meta_without_value(first.linear)
         results = [graph.call_function(operator.getitem, (both, i)) for i in range(len(product))]
     for lowering, result in zip(product, results):

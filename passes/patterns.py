@@ -36,7 +36,7 @@ _REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList, aten.var_mean.correction)
 
 @dataclass(frozen=True)
 class Call:
-    """A fused operator without its quantises: `op(*arguments, keep, orders, layouts)`.
+    """A fused operator without its quantise: `op(*arguments, keep, order, k4, k6, k8, format)`.
 
     `takes_residual` says that `arguments[1]` may be a tensor that is added to `arguments[0]`; then the sum is
     the operator's first result.

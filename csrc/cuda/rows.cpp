@@ -45,12 +45,11 @@ Output output_of(const RowOutput& from) {
 }
 
 // The types that every operand has, if the rows are aligned and of whole groups.
-Types types_of(const RowTask& task, const RowOutput* outputs, int output_count) {
+Types types_of(const RowTask& task, const RowOutput& output) {
   const bool one = task.x.dtype == task.dtype &&
                    (task.second.data == nullptr || task.second.dtype == task.dtype);
-  bool regular = task.k % 16 == 0 && aligned(task.x) && aligned(task.second) &&
-                 aligned(task.weight) && aligned(task.bias);
-  for (int i = 0; i < output_count; ++i) regular = regular && aligned(outputs[i].order);
+  const bool regular = task.k % 16 == 0 && aligned(task.x) && aligned(task.second) &&
+                       aligned(task.weight) && aligned(task.bias) && aligned(output.order);
   if (!one || !regular) return Types::kAny;
   return task.dtype == Dtype::kBFloat16  ? Types::kBFloat16
          : task.dtype == Dtype::kFloat16 ? Types::kFloat16
@@ -70,12 +69,10 @@ struct Limits {
   }
 };
 
-Launch choose(const RowTask& task, int64_t count, const RowOutput* outputs, int output_count,
-              const Limits& limits) {
+Launch choose(const RowTask& task, int64_t count, const RowOutput& output, const Limits& limits) {
   Launch launch{};
-  launch.types = types_of(task, outputs, output_count);
-  launch.placement =
-      output_count == 1 && outputs[0].order == nullptr ? Placement::kDirect : Placement::kStaged;
+  launch.types = types_of(task, output);
+  launch.placement = output.order == nullptr ? Placement::kDirect : Placement::kStaged;
   const bool direct = launch.placement == Placement::kDirect;
   const bool waits = !direct || task.row_function != RowFunction::kPointwise;
   const auto bytes = [&](int rows) {
@@ -92,9 +89,7 @@ Launch choose(const RowTask& task, int64_t count, const RowOutput* outputs, int 
     launch.placement = Placement::kRecomputed;
   }
 
-  int64_t channels = task.k;
-  for (int i = 0; i < output_count; ++i)
-    channels = std::max(channels, outputs[i].layout.channels());
+  const int64_t channels = std::max(task.k, output.layout.channels());
   const int64_t group = direct && launch.types != Types::kAny ? 16 : 8;
   const int64_t groups = (channels + group - 1) / group;
   // Smaller thread blocks overlap better where several rows fit on a multiprocessor.
@@ -104,16 +99,15 @@ Launch choose(const RowTask& task, int64_t count, const RowOutput* outputs, int 
   return launch;
 }
 
-// One launch: at most kMaxOutputs outputs.
-void launch_some(const OnDevice& device, const Limits& limits, const RowTask& task, int64_t count,
-                 const RowOutput* outputs, int output_count) {
+void launch(const OnDevice& device, const Limits& limits, const RowTask& task, int64_t count,
+            const RowOutput& output) {
   Rows rows{};
   rows.task = task;
   rows.k = static_cast<int32_t>(task.k);
   rows.count = static_cast<int32_t>(count);
-  rows.outputs = output_count;
-  for (int i = 0; i < output_count; ++i) rows.output[i] = output_of(outputs[i]);
-  Launch launch = choose(task, count, outputs, output_count, limits);
+  rows.outputs = 1;
+  rows.output[0] = output_of(output);
+  Launch launch = choose(task, count, output, limits);
   launch.stream = device.stream;
   const auto function = task.row_function == RowFunction::kRmsNorm     ? launch_rms_norm
                         : task.row_function == RowFunction::kLayerNorm ? launch_layer_norm
@@ -121,42 +115,25 @@ void launch_some(const OnDevice& device, const Limits& limits, const RowTask& ta
   check(function(rows, launch), "quantize");
 }
 
-void run(const Tensor& x, const RowTask& task, int64_t rows,
-         const std::vector<RowOutput>& outputs) {
+void run(const Tensor& x, const RowTask& task, int64_t rows, const RowOutput& output) {
+  const int64_t channels = output.layout.channels();
   MICROMIX_CHECK(task.k <= kMostChannels && rows <= std::numeric_limits<int32_t>::max(),
                  "micromix: the CUDA kernels take up to ", kMostChannels,
                  " channels and 2^31 - 1 rows; got ", task.k, " and ", rows);
-  for (const RowOutput& output : outputs)
-    MICROMIX_CHECK(output.layout.channels() <= kMostChannels,
-                   "micromix: the CUDA kernels take up to ", kMostChannels, " channels; got ",
-                   output.layout.channels());
-  for (const RowOutput& output : outputs) {
-    MICROMIX_CHECK(!output.layout.rotates_any(),
-                   "micromix: the CUDA kernels do not rotate blocks yet; make the plan with "
-                   "Recipe(hadamard=()), or run it on the CPU");
-  }
+  MICROMIX_CHECK(channels <= kMostChannels, "micromix: the CUDA kernels take up to ", kMostChannels,
+                 " channels; got ", channels);
+  MICROMIX_CHECK(!output.layout.rotates_any(),
+                 "micromix: the CUDA kernels do not rotate blocks yet; make the plan with "
+                 "Recipe(hadamard=()), or run it on the CPU");
   const OnDevice device(x);
-  const Limits limits(device.index);
-  const int count = static_cast<int>(outputs.size());
-  RowTask own = task;
-  for (int first = 0; first == 0 || first < count; first += kMaxOutputs) {
-    launch_some(device, limits, own, rows, outputs.data() + first,
-                std::min(kMaxOutputs, count - first));
-    own.kept = own.sum = nullptr;  // stored by the first launch
-  }
+  launch(device, Limits(device.index), task, rows, output);
 }
 
 std::tuple<Tensor, Tensor> quantize(Tensor x, std::optional<Tensor> order, int64_t k4, int64_t k6,
                                     int64_t k8, int64_t format) {
-  constexpr const char* kOp = "quantize";
-  const mx::MixedLayout layout = checked_layout(kOp, k4, k6, k8, format);
   const OnDevice device(x);
-  RowTask task = row_task(kOp, RowFunction::kPointwise, x, x.scalar_type());
-  std::vector<Tensor> results;
-  const RowOutput output = row_output(kOp, x, task.k, order, layout, results);
-  const int64_t rows = rows_of(x);
-  if (rows > 0) run(x, task, rows, {output});
-  return {results[0], results[1]};
+  const RowTask task = row_task("quantize", RowFunction::kPointwise, x, x.scalar_type());
+  return quantise_rows<run>("quantize", task, x, order, k4, k6, k8, format);
 }
 
 }  // namespace

@@ -5,8 +5,9 @@
 #include <array>
 #include <atomic>
 #include <optional>
+#include <span>
 #include <string>
-#include <vector>
+#include <tuple>
 
 #include "../checks.h"
 #include "../cuda/device.h"
@@ -63,15 +64,6 @@ Tensor aligned(const Tensor& t, size_t alignment) {
   return address % alignment ? torch::stable::clone(result) : result;
 }
 
-Tensor empty_bytes(const Tensor& like, int64_t bytes) {
-  const int64_t stride = 1;
-  AtenTensorHandle result;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(),
-                                                  aoti_torch_device_type_cuda(),
-                                                  like.get_device_index(), &result));
-  return Tensor(result);
-}
-
 template <size_t kCount>
 void call(const char* op, std::array<StableIValue, kCount>& stack) {
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
@@ -101,7 +93,8 @@ Tensor place_weight(Tensor data, Tensor scales, int64_t k4, int64_t k6, int64_t 
   data = dense(data);
   scales = dense(scales);
   const int64_t n = data.size(0);
-  Tensor placed = empty_bytes(data, blackwell::PlacedWeight(layout).bytes(n));
+  Tensor placed =
+      empty_vector(data, blackwell::PlacedWeight(layout).bytes(n), aoti_torch_dtype_uint8());
   if (placed.numel() > 0) {
     cuda::check(
         blackwell::launch_place(layout, static_cast<const uint8_t*>(data.const_data_ptr()),
@@ -136,7 +129,8 @@ void launch(const char* op, LinearArguments& arguments, const mx::MixedLayout& l
       choose_splits(int64_t{column_tiles} * row_tiles, stages, device.multiprocessors);
   std::optional<Tensor> partial;
   if (arguments.splits > 1) {
-    partial = empty_bytes(like, arguments.splits * int64_t{arguments.m} * columns * 4);
+    partial = empty_vector(like, arguments.splits * int64_t{arguments.m} * columns * 4,
+                           aoti_torch_dtype_uint8());
     arguments.partial = static_cast<float*>(partial->mutable_data_ptr());
   }
   const bool e3m2 = layout.code & mx::MixedLayout::kFormat6Bit;
@@ -147,11 +141,8 @@ void launch(const char* op, LinearArguments& arguments, const mx::MixedLayout& l
   if (arguments.splits > 1) cuda::check(launch_add_partial_sums(arguments, stream), op);
 }
 
-std::vector<Tensor> products(const char* op, const Device& device, const OnDevice& on, Tensor data,
-                             Tensor scales, const std::vector<Tensor>& weights,
-                             std::vector<std::optional<Tensor>>& biases,
-                             const std::vector<int64_t>& n, const mx::MixedLayout& layout,
-                             ScalarType dtype) {
+void products(const char* op, const Device& device, const OnDevice& on, Tensor data, Tensor scales,
+              std::span<Layer> layers, const mx::MixedLayout& layout, ScalarType dtype) {
   using namespace blackwell;
   const Dtype out_dtype = checked_dtype(op, "dtype", dtype);
   MICROMIX_CHECK(data.dim() > 0 && data.size(data.dim() - 1) == layout.row_bytes(),
@@ -174,40 +165,35 @@ std::vector<Tensor> products(const char* op, const Device& device, const OnDevic
   arguments.m = static_cast<int>(m);
   arguments.out_dtype = out_dtype;
 
-  const int32_t shim_dtype = to<int32_t>(from(dtype));
-  std::vector<Tensor> results, kept;  // kept: what the kernels read
-  for (size_t i = 0; i < weights.size(); ++i) {
-    check_bytes(op, "weight", weights[i], DeviceType::CUDA);
-    MICROMIX_CHECK(n[i] >= 0 && n[i] < (int64_t{1} << 30), "micromix::", op,
-                   ": n must not be negative, and below 2^30; got ", n[i]);
-    MICROMIX_CHECK(weights[i].get_device_index() == on.index && weights[i].dim() == 1 &&
-                       weights[i].is_contiguous() && weights[i].numel() == placed.bytes(n[i]),
-                   "micromix::", op, ": weight must be the flat buffer of ", placed.bytes(n[i]),
+  for (Layer& layer : layers) {
+    const int64_t n = layer.n;
+    check_bytes(op, "weight", layer.weight, DeviceType::CUDA);
+    MICROMIX_CHECK(n >= 0 && n < (int64_t{1} << 30), "micromix::", op,
+                   ": n must not be negative, and below 2^30; got ", n);
+    MICROMIX_CHECK(layer.weight.get_device_index() == on.index && layer.weight.dim() == 1 &&
+                       layer.weight.is_contiguous() && layer.weight.numel() == placed.bytes(n),
+                   "micromix::", op, ": weight must be the flat buffer of ", placed.bytes(n),
                    " bytes that micromix::place_weight makes on this GPU for these arguments; got ",
-                   weights[i].numel(), " bytes");
-    kept.push_back(aligned(weights[i], 16));
+                   layer.weight.numel(), " bytes");
+    layer.weight = aligned(layer.weight, 16);
     WeightArguments weight{};
-    weight.placed = static_cast<const uint8_t*>(kept.back().const_data_ptr());
-    weight.n = static_cast<int>(n[i]);
-    if (biases[i]) {
-      weight.bias_dtype = checked_dtype(op, "bias", biases[i]->scalar_type());
-      MICROMIX_CHECK(biases[i]->is_cuda() && biases[i]->get_device_index() == on.index &&
-                         biases[i]->dim() == 1 && biases[i]->size(0) == n[i],
-                     "micromix::", op, ": bias must be [", n[i], "] on this GPU");
-      kept.push_back(dense(*biases[i]));
-      weight.bias = kept.back().const_data_ptr();
+    weight.placed = static_cast<const uint8_t*>(layer.weight.const_data_ptr());
+    weight.n = static_cast<int>(n);
+    if (std::optional<Tensor>& bias = layer.bias) {
+      weight.bias_dtype = checked_dtype(op, "bias", bias->scalar_type());
+      MICROMIX_CHECK(bias->is_cuda() && bias->get_device_index() == on.index && bias->dim() == 1 &&
+                         bias->size(0) == n,
+                     "micromix::", op, ": bias must be [", n, "] on this GPU");
+      *bias = dense(*bias);
+      weight.bias = bias->const_data_ptr();
     }
-    results.push_back(empty_rows(data, n[i], shim_dtype));
-    if (m == 0 || n[i] == 0) continue;
-    weight.out = results.back().mutable_data_ptr();
+    layer.result = empty_rows(data, n, shim_dtype(dtype));
+    if (m == 0 || n == 0) continue;
+    weight.out = layer.result->mutable_data_ptr();
     arguments.weights[arguments.weight_count++] = weight;
-    if (arguments.weight_count == kMaxWeights) {
-      launch(op, arguments, layout, device, data, on.stream);
-      arguments.weight_count = 0;
-    }
   }
+  static_assert(kMostLayers <= kMaxWeights);
   if (arguments.weight_count > 0) launch(op, arguments, layout, device, data, on.stream);
-  return results;
 }
 
 void check_operands(const char* op, const Tensor& data, const Tensor& scales) {
@@ -217,40 +203,53 @@ void check_operands(const char* op, const Tensor& data, const Tensor& scales) {
                  ": data and scales must be on one GPU");
 }
 
-Tensor linear(Tensor data, Tensor scales, Tensor weight, std::optional<Tensor> bias, int64_t n,
-              int64_t k4, int64_t k6, int64_t k8, int64_t format, ScalarType dtype) {
-  const mx::MixedLayout layout = layout_of("linear", k4, k6, k8, format);
-  check_operands("linear", data, scales);
+// Fills in the results of the layers: one launch, or the reference for one after the other.
+void run(const char* op, Tensor data, Tensor scales, std::span<Layer> layers, int64_t k4,
+         int64_t k6, int64_t k8, int64_t format, ScalarType dtype) {
+  const mx::MixedLayout layout = layout_of(op, k4, k6, k8, format);
+  check_bytes(op, "data", data, DeviceType::CUDA);
+  check_bytes(op, "scales", scales, DeviceType::CUDA);
+  MICROMIX_CHECK(data.get_device_index() == scales.get_device_index(), "micromix::", op,
+                 ": data and scales must be on one GPU");
   const OnDevice on(data);
   const Device device = device_of(on.index);
-  if (!runs_kernel("linear", device, format)) {
-    std::array stack{from(data), from(scales), from(weight), from(bias),   from(n),
-                     from(k4),   from(k6),     from(k8),     from(format), from(dtype)};
-    call("micromix::linear_reference", stack);
-    return to<Tensor>(stack[0]);
+  if (runs_kernel(op, device, format)) {
+    return products(op, device, on, data, scales, layers, layout, dtype);
   }
-  std::vector<std::optional<Tensor>> biases{bias};
-  return products("linear", device, on, data, scales, {weight}, biases, {n}, layout, dtype)[0];
+  for (Layer& layer : layers) {
+    std::array stack{from(data), from(scales), from(layer.weight), from(layer.bias), from(layer.n),
+                     from(k4),   from(k6),     from(k8),           from(format),     from(dtype)};
+    call("micromix::linear_reference", stack);
+    layer.result = to<Tensor>(stack[0]);
+  }
 }
 
-std::vector<Tensor> linears(Tensor data, Tensor scales, std::vector<Tensor> weights,
-                            std::vector<std::optional<Tensor>> biases, std::vector<int64_t> n,
-                            int64_t k4, int64_t k6, int64_t k8, int64_t format, ScalarType dtype) {
-  const mx::MixedLayout layout = layout_of("linears", k4, k6, k8, format);
-  MICROMIX_CHECK(biases.size() == weights.size() && n.size() == weights.size(),
-                 "micromix::linears: weights, biases and n must be of one length; got ",
-                 weights.size(), ", ", biases.size(), " and ", n.size());
-  check_operands("linears", data, scales);
-  const OnDevice on(data);
-  const Device device = device_of(on.index);
-  if (!runs_kernel("linears", device, format)) {
-    std::vector<Tensor> results;
-    for (size_t i = 0; i < n.size(); ++i)
-      results.push_back(
-          linear(data, scales, weights[i], biases[i], n[i], k4, k6, k8, format, dtype));
-    return results;
-  }
-  return products("linears", device, on, data, scales, weights, biases, n, layout, dtype);
+Tensor linear(Tensor data, Tensor scales, Tensor weight, std::optional<Tensor> bias, int64_t n,
+              int64_t k4, int64_t k6, int64_t k8, int64_t format, ScalarType dtype) {
+  Layer layers[] = {{weight, bias, n}};
+  run("linear", data, scales, layers, k4, k6, k8, format, dtype);
+  return *layers[0].result;
+}
+
+std::tuple<Tensor, Tensor> linears_two(Tensor data, Tensor scales, Tensor weight0,
+                                       std::optional<Tensor> bias0, int64_t n0, Tensor weight1,
+                                       std::optional<Tensor> bias1, int64_t n1, int64_t k4,
+                                       int64_t k6, int64_t k8, int64_t format, ScalarType dtype) {
+  Layer layers[] = {{weight0, bias0, n0}, {weight1, bias1, n1}};
+  run("linears", data, scales, layers, k4, k6, k8, format, dtype);
+  return {*layers[0].result, *layers[1].result};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linears_three(Tensor data, Tensor scales, Tensor weight0,
+                                                 std::optional<Tensor> bias0, int64_t n0,
+                                                 Tensor weight1, std::optional<Tensor> bias1,
+                                                 int64_t n1, Tensor weight2,
+                                                 std::optional<Tensor> bias2, int64_t n2,
+                                                 int64_t k4, int64_t k6, int64_t k8, int64_t format,
+                                                 ScalarType dtype) {
+  Layer layers[] = {{weight0, bias0, n0}, {weight1, bias1, n1}, {weight2, bias2, n2}};
+  run("linears", data, scales, layers, k4, k6, k8, format, dtype);
+  return {*layers[0].result, *layers[1].result, *layers[2].result};
 }
 
 // "native", "emulated" (it could be) or "none": what the Blackwell kernel is on a device.
@@ -277,6 +276,7 @@ STABLE_TORCH_LIBRARY_IMPL(micromix, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(micromix, CUDA, m) {
   m.impl("linear", TORCH_BOX(&linear));
-  m.impl("linears", TORCH_BOX(&linears));
+  m.impl("linears.two", TORCH_BOX(&linears_two));
+  m.impl("linears.three", TORCH_BOX(&linears_three));
   m.impl("place_weight", TORCH_BOX(&place_weight));
 }

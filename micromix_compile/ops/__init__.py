@@ -4,7 +4,7 @@
 ``quantize``            activations (or a weight) to packed rows of a mixed layout
 ``place_weight``        packed rows of a weight to the buffer that ``linear`` of its device reads
 ``linear``              packed activations times a placed weight
-``linears``             the same for several weights of one layout, in one launch
+``linears``             the same for two or three weights of one layout, in one launch
 ``weight_only_linear``  float activations, as bfloat16, times a placed weight
 ``*_quantize``          a norm, an activation or a sum, quantised as it is computed (fused.py)
 ======================  ======================================================================

@@ -12,7 +12,7 @@ from micromix_compile.errors import ExtensionError
 
 from ._schemas import EMULATED, NAMESPACE, SCHEMAS
 
-ABI = 3
+ABI = 4
 """What this Python code expects of the library: MICROMIX_ABI of csrc/abi.h."""
 
 LIBRARY = Path(__file__).parent.parent / "_C" / "libmicromix.so"
@@ -71,7 +71,8 @@ def _checked_info(path: Path, function: str) -> dict[str, str]:
 def _check_schemas() -> None:
     ops = getattr(torch.ops, NAMESPACE)
     for name, schema in SCHEMAS.items():
-        built = getattr(ops, name).default._schema
+        packet, _, overload = name.partition(".")
+        built = getattr(getattr(ops, packet), overload or "default")._schema
         expected = torch._C.parse_schema(f"{NAMESPACE}::{name}{schema}")
         if built != expected:
             reason = f"its operator is {built} and this package needs {expected}"

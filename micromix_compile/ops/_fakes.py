@@ -24,7 +24,8 @@ def register() -> None:
     for name, function in (
         ("quantize", _quantize),
         ("linear", _linear),
-        ("linears", _linears),
+        ("linears.two", _linears),
+        ("linears.three", _linears),
         ("weight_only_linear", _weight_only_linear),
         ("place_weight", _place_weight),
         ("unplace_weight", _unplace_weight),
@@ -77,18 +78,10 @@ def _linear(
 
 
 def _linears(
-    data: Tensor,
-    scales: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    n: list[int],
-    k4: int,
-    k6: int,
-    k8: int,
-    format: int,
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    return [data.new_empty((*data.shape[:-1], size), dtype=dtype) for size in n]
+    data: Tensor, scales: Tensor, *layers_and_rest: Tensor | int | torch.dtype | None
+) -> tuple[Tensor, ...]:
+    n, dtype = layers_and_rest[2:-5:3], layers_and_rest[-1]
+    return tuple(data.new_empty((*data.shape[:-1], size), dtype=dtype) for size in n)
 
 
 def _weight_only_linear(

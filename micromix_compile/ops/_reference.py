@@ -22,7 +22,8 @@ def register() -> None:
     for name, function in (
         ("quantize", quantize),
         ("linear", linear),
-        ("linears", linears),
+        ("linears.two", linears),
+        ("linears.three", linears),
         ("weight_only_linear", weight_only_linear),
         ("place_weight", place_weight),
         ("unplace_weight", unplace_weight),
@@ -90,16 +91,12 @@ def linear(
 
 
 def linears(
-    data: Tensor,
-    scales: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    n: list[int],
-    *rest: int | torch.dtype,
-) -> list[Tensor]:
+    data: Tensor, scales: Tensor, *layers_and_rest: Tensor | int | torch.dtype | None
+) -> tuple[Tensor, ...]:
     """One product after the other, each with the device's own ``linear``."""
+    layers, rest = layers_and_rest[:-5], layers_and_rest[-5:]
     linear = torch.ops.micromix.linear
-    return [linear(data, scales, *part, *rest) for part in zip(weights, biases, n, strict=True)]
+    return tuple(linear(data, scales, *layers[i : i + 3], *rest) for i in range(0, len(layers), 3))
 
 
 def weight_only_linear(

@@ -1,4 +1,8 @@
-"""The schemas of the operators: those of csrc/, which are compared with these when the library is loaded."""
+"""The schemas of the operators: those of csrc/, which are compared with these when the library is loaded.
+
+None has a list: Inductor's C++ wrapper calls an operator without Python only if all it takes and returns are tensors,
+numbers and None.
+"""
 
 NAMESPACE = "micromix"
 
@@ -14,9 +18,15 @@ SCHEMAS = {
         "(Tensor data, Tensor scales, Tensor weight, Tensor? bias, int n,"
         " int k4, int k6, int k8, int format, ScalarType dtype) -> Tensor"
     ),
-    "linears": (
-        "(Tensor data, Tensor scales, Tensor[] weights, Tensor?[] biases, int[] n,"
-        " int k4, int k6, int k8, int format, ScalarType dtype) -> Tensor[]"
+    "linears.two": (
+        "(Tensor data, Tensor scales, Tensor weight0, Tensor? bias0, int n0,"
+        " Tensor weight1, Tensor? bias1, int n1,"
+        " int k4, int k6, int k8, int format, ScalarType dtype) -> (Tensor, Tensor)"
+    ),
+    "linears.three": (
+        "(Tensor data, Tensor scales, Tensor weight0, Tensor? bias0, int n0,"
+        " Tensor weight1, Tensor? bias1, int n1, Tensor weight2, Tensor? bias2, int n2,"
+        " int k4, int k6, int k8, int format, ScalarType dtype) -> (Tensor, Tensor, Tensor)"
     ),
     "weight_only_linear": (
         "(Tensor x, Tensor? order, Tensor weight, Tensor? bias, int n,"
@@ -24,15 +34,18 @@ SCHEMAS = {
     ),
     "rms_norm_quantize": (
         "(Tensor x, Tensor? residual, Tensor? weight, float eps, int form, ScalarType dtype,"
-        " bool keep, Tensor?[] orders, int[] layouts) -> Tensor[]"
+        " bool keep, Tensor? order, int k4, int k6, int k8, int format)"
+        " -> (Tensor sum, Tensor y, Tensor data, Tensor scales)"
     ),
     "layer_norm_quantize": (
         "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, ScalarType dtype,"
-        " bool keep, Tensor?[] orders, int[] layouts) -> Tensor[]"
+        " bool keep, Tensor? order, int k4, int k6, int k8, int format)"
+        " -> (Tensor sum, Tensor y, Tensor data, Tensor scales)"
     ),
     "pointwise_quantize": (
         "(Tensor x, Tensor? other, int function, ScalarType dtype, bool keep,"
-        " Tensor?[] orders, int[] layouts) -> Tensor[]"
+        " Tensor? order, int k4, int k6, int k8, int format)"
+        " -> (Tensor y, Tensor data, Tensor scales)"
     ),
     "place_weight": ("(Tensor data, Tensor scales, int k4, int k6, int k8, int format) -> Tensor"),
     "unplace_weight": (

@@ -1,11 +1,10 @@
 """Operators that quantise what they compute, and what they mean in plain torch.
 
-Each computes a value y ``[..., K]`` and quantises it once for every layout: ``orders[i]`` is the channel order
-of the i-th (or None), ``layouts[4 i : 4 i + 4]`` its ``k4, k6, k8, format``. The result is a list:
+Each computes a value y ``[..., K]`` and quantises it. The results:
 
-    sum             of a norm with a ``residual``: x + residual, in x's type
-    y               where ``keep``, in ``dtype``
-    data, scales    as of ``micromix::quantize``, for each layout
+    sum             of a norm: x + residual, in x's type; empty, ``[0]``, without a ``residual``
+    y               in ``dtype``; empty unless ``keep``
+    data, scales    as of ``micromix::quantize``
 
 A device without a kernel runs the steps one by one, with its own ``micromix::quantize``.
 """
@@ -18,8 +17,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from micromix_compile.mx import MixedLayout
 
 from ._schemas import NAMESPACE
 
@@ -73,57 +70,53 @@ def pointwise(x: Tensor, other: Tensor | None, function: int, dtype: torch.dtype
     return y.to(dtype)
 
 
-def _rms_norm_quantize(x, residual, weight, eps, form, dtype, keep, orders, layouts):
-    first, x = _sum(x, residual)
-    return first + _quantised(rms_norm(x, weight, eps, form, dtype), keep, orders, layouts)
+def _rms_norm_quantize(x, residual, weight, eps, form, dtype, keep, order, *layout):
+    total, x = _sum(x, residual)
+    return total, *_quantised(rms_norm(x, weight, eps, form, dtype), keep, order, layout)
 
 
-def _layer_norm_quantize(x, residual, weight, bias, eps, dtype, keep, orders, layouts):
-    first, x = _sum(x, residual)
+def _layer_norm_quantize(x, residual, weight, bias, eps, dtype, keep, order, *layout):
+    total, x = _sum(x, residual)
     weight, bias = (None if t is None else t.float() for t in (weight, bias))
     y = F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(dtype)
-    return first + _quantised(y, keep, orders, layouts)
+    return total, *_quantised(y, keep, order, layout)
 
 
-def _pointwise_quantize(x, other, function, dtype, keep, orders, layouts):
-    return _quantised(pointwise(x, other, function, dtype), keep, orders, layouts)
+def _pointwise_quantize(x, other, function, dtype, keep, order, *layout):
+    return _quantised(pointwise(x, other, function, dtype), keep, order, layout)
 
 
-def _sum(x: Tensor, residual: Tensor | None) -> tuple[list[Tensor], Tensor]:
+def _sum(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The first result of a norm, and what is normalised."""
     if residual is None:
-        return [], x
+        return x.new_empty(0), x
     total = x + residual
-    return [total], total
+    return total, total
 
 
-def _quantised(y: Tensor, keep: bool, orders, layouts) -> list[Tensor]:
-    results = [y] if keep else []
-    for i, order in enumerate(orders):
-        results += torch.ops.micromix.quantize(y, order, *layouts[4 * i : 4 * i + 4])
-    return results
+def _quantised(y: Tensor, keep: bool, order: Tensor | None, layout) -> tuple[Tensor, ...]:
+    return y if keep else y.new_empty(0), *torch.ops.micromix.quantize(y, order, *layout)
 
 
-def _fake(x: Tensor, has_sum: bool, dtype, keep: bool, layouts: list[int]) -> list[Tensor]:
-    results = [x.new_empty(x.shape)] if has_sum else []
-    if keep:
-        results.append(x.new_empty(x.shape, dtype=dtype))
-    for i in range(0, len(layouts), 4):
-        layout = MixedLayout.from_code(*layouts[i : i + 4])
-        for size in (layout.row_bytes, layout.blocks):
-            results.append(x.new_empty((*x.shape[:-1], size), dtype=torch.uint8))
-    return results
+def _fake(x: Tensor, dtype, keep: bool, order: Tensor | None, *layout: int) -> tuple[Tensor, ...]:
+    y = x.new_empty(x.shape if keep else 0, dtype=dtype)
+    return y, *torch.ops.micromix.quantize(x, order, *layout)
 
 
-def _fake_rms_norm(x, residual, weight, eps, form, dtype, keep, orders, layouts):
-    return _fake(x, residual is not None, dtype, keep, layouts)
+def _fake_norm(x: Tensor, residual: Tensor | None, *rest) -> tuple[Tensor, ...]:
+    return x.new_empty(0 if residual is None else x.shape), *_fake(x, *rest)
 
 
-def _fake_layer_norm(x, residual, weight, bias, eps, dtype, keep, orders, layouts):
-    return _fake(x, residual is not None, dtype, keep, layouts)
+def _fake_rms_norm(x, residual, weight, eps, form, *rest):
+    return _fake_norm(x, residual, *rest)
 
 
-def _fake_pointwise(x, other, function, dtype, keep, orders, layouts):
-    return _fake(x, False, dtype, keep, layouts)
+def _fake_layer_norm(x, residual, weight, bias, eps, *rest):
+    return _fake_norm(x, residual, *rest)
+
+
+def _fake_pointwise(x, other, function, *rest):
+    return _fake(x, *rest)
 
 
 _library = torch.library.Library(NAMESPACE, "IMPL")

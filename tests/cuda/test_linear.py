@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -37,13 +39,20 @@ def place(product: Product) -> list[torch.Tensor]:
     ]
 
 
-def run(product: Product, dtype=torch.bfloat16, bias_dtype=torch.float32, placed=None):
+LINEARS = {2: torch.ops.micromix.linears.two, 3: torch.ops.micromix.linears.three}
+
+
+def run(
+    product: Product, dtype=torch.bfloat16, bias_dtype=torch.float32, placed=None, bit=EMULATED
+):
     *counts, format = product.arguments
     biases = [None if b is None else b.cuda().to(bias_dtype) for b in product.biases]
-    return torch.ops.micromix.linears(
-        *(product.data.cuda(), product.scales.cuda(), placed or place(product), biases),
-        *(list(product.n), *counts, format | EMULATED, dtype),
+    layers = zip(placed or place(product), biases, product.n, strict=True)
+    found = LINEARS.get(len(product.n), torch.ops.micromix.linear)(
+        *(product.data.cuda(), product.scales.cuda(), *itertools.chain(*layers)),
+        *(*counts, format | bit, dtype),
     )
+    return found if isinstance(found, tuple) else (found,)
 
 
 @pytest.mark.parametrize("format6, weights", FORMATS)
@@ -94,12 +103,10 @@ def test_extreme_scales(m):
     assert not product.fault(run(product, torch.float32), torch.float32)
 
 
-@pytest.mark.parametrize("count", [2, 3, 11])  # the last: two launches
+@pytest.mark.parametrize("n", [(40, 8), (130, 1), (40, 8, 130), (1, 64, 72), (100, 0, 3)])
 @pytest.mark.parametrize("m", [3, 200])
-def test_several_weights(m, count):
-    product = Product(
-        m, [40, 8, 130, 1, 64, 72, 16, 9, 24, 100, 3][:count], MixedLayout(128, 64, 32)
-    )
+def test_several_layers(m, n):
+    product = Product(m, list(n), MixedLayout(128, 64, 32))
     assert not product.fault(run(product), torch.bfloat16)
 
 
@@ -199,16 +206,15 @@ def test_without_the_kernel_by_name_the_reference_runs_and_says_so():
         pytest.skip("this device runs the kernel natively")
     assert ops.kernel_name("cuda") == "reference"
     assert ops.kernel_name("cuda", EMULATED) == "mx_emulated"
-    product = Product(4, [24], MixedLayout(64, 32, 32))
-    weight = [t.cuda() for t in product.weights[0]]
-    placed = torch.ops.micromix.place_weight(*weight, *product.arguments)
-    assert placed.numel() == ops.placed_bytes(24, *product.arguments, "cuda")
+    product = Product(4, [24, 8], MixedLayout(64, 32, 32))
+    placed = [
+        torch.ops.micromix.place_weight(data.cuda(), scales.cuda(), *product.arguments)
+        for data, scales in product.weights
+    ]
+    assert placed[0].numel() == ops.placed_bytes(24, *product.arguments, "cuda")
     _reference._warned.clear()  # it warns once in a process
     with pytest.warns(ReferenceKernelWarning, match="mx_emulated"):
-        found = torch.ops.micromix.linears(
-            *(product.data.cuda(), product.scales.cuda(), [placed], [product.biases[0].cuda()]),
-            *([24], *product.arguments, torch.float32),
-        )
+        found = run(product, torch.float32, placed=placed, bit=0)
     assert not product.fault(found, torch.float32)
 
 

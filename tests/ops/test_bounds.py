@@ -57,7 +57,7 @@ def check(isa: str) -> None:
                     x = guarded(rows(m, channels, dtype))
                     quantize(x, None, *arguments(layout))
                     quantize(x, order, *arguments(layout))
-                    rest = (dtype, True, [order], arguments(layout))
+                    rest = (dtype, True, order, *arguments(layout))
                     channel = guarded(rows(1, channels, dtype)[0])
                     torch.ops.micromix.rms_norm_quantize(x, x, channel, 1e-6, 0, *rest)
                     torch.ops.micromix.layer_norm_quantize(x, x, channel, channel, 1e-6, *rest)

@@ -60,13 +60,14 @@ def check(x: torch.Tensor, layout: MixedLayout, order: torch.Tensor | None = Non
     assert_same(micromix.quantize(x, order, *arguments(layout)), mx.quantize(x, layout, order))
 
 
-def check_quantised(y, results, orders, layouts) -> None:
-    for i, (order, layout) in enumerate(zip(orders, layouts, strict=True)):
-        assert_same(results[2 * i : 2 * i + 2], mx.quantize(y, layout, order))
+def check_quantised(y, quantised, order, layout) -> None:
+    assert_same(quantised, mx.quantize(y, layout, order))
 
 
-def flat(layouts) -> list[int]:
-    return [number for layout in layouts for number in arguments(layout)]
+def with_and_without_order(k: int, **extra):
+    """Two quantises of k channels, the second one without an order, in another layout."""
+    first, second = mixed(k), mixed(k, "e3m2", **extra)
+    return (random_order(k, first), first), (None, second)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -131,15 +132,16 @@ def test_rows_longer_than_shared_memory():
     weight = rows(1, k, torch.float32, 2)[0].cuda()
     order = random_order(k, layout)
     check(x, layout, order)
-    rest = (torch.bfloat16, True, [order, None], flat([layout, layout]))
-    for norm, form in (("rms_norm", (1,)), ("layer_norm", ())):
-        bias = () if form else (weight,)
-        op = getattr(micromix, f"{norm}_quantize")
-        total, y, *quantised = op(x, residual, weight, *bias, EPS, *form, *rest)
-        assert torch.equal(total, x + residual)
-        check_quantised(y, quantised, [order, None], [layout, layout])
-    y, *quantised = micromix.pointwise_quantize(x, residual, Pointwise.SILU, *rest)
-    check_quantised(y, quantised, [order, None], [layout, layout])
+    for channels in (order, None):
+        rest = (torch.bfloat16, True, channels, *arguments(layout))
+        for norm, form in (("rms_norm", (1,)), ("layer_norm", ())):
+            bias = () if form else (weight,)
+            op = getattr(micromix, f"{norm}_quantize")
+            total, y, *quantised = op(x, residual, weight, *bias, EPS, *form, *rest)
+            assert torch.equal(total, x + residual)
+            check_quantised(y, quantised, channels, layout)
+        y, *quantised = micromix.pointwise_quantize(x, residual, Pointwise.SILU, *rest)
+        check_quantised(y, quantised, channels, layout)
 
 
 def test_special_values():
@@ -179,36 +181,18 @@ def test_strided_and_unaligned_inputs():
     ):
         check(x, layout)
         check(x, layout, orders[1:])
-        y = micromix.pointwise_quantize(
-            x, x, Pointwise.ADD, torch.bfloat16, True, [None], flat([layout])
+        y, *quantised = micromix.pointwise_quantize(
+            x, x, Pointwise.ADD, torch.bfloat16, True, None, *arguments(layout)
         )
-        assert torch.equal(y[0], x + x)
-        check_quantised(y[0], y[1:], [None], [layout])
+        assert torch.equal(y, x + x)
+        check_quantised(y, quantised, None, layout)
 
 
-def test_many_outputs():
-    """More than one launch takes."""
-    k = 256
-    layouts = [mixed(k, ("e2m3", "e3m2")[i % 2], extra=i % 3) for i in range(35)]
-    orders = [None if i % 4 == 0 else random_order(k, l, i) for i, l in enumerate(layouts)]
-    x, residual = rows(7, k, torch.bfloat16).cuda(), rows(7, k, torch.bfloat16, 1).cuda()
-    results = micromix.rms_norm_quantize(
-        x, residual, None, EPS, 0, torch.bfloat16, True, orders, flat(layouts)
-    )
-    assert torch.equal(results[0], x + residual)
-    check_quantised(results[1], results[2:], orders, layouts)
-
-
-def test_no_rows_and_no_outputs():
+def test_no_rows():
     layout = MixedLayout(64, 96, 32)
     x = torch.empty(2, 0, layout.channels, device="cuda")
     data, scales = micromix.quantize(x, None, *arguments(layout))
     assert data.shape == (2, 0, layout.row_bytes) and scales.shape == (2, 0, layout.blocks)
-    x = rows(3, 192, torch.float32).cuda()
-    (y,) = micromix.pointwise_quantize(x, None, Pointwise.RELU, torch.float32, True, [], [])
-    assert torch.equal(y, F.relu(x))
-    (total,) = micromix.rms_norm_quantize(x, x, None, EPS, 0, torch.float32, False, [], [])
-    assert torch.equal(total, x + x)
 
 
 @pytest.mark.parametrize("form", RmsForm)
@@ -217,10 +201,10 @@ def test_no_rows_and_no_outputs():
 def test_rms_norm(k, dtype, form):
     x, residual = rows(9, k, dtype).cuda(), rows(9, k, dtype, 2).cuda()
     weight = rows(1, k, dtype, 3)[0].cuda()
-    layouts = [mixed(k), mixed(k, "e3m2", extra=1)]
-    orders = [random_order(k, layouts[0]), None]
-    rest = (EPS, form, dtype, True, orders, flat(layouts))
-    y, *quantised = micromix.rms_norm_quantize(x, None, weight, *rest)
+    quantises = with_and_without_order(k, extra=1)
+    rest = [(EPS, form, dtype, True, order, *arguments(layout)) for order, layout in quantises]
+    total, y, *_ = micromix.rms_norm_quantize(x, None, weight, *rest[0])
+    assert total.shape == (0,)
     wide = x.double()
     normalised = wide / (wide.pow(2).mean(-1, keepdim=True) + EPS).sqrt()
     if form == RmsForm.WEIGHT_AFTER_CAST and dtype != torch.float32:
@@ -234,11 +218,13 @@ def test_rms_norm(k, dtype, form):
         assert (y != eager).float().mean() <= 0.01
     else:
         assert_value(y, normalised * (weight.double() + (form == RmsForm.ONE_PLUS_WEIGHT)))
-    check_quantised(y, quantised, orders, layouts)
-
-    total, *with_sum = micromix.rms_norm_quantize(x, residual, weight, *rest)
-    assert torch.equal(total, x + residual)
-    assert_same(with_sum, micromix.rms_norm_quantize(total, None, weight, *rest))
+    for quantise, own in zip(quantises, rest):
+        _, same, *quantised = micromix.rms_norm_quantize(x, None, weight, *own)
+        assert torch.equal(same, y)
+        check_quantised(y, quantised, *quantise)
+        total, *with_sum = micromix.rms_norm_quantize(x, residual, weight, *own)
+        assert torch.equal(total, x + residual)
+        assert_same(with_sum, micromix.rms_norm_quantize(total, None, weight, *own)[1:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -246,33 +232,34 @@ def test_rms_norm(k, dtype, form):
 def test_layer_norm(k, dtype):
     x, residual = rows(9, k, dtype).cuda(), rows(9, k, dtype, 2).cuda()
     weight, bias = rows(1, k, dtype, 3)[0].cuda(), rows(1, k, dtype, 4)[0].cuda()
-    layouts = [mixed(k), mixed(k, "e3m2", extra=1)]
-    orders = [random_order(k, layouts[0]), None]
-    rest = (EPS, dtype, True, orders, flat(layouts))
-    y, *quantised = micromix.layer_norm_quantize(x, None, weight, bias, *rest)
+    quantises = with_and_without_order(k, extra=1)
+    rest = [(EPS, dtype, True, order, *arguments(layout)) for order, layout in quantises]
+    total, y, *_ = micromix.layer_norm_quantize(x, None, weight, bias, *rest[0])
+    assert total.shape == (0,)
     exact = F.layer_norm(x.double(), (k,), weight.double(), bias.double(), EPS)
     scale = F.layer_norm(x.double(), (k,), weight.double(), None, EPS).abs() + bias.double().abs()
     assert ((y.double() - exact).abs() <= 0.5001 * step(y) + 2**-20 * scale + 1e-6).all()
-    check_quantised(y, quantised, orders, layouts)
-
-    total, *with_sum = micromix.layer_norm_quantize(x, residual, weight, None, *rest)
-    assert torch.equal(total, x + residual)
-    assert_same(with_sum, micromix.layer_norm_quantize(total, None, weight, None, *rest))
+    for quantise, own in zip(quantises, rest):
+        _, same, *quantised = micromix.layer_norm_quantize(x, None, weight, bias, *own)
+        assert torch.equal(same, y)
+        check_quantised(y, quantised, *quantise)
+        total, *with_sum = micromix.layer_norm_quantize(x, residual, weight, None, *own)
+        assert torch.equal(total, x + residual)
+        assert_same(with_sum, micromix.layer_norm_quantize(total, None, weight, None, *own)[1:])
 
 
 @pytest.mark.parametrize("function", REFERENCES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pointwise(function, dtype):
     k = 4096
-    layouts = [mixed(k), mixed(k, "e3m2")]
-    orders = [random_order(k, layouts[0]), None]
-    rest = (dtype, True, orders, flat(layouts))
     x, other = rows(40, k, dtype).cuda(), rows(40, k, dtype, 2).cuda()
-    y, *quantised = micromix.pointwise_quantize(x, None, function, *rest)
-    check_quantised(y, quantised, orders, layouts)
-    product, *quantised = micromix.pointwise_quantize(x, other, function, *rest)
-    assert torch.equal(product, y * other)  # the activation is rounded before the product
-    check_quantised(product, quantised, orders, layouts)
+    for order, layout in with_and_without_order(k):
+        rest = (dtype, True, order, *arguments(layout))
+        y, *quantised = micromix.pointwise_quantize(x, None, function, *rest)
+        check_quantised(y, quantised, order, layout)
+        product, *quantised = micromix.pointwise_quantize(x, other, function, *rest)
+        assert torch.equal(product, y * other)  # the activation is rounded before the product
+        check_quantised(product, quantised, order, layout)
 
 
 @pytest.mark.parametrize("function", REFERENCES)
@@ -284,7 +271,8 @@ def test_activations_of_every_number(function, dtype):
     else:
         x = torch.arange(-(1 << 15), 1 << 15, device="cuda").to(torch.int16).view(dtype)
         x = x.where(x.isfinite(), 0)
-    (y,) = micromix.pointwise_quantize(x, None, function, dtype, True, [], [])
+    layout = arguments(mixed(len(x)))
+    y, *_ = micromix.pointwise_quantize(x, None, function, dtype, True, None, *layout)
     exact = REFERENCES[function](x.double())
     assert ((y.double() - exact).abs() <= 0.5001 * step(y) + 1e-6 * exact.abs() + 1e-9).all()
     assert torch.equal(y.isfinite(), exact.to(dtype).isfinite())
@@ -292,8 +280,9 @@ def test_activations_of_every_number(function, dtype):
 
 def test_activations_of_nan_and_infinity():
     x = torch.tensor([float("nan"), float("inf"), float("-inf"), -0.0], device="cuda")
+    layout = arguments(MixedLayout(32, 0, 0))
     for function, reference in REFERENCES.items():
-        (y,) = micromix.pointwise_quantize(x, None, function, x.dtype, True, [], [])
+        y, *_ = micromix.pointwise_quantize(x, None, function, x.dtype, True, None, *layout)
         expected = reference(x)
         expected[2] = y[2] if function in (Pointwise.GELU, Pointwise.GELU_TANH) else expected[2]
         torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
@@ -304,18 +293,17 @@ def test_activations_of_nan_and_infinity():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_types_in_any_mix(x_dtype, other_dtype, dtype):
     k = 576
-    layouts = [mixed(k), mixed(k, extra=1)]
-    orders = [random_order(k, layouts[0]), None]
-    rest = (dtype, True, orders, flat(layouts))
     x, other = rows(8, k, x_dtype).cuda(), rows(8, k, other_dtype, 2).cuda()
-    y, *quantised = micromix.pointwise_quantize(x, other, Pointwise.ADD, *rest)
-    assert torch.equal(y, (x.float() + other.float()).to(dtype))
-    check_quantised(y, quantised, orders, layouts)
-    y, *quantised = micromix.rms_norm_quantize(x, x, other[0], EPS, 1, *rest)[1:]
     wide = (x + x).double()
     exact = wide / (wide.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * other[0].double()
-    assert_value(y, exact)
-    check_quantised(y, quantised, orders, layouts)
+    for order, layout in with_and_without_order(k, extra=1):
+        rest = (dtype, True, order, *arguments(layout))
+        y, *quantised = micromix.pointwise_quantize(x, other, Pointwise.ADD, *rest)
+        assert torch.equal(y, (x.float() + other.float()).to(dtype))
+        check_quantised(y, quantised, order, layout)
+        _, y, *quantised = micromix.rms_norm_quantize(x, x, other[0], EPS, 1, *rest)
+        assert_value(y, exact)
+        check_quantised(y, quantised, order, layout)
 
 
 def test_wrong_arguments_are_refused():
@@ -331,7 +319,7 @@ def test_wrong_arguments_are_refused():
     for message, wrong in cases.items():
         with pytest.raises(RuntimeError, match=message):
             micromix.quantize(*wrong)
-    rest = (torch.float32, False, [None], list(good))
+    rest = (torch.float32, False, None, *good)
     with pytest.raises(RuntimeError, match="weight must be"):
         micromix.rms_norm_quantize(x, None, torch.ones(192), EPS, 0, *rest)
     with pytest.raises(RuntimeError, match="have x's sizes"):
@@ -343,7 +331,7 @@ def test_registrations():
     k = layout.channels
     x, weight = rows(2, k, torch.bfloat16).cuda(), torch.ones(k, device="cuda")
     order = torch.arange(k, device="cuda").int()
-    rest = (torch.bfloat16, True, [order, None], flat([layout, layout]))
+    rest = (torch.bfloat16, True, order, *arguments(layout))
     checks = {"test_utils": ("test_schema", "test_faketensor")}
     for op, args in (
         (micromix.quantize, (x, order, *arguments(layout))),
@@ -358,7 +346,7 @@ def test_results_do_not_change_from_run_to_run():
     k = 16384
     layout = mixed(k)
     x, order = rows(64, k, torch.bfloat16).cuda(), random_order(k, layout)
-    rest = (torch.bfloat16, True, [order], flat([layout]))
+    rest = (torch.bfloat16, True, order, *arguments(layout))
     first = micromix.layer_norm_quantize(x, x, None, None, EPS, *rest)
     for _ in range(20):
         assert_same(micromix.layer_norm_quantize(x, x, None, None, EPS, *rest), first)
@@ -383,7 +371,7 @@ def test_in_a_cuda_graph():
     layout = mixed(k)
     x, residual = (rows(32, k, torch.bfloat16, i).cuda() for i in range(2))
     order = random_order(k, layout)
-    rest = (torch.bfloat16, True, [order, None], flat([layout, layout]))
+    rest = (torch.bfloat16, True, order, *arguments(layout))
 
     def run():
         return [

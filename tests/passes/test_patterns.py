@@ -164,7 +164,7 @@ def test_cast_and_sum():
     assert fused(block, *values(torch.bfloat16, 2)) == {"pointwise_quantize": 1}
 
 
-def test_two_plans_read_the_input_once_and_the_value_is_kept_for_others():
+def test_of_two_plans_the_first_is_fused_and_the_value_is_kept_for_others():
     order = torch.randperm(K).int()
 
     def block(x, w, order):
@@ -177,10 +177,11 @@ def test_two_plans_read_the_input_once_and_the_value_is_kept_for_others():
         )
 
     x, w = values(torch.bfloat16), weight(torch.bfloat16)
-    assert fused(block, x, w, order) == {"rms_norm_quantize": 1}
+    assert fused(block, x, w, order) == {"rms_norm_quantize": 1, "quantize": 1}
     gm = traced(block, x, w, order)
     run_passes(gm.graph)
     assert not gm.graph.find_nodes(op="call_function", target=torch.ops.aten.rsqrt.default)
+    assert not missed_fusions(gm.graph)
 
 
 def test_what_is_no_norm_is_left_alone():
