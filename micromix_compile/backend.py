@@ -28,6 +28,7 @@ from micromix_compile.packing import (
 from micromix_compile.passes.contiguous_cats import contiguous_cats
 from micromix_compile.passes.find_linears import Linear, find_linears
 from micromix_compile.passes.fold_order import Folds, fold_orders
+from micromix_compile.passes.group_queries import group_queries
 from micromix_compile.passes.lower_linears import Lowering
 from micromix_compile.runner import Runner
 
@@ -50,14 +51,17 @@ def _compile(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
 ) -> Callable[..., Any]:
     gm = compat.copy_graph_module(gm)
-    if contiguous_cats(gm.graph):
-        gm.recompile()
     report = GraphReport()
+    grouped = group_queries(gm.graph)
+    if grouped:
+        report.passes["group_queries"] = grouped
+    if contiguous_cats(gm.graph) or grouped:
+        gm.recompile()
     linears = find_linears(gm, example_inputs)
     if any(linear.reason is None for linear in linears):
         _check_inference(gm, example_inputs)
     chosen = choose(linears, options, report)
-    folds = fold_orders(gm.graph, {linear: plan for linear, _, plan, _ in chosen})
+    folds = fold_orders({linear: plan for linear, _, plan, _ in chosen})
     lowerings = _pack(gm, example_inputs, chosen, folds, options)
     runner = Runner(gm, list(example_inputs), report)
     _guard_plans(linears, options)

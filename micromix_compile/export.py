@@ -29,6 +29,7 @@ from micromix_compile.errors import ExportError, GradientError
 from micromix_compile.files import atomically
 from micromix_compile.ops import ABI, build_id
 from micromix_compile.passes.find_linears import find_linears
+from micromix_compile.passes.group_queries import group_queries
 from micromix_compile.passes.lower_linears import Lowering, lower_linears
 from micromix_compile.plan import ModelPlan
 from micromix_compile.quantized_linear import QuantizedLinear
@@ -149,7 +150,7 @@ def trace(
 
 
 def _lower(gm: fx.GraphModule) -> None:
-    """Merge the packed layers that share an input: the lowering that torch.compile does to Dynamo's graph."""
+    """What torch.compile does to Dynamo's graph: merge the packed layers that share an input, group queries."""
     lowerings = [
         Lowering(linear.name, linear, linear.quantised.plan, None, linear.quantised.plan.order)
         for linear in find_linears(gm)
@@ -160,6 +161,7 @@ def _lower(gm: fx.GraphModule) -> None:
         raise AssertionError(f"{name}: every layer is packed before it is exported")
 
     lower_linears(gm.graph, lowerings, add_constant)
+    group_queries(gm.graph)
     gm.graph.lint()
     gm.recompile()
 

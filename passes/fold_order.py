@@ -49,7 +49,7 @@ class Folds:
     into: dict[Linear, list[Linear]] = field(default_factory=dict)
 
 
-def fold_orders(graph: fx.Graph, plans: Mapping[Linear, LayerPlan]) -> Folds:
+def fold_orders(plans: Mapping[Linear, LayerPlan]) -> Folds:
     """Which orders of the layers of `plans`, all of them to be lowered, fold into which layers.
 
     Nothing is changed. An order with padding between its channels stays: the producers have no row for it.
@@ -57,7 +57,7 @@ def fold_orders(graph: fx.Graph, plans: Mapping[Linear, LayerPlan]) -> Folds:
     folds = Folds()
     of_node = {linear.node: linear for linear in plans}
     uses = Counter(linear.weight for linear in plans)
-    for group in shared_inputs(graph, list(plans)):
+    for group in shared_inputs(list(plans)):
         plan = plans[group[0]]
         if plan.order is None:
             continue

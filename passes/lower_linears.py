@@ -102,7 +102,7 @@ def lower_linears(
 
     lowered: dict[fx.Node, fx.Node] = {}  # a layer may read what another layer gives
     found: list[tuple[set[fx.Node], list[list[Lowering]]]] = []
-    for group in shared_inputs(graph, list(lowering_of)):
+    for group in shared_inputs(list(lowering_of)):
         for plan, of_plan in _grouped(group, lambda linear: lowering_of[linear].plan).items():
             device = of_plan[0].parameter.device
             order, known = lowering_of[of_plan[0]].order, of_plan[0].quantised

@@ -21,7 +21,7 @@ def observe_linears(
     several equal modules. `graph` is changed in place and keeps its results; the observers are plain functions,
     so it can be run as it is but not compiled.
     """
-    groups = shared_inputs(graph, linears)
+    groups = shared_inputs(linears)
     for group in groups:
         weights = (linear.weight for linear in group)
         with graph.inserting_before(group[0].node):

@@ -31,25 +31,29 @@ _IN_PLACE_FUNCTIONS = {
 }
 
 
-def shared_inputs(graph: fx.Graph, linears: Sequence[Linear]) -> list[list[Linear]]:
+def shared_inputs(linears: Sequence[Linear]) -> list[list[Linear]]:
     """The layers in groups that read one value, each in graph order, groups in order of their first layer."""
-    position = {node: i for i, node in enumerate(graph.nodes)}
-    writes = [node for node in graph.nodes if _writes_in_place(node)]
     groups: list[list[Linear]] = []
     open_group: dict[fx.Node, list[Linear]] = {}
-    for linear in sorted(linears, key=lambda linear: position[linear.node]):
+    for linear in sorted(linears, key=lambda linear: linear.node):
         group = open_group.get(linear.input)
-        if group is not None:
-            between = range(position[group[0].node], position[linear.node])
-            if any(
-                position[write] in between and _may_write(write, linear.input) for write in writes
-            ):
-                group = None
+        if group is not None and written_between(linear.input, group[0].node, linear.node):
+            group = None
         if group is None:
             group = open_group[linear.input] = []
             groups.append(group)
         group.append(linear)
     return groups
+
+
+def written_between(value: fx.Node, first: fx.Node, last: fx.Node) -> bool:
+    """Whether something between two nodes may write to a value's memory."""
+    node = first.next
+    while node is not last:
+        if _writes_in_place(node) and _may_write(node, value):
+            return True
+        node = node.next
+    return False
 
 
 def _writes_in_place(node: fx.Node) -> bool:

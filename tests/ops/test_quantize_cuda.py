@@ -201,30 +201,28 @@ def test_no_rows():
 def test_rms_norm(k, dtype, form):
     x, residual = rows(9, k, dtype).cuda(), rows(9, k, dtype, 2).cuda()
     weight = rows(1, k, dtype, 3)[0].cuda()
-    quantises = with_and_without_order(k, extra=1)
-    rest = [(EPS, form, dtype, True, order, *arguments(layout)) for order, layout in quantises]
-    total, y, *_ = micromix.rms_norm_quantize(x, None, weight, *rest[0])
-    assert total.shape == (0,)
     wide = x.double()
     normalised = wide / (wide.pow(2).mean(-1, keepdim=True) + EPS).sqrt()
-    if form == RmsForm.WEIGHT_AFTER_CAST and dtype != torch.float32:
-        # Rounded twice, and a value next to a midpoint may be rounded to either side.
-        exact = normalised * weight.double()
-        allowed = 1.01 * torch.finfo(dtype).eps * exact.abs() + 1e-6
-        assert ((y.double() - exact).abs() <= allowed).all()
-        eager = (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS)).to(
-            dtype
-        ) * weight
-        assert (y != eager).float().mean() <= 0.01
-    else:
-        assert_value(y, normalised * (weight.double() + (form == RmsForm.ONE_PLUS_WEIGHT)))
-    for quantise, own in zip(quantises, rest):
-        _, same, *quantised = micromix.rms_norm_quantize(x, None, weight, *own)
-        assert torch.equal(same, y)
-        check_quantised(y, quantised, *quantise)
-        total, *with_sum = micromix.rms_norm_quantize(x, residual, weight, *own)
+    for order, layout in with_and_without_order(k, extra=1):
+        rest = (EPS, form, dtype, True, order, *arguments(layout))
+        total, y, *quantised = micromix.rms_norm_quantize(x, None, weight, *rest)
+        assert total.shape == (0,)
+        if form == RmsForm.WEIGHT_AFTER_CAST and dtype != torch.float32:
+            # Rounded twice, and a value next to a midpoint may be rounded to either side.
+            exact = normalised * weight.double()
+            allowed = 1.01 * torch.finfo(dtype).eps * exact.abs() + 1e-6
+            assert ((y.double() - exact).abs() <= allowed).all()
+            eager = (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS)).to(
+                dtype
+            ) * weight
+            assert (y != eager).float().mean() <= 0.01
+        else:
+            assert_value(y, normalised * (weight.double() + (form == RmsForm.ONE_PLUS_WEIGHT)))
+        check_quantised(y, quantised, order, layout)
+
+        total, *with_sum = micromix.rms_norm_quantize(x, residual, weight, *rest)
         assert torch.equal(total, x + residual)
-        assert_same(with_sum, micromix.rms_norm_quantize(total, None, weight, *own)[1:])
+        assert_same(with_sum, micromix.rms_norm_quantize(total, None, weight, *rest)[1:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -232,20 +230,18 @@ def test_rms_norm(k, dtype, form):
 def test_layer_norm(k, dtype):
     x, residual = rows(9, k, dtype).cuda(), rows(9, k, dtype, 2).cuda()
     weight, bias = rows(1, k, dtype, 3)[0].cuda(), rows(1, k, dtype, 4)[0].cuda()
-    quantises = with_and_without_order(k, extra=1)
-    rest = [(EPS, dtype, True, order, *arguments(layout)) for order, layout in quantises]
-    total, y, *_ = micromix.layer_norm_quantize(x, None, weight, bias, *rest[0])
-    assert total.shape == (0,)
     exact = F.layer_norm(x.double(), (k,), weight.double(), bias.double(), EPS)
     scale = F.layer_norm(x.double(), (k,), weight.double(), None, EPS).abs() + bias.double().abs()
-    assert ((y.double() - exact).abs() <= 0.5001 * step(y) + 2**-20 * scale + 1e-6).all()
-    for quantise, own in zip(quantises, rest):
-        _, same, *quantised = micromix.layer_norm_quantize(x, None, weight, bias, *own)
-        assert torch.equal(same, y)
-        check_quantised(y, quantised, *quantise)
-        total, *with_sum = micromix.layer_norm_quantize(x, residual, weight, None, *own)
+    for order, layout in with_and_without_order(k, extra=1):
+        rest = (EPS, dtype, True, order, *arguments(layout))
+        total, y, *quantised = micromix.layer_norm_quantize(x, None, weight, bias, *rest)
+        assert total.shape == (0,)
+        assert ((y.double() - exact).abs() <= 0.5001 * step(y) + 2**-20 * scale + 1e-6).all()
+        check_quantised(y, quantised, order, layout)
+
+        total, *with_sum = micromix.layer_norm_quantize(x, residual, weight, None, *rest)
         assert torch.equal(total, x + residual)
-        assert_same(with_sum, micromix.layer_norm_quantize(total, None, weight, None, *own)[1:])
+        assert_same(with_sum, micromix.layer_norm_quantize(total, None, weight, None, *rest)[1:])
 
 
 @pytest.mark.parametrize("function", REFERENCES)
