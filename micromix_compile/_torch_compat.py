@@ -344,7 +344,11 @@ class AotiModel:
 
 
 def runs_packages() -> bool:
-    """Whether AOTInductor runs operators that return lists: that of torch 2.11 loses some of their results."""
+    """Whether AOTInductor can call an operator that takes a dtype.
+
+    That of torch 2.11 gives it another one (the number of a dtype in the exported program, not torch's own), and goes on
+    where the operator refuses, with no results.
+    """
     return torch.__version__ >= (2, 12)
 
 

@@ -112,9 +112,7 @@ def trace(
     from micromix_compile.passes.manager import pass_manager  # imports Inductor
 
     if not compat.runs_packages():
-        reason = (
-            f"AOTInductor of torch {torch.__version__} loses results of operators that return lists"
-        )
+        reason = f"AOTInductor of torch {torch.__version__} calls operators that take a dtype with a wrong one"
         raise ExportError(reason=reason, mend="Use torch 2.12 or newer, or a quantised checkpoint")
     if model.training:
         raise GradientError(reason="the model is in training mode")

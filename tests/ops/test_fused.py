@@ -258,7 +258,7 @@ def test_registrations(keep):
 
 
 def test_no_operator_has_a_list():
-    """Inductor's C++ wrapper would call it through Python, and AOTInductor of torch 2.11 lose its results."""
+    """Inductor's C++ wrapper would call it through Python."""
     for name, schema in SCHEMAS.items():
         assert "[]" not in schema, name
 

@@ -19,7 +19,7 @@ class Quantised(nn.Module):
         return torch.ops.micromix.quantize(self.norm(x), None, 32, 0, 32, 88)
 
 
-@pytest.mark.skipif(not compat.runs_packages(), reason="torch 2.11 loses results")
+@pytest.mark.skipif(not compat.runs_packages(), reason="torch 2.11 mistakes dtypes")
 def test_a_package_has_the_same_fusions(tmp_path):
     model, x = Quantised().eval(), torch.randn(4, 64)
     batch = torch.export.Dim("batch", min=2, max=64)
