@@ -664,7 +664,7 @@ def _measure(
     options = {**options, "inductor": False}
     lowered = torch.compile(model, backend="micromix", options=options, dynamic=False)
     try:
-        found = compare(base or model, lowered, windows, context, label)
+        found = compare(model if base is None else base, lowered, windows, context, label)
     finally:
         torch.compiler.reset()  # Dynamo gives up, silently, on the ninth variant of one function
     row = {"perplexity": found.model.value}
