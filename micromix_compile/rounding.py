@@ -32,7 +32,6 @@ from micromix_compile.mx import (
     encode,
     inverse_scale_values,
     pack_codes,
-    quantize,
     rearrange,
     scale_bytes,
     scale_values,
@@ -192,12 +191,9 @@ def _given(x: Tensor, plan: LayerPlan) -> Tensor:
 
 
 def _quantize(x: Tensor, plan: LayerPlan) -> tuple[Tensor, Tensor]:
-    """By the device's kernel, or the reference where it has none that rotates."""
     layout = plan.layout
     order = None if plan.order is None else plan.order.to(x.device)
-    if x.device.type == "cpu":
-        return torch.ops.micromix.quantize(x, order, layout.k4, layout.k6, layout.k8, layout.code)
-    return quantize(x, layout, order)
+    return torch.ops.micromix.quantize(x, order, layout.k4, layout.k6, layout.k8, layout.code)
 
 
 def _ordered(values: Tensor, plan: LayerPlan) -> Tensor:

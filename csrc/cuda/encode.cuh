@@ -5,9 +5,7 @@
 // of the wider format, subnormals included, and there is one rounding.
 #pragma once
 
-#include <cuda_fp16.h>
-
-#include "../mx/scales.h"
+#include "../mx/hadamard.h"
 
 #if defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM103_ALL) || \
     defined(__CUDA_ARCH_FEAT_SM120_ALL) || defined(__CUDA_ARCH_FEAT_SM121_ALL)
@@ -120,36 +118,50 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b) {
   return c;
 }
 
-// E2M1 of values with at most 8 significant bits (bfloat16, and a power of two), up to 7. The code
-// of |v| is min(2|v|, |v| + 2, |v|/2 + 4) rounded to nearest even: the three lines count steps of a
-// half, one and two, each is below the others where its step is the element's, and float16 holds
-// them exactly there. Adding 1024 rounds to integers, two values at a time.
-__device__ __forceinline__ uint32_t encode_e2m1_of_bfloat16(const float* v) {
-  const __half2 half = __float2half2_rn(0.5f), two = __float2half2_rn(2.0f);
-  const __half2 four = __float2half2_rn(4.0f), sixteen = __float2half2_rn(16.0f);
-  const __half2 integer = __float2half2_rn(1024.0f);
-  uint32_t bits[4];
-  __half2 code[4];  // of elements i and i + 4, plus 1024
+// E2M1 of eight bfloat16 numbers, pairs of channels i and i + 4, of a block with the scale `byte`,
+// from 1 to 253. With v = |x| over the scale, the code of v is min(2v, v + 2, v/2 + 4) rounded to
+// nearest even: the three lines count steps of a half, one and two, and each is below the others
+// where its step is the element's. From 128 to 255 a bfloat16 number is an integer, so a fused
+// multiply and add of x, the slope over the scale and the line's constant plus 128 rounds once, to
+// that code plus 128. `saturates`: some v is 7 or more.
+__device__ __forceinline__ uint32_t encode_e2m1_of_bfloat16(const uint32_t* x, int byte,
+                                                            bool saturates) {
+  const auto both = [](uint32_t half) { return half | half << 16; };
+  const auto line = [](uint32_t v, uint32_t slope, uint32_t constant) {
+    uint32_t code;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(code) : "r"(v), "r"(slope), "r"(constant));
+    return code;
+  };
+  const auto smaller = [](uint32_t a, uint32_t b) {
+    uint32_t c;
+    asm("min.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+  };
+  constexpr uint32_t k128 = 0x4300;  // and the last bits of 128 + n are n
+  // One and two times and half the inverse of the scale; the half is subnormal for the last byte.
+  const uint32_t one = both((254 - byte) << 7), two = one + both(1 << 7);
+  const uint32_t half = byte == 253 ? both(1 << 6) : one - both(1 << 7);
+  uint32_t code[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const __half2 pair = __floats2half2_rn(v[i], v[i + 4]);
-    bits[i] = *reinterpret_cast<const uint32_t*>(&pair);
-    const __half2 x = __habs2(pair);
-    const __half2 line = __hmin2(__hadd2(x, two), __hfma2(x, half, four));
-    code[i] = __hadd2(__hmin2(__hadd2(x, x), line), integer);
+    const uint32_t v = x[i] & 0x7FFF7FFF;
+    code[i] = smaller(smaller(line(v, two, both(k128)), line(v, one, both(k128 + 2))),
+                      line(v, half, both(k128 + 4)));
   }
-  const __half2 ab = __hfma2(__hsub2(code[1], integer), sixteen, code[0]);
-  const __half2 cd = __hfma2(__hsub2(code[3], integer), sixteen, code[2]);
-  const uint32_t codes = permute_bytes<0x6240>(*reinterpret_cast<const uint32_t*>(&ab),
-                                               *reinterpret_cast<const uint32_t*>(&cd));
+  if (saturates) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) code[i] = smaller(code[i], both(k128 + 7));
+  }
+  const uint32_t codes =
+      code[0] + 0x10 * code[1] + 0x100 * (code[2] + 0x10 * code[3]) - both(k128) * 0x1111;
   // Selectors from 8 on repeat a byte's sign bit.
-  return codes | (permute_bytes<0xFBD9>(bits[0], bits[2]) & 0x08080808) |
-         (permute_bytes<0xFBD9>(bits[1], bits[3]) & 0x80808080);
+  return codes | (permute_bytes<0xFBD9>(x[0], x[2]) & 0x08080808) |
+         (permute_bytes<0xFBD9>(x[1], x[3]) & 0x80808080);
 }
 
 // The codes of eight values of a block with the scale `byte` (not NaN) and the largest magnitude
-// `amax`. `kBFloat16`: the values are bfloat16 numbers.
-template <mx::ElementFormat kFormat, bool kBFloat16>
+// `amax`.
+template <mx::ElementFormat kFormat>
 __device__ __forceinline__ Codes encode(const float* x, float amax, int byte) {
   const int exponent = 127 - byte;  // of the factor, from -126
 #if MICROMIX_HAS_MX_CASTS
@@ -159,11 +171,6 @@ __device__ __forceinline__ Codes encode(const float* x, float amax, int byte) {
   if constexpr (kFormat == mx::E3M2) return join6(e3m2x4(y.v), e3m2x4(y.v + 4));
   if constexpr (kFormat == mx::E4M3) return {e4m3x4(y.v), e4m3x4(y.v + 4)};
 #else
-  if constexpr (kFormat == mx::E2M1 && kBFloat16) {
-    Scaled y(x, amax, power_of_two(exponent));
-    y.clamp(6.9f, 6.0f);  // below 7 the code is that of 6 in any case
-    return {encode_e2m1_of_bfloat16(y.v), 0};
-  }
 #if MICROMIX_HAS_FP8_CASTS
   if constexpr (kFormat == mx::E4M3) {
     const Scaled y(x, amax, power_of_two(exponent));

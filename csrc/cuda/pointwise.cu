@@ -1,5 +1,5 @@
 // A cast, an activation, its product with another value, or a sum, and its quantised forms.
-#include "rows.cuh"
+#include "launch.cuh"
 
 namespace micromix::cuda {
 

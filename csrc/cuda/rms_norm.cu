@@ -1,5 +1,5 @@
 // An RMSNorm, of x or of x + residual, and its quantised forms.
-#include "rows.cuh"
+#include "launch.cuh"
 
 namespace micromix::cuda {
 

@@ -36,11 +36,14 @@ Output output_of(const RowOutput& from) {
   to.blocks = static_cast<int32_t>(from.layout.blocks());
   to.start6 = static_cast<int32_t>(segments[1].byte_start);
   to.start8 = static_cast<int32_t>(segments[2].byte_start);
-  to.aligned8 = to.row_bytes % 16 == 0 && to.start8 % 16 == 0;
+  to.aligned4 = to.row_bytes % 16 == 0;
+  to.aligned8 = to.aligned4 && to.start8 % 16 == 0;
   to.increment4 = increment(0);
   to.increment6 = increment(1);
   to.increment8 = increment(2);
   to.e3m2 = segments[1].format == mx::E3M2;
+  to.rotated = 0;
+  for (int i = 0; i < 3; ++i) to.rotated |= static_cast<uint32_t>(segments[i].hadamard) << i;
   return to;
 }
 
@@ -58,33 +61,71 @@ Types types_of(const RowTask& task, const RowOutput& output) {
 
 // What a launch depends on beside its arguments.
 struct Limits {
-  int shared_bytes, multiprocessors;
+  int shared_bytes, shared_bytes_of_all, multiprocessors, capability;
 
   explicit Limits(int device) {
-    check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-          "quantize");
-    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
-          "quantize");
-    shared_bytes -= kOtherSharedBytes;
+    const auto attribute = [&](cudaDeviceAttr name) {
+      int value;
+      check(cudaDeviceGetAttribute(&value, name, device), "quantize");
+      return value;
+    };
+    shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kOtherSharedBytes;
+    shared_bytes_of_all = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
+    capability = attribute(cudaDevAttrComputeCapabilityMajor);
   }
 };
+
+// Many regular rows of a norm or an order, with enough for every thread block to go on with.
+bool streams(const RowTask& task, Types types, int64_t count, const RowOutput& output,
+             const Limits& limits) {
+  const auto of_type = [&](const RowInput& vector) {
+    return vector.data == nullptr || vector.dtype == task.dtype;
+  };
+  return limits.capability >= 9 && is_narrow(types) && task.kept == nullptr &&
+         of_type(task.weight) && of_type(task.bias) &&
+         (output.order != nullptr || task.row_function != RowFunction::kPointwise) &&
+         count >= 4 * limits.multiprocessors;
+}
+
+// Without threads where a row does not fit.
+Launch streamed(const RowTask& task, Types types, int64_t count, const RowOutput& output,
+                const Limits& limits) {
+  const bool ordered = output.order != nullptr;
+  const int group = streamed_group(ordered);
+  const int64_t groups = (std::max(task.k, output.layout.channels()) + group - 1) / group;
+  const int64_t threads = (groups + 31) / 32 * 32;
+  Launch launch{};
+  if (threads > streamed_threads(ordered)) return launch;
+  const int64_t bytes = streamed_bytes(task.k, task.second.data != nullptr ? 2 : 1,
+                                       static_cast<int>(threads), ordered, task.row_function);
+  if (bytes > limits.shared_bytes) return launch;
+  // As many thread blocks as have registers and shared memory, but four rows for each.
+  const int64_t each = std::min({streamed_threads(ordered) / threads,
+                                 limits.shared_bytes_of_all / (bytes + 1024 + kOtherSharedBytes),
+                                 count / (4 * limits.multiprocessors)});
+  launch.types = types;
+  launch.placement = Placement::kStreamed;
+  launch.blocks = static_cast<int>(std::max<int64_t>(each, 1) * limits.multiprocessors);
+  launch.threads = static_cast<int>(threads);
+  launch.bytes = static_cast<int>(bytes);
+  return launch;
+}
 
 Launch choose(const RowTask& task, int64_t count, const RowOutput& output, const Limits& limits) {
   Launch launch{};
   launch.types = types_of(task, output);
+  if (streams(task, launch.types, count, output, limits)) {
+    const Launch stays = streamed(task, launch.types, count, output, limits);
+    if (stays.threads > 0) return stays;
+  }
   launch.placement = output.order == nullptr ? Placement::kDirect : Placement::kStaged;
   const bool direct = launch.placement == Placement::kDirect;
   const bool waits = !direct || task.row_function != RowFunction::kPointwise;
-  const auto bytes = [&](int rows) {
-    return waits ? staged_bytes(task.k, launch.types, rows) : int64_t{0};
-  };
-  // Two rows share what is read of the order; not where that leaves multiprocessors idle, or one
-  // thread block on each.
-  const bool two = is_narrow(launch.types) && !direct && count > 4 * limits.multiprocessors &&
-                   bytes(2) <= limits.shared_bytes / 2;
-  launch.rows_each = two ? 2 : 1;
-  if (bytes(launch.rows_each) <= limits.shared_bytes) {
-    launch.bytes = static_cast<int>(bytes(launch.rows_each));
+  const int64_t bytes = waits ? staged_bytes(task.k, launch.types) : 0;
+  launch.blocks = static_cast<int>(count);
+  if (bytes <= limits.shared_bytes) {
+    launch.bytes = static_cast<int>(bytes);
   } else {
     launch.placement = Placement::kRecomputed;
   }
@@ -105,8 +146,7 @@ void launch(const OnDevice& device, const Limits& limits, const RowTask& task, i
   rows.task = task;
   rows.k = static_cast<int32_t>(task.k);
   rows.count = static_cast<int32_t>(count);
-  rows.outputs = 1;
-  rows.output[0] = output_of(output);
+  rows.output = output_of(output);
   Launch launch = choose(task, count, output, limits);
   launch.stream = device.stream;
   const auto function = task.row_function == RowFunction::kRmsNorm     ? launch_rms_norm
@@ -122,9 +162,6 @@ void run(const Tensor& x, const RowTask& task, int64_t rows, const RowOutput& ou
                  " channels and 2^31 - 1 rows; got ", task.k, " and ", rows);
   MICROMIX_CHECK(channels <= kMostChannels, "micromix: the CUDA kernels take up to ", kMostChannels,
                  " channels; got ", channels);
-  MICROMIX_CHECK(!output.layout.rotates_any(),
-                 "micromix: the CUDA kernels do not rotate blocks yet; make the plan with "
-                 "Recipe(hadamard=()), or run it on the CPU");
   const OnDevice device(x);
   launch(device, Limits(device.index), task, rows, output);
 }

@@ -17,18 +17,16 @@ struct Output {
   int32_t end4, end6, blocks;
   int32_t start6, start8;
   uint32_t increment4, increment6, increment8;  // mx::scale_increment of each
+  uint32_t rotated;                             // a bit for each segment whose blocks are
   bool e3m2;                                    // what MXFP6 is
-  bool order_aligned, aligned8;                 // to 16 bytes: the order, the 8-bit elements
+  bool order_aligned, aligned4, aligned8;       // to 16 bytes: the order, the 4- and 8-bit elements
 };
-
-constexpr int kMaxOutputs = 16;  // of one launch
 
 // The arguments of a row kernel.
 struct Rows {
   RowTask task;
   int32_t k, count;  // channels and rows
-  int32_t outputs;
-  Output output[kMaxOutputs];
+  Output output;
 };
 
 // What a kernel is compiled for: one type of x, of the other operand and of the result, with rows
@@ -40,31 +38,52 @@ constexpr bool is_narrow(Types types) {
   return types == Types::kBFloat16 || types == Types::kFloat16;
 }
 
-// Where the result waits to be quantised: in registers, for one output without an order; in shared
-// memory; or nowhere, where a row does not fit there: it is computed again for each output.
-enum class Placement { kDirect, kStaged, kRecomputed };
+// Where the result waits to be quantised: in registers, for an output without an order; in shared
+// memory; or nowhere, where a row does not fit there: it is computed again as an order wants it. Or
+// in registers of thread blocks that stay for many rows, the operands in shared memory.
+enum class Placement { kDirect, kStaged, kRecomputed, kStreamed };
 
-// Shared memory holds channel c, of one or two rows, at slot kFirstSlot + c, a zero before channel
+// Shared memory holds channel c at slot kFirstSlot + c, a zero before channel
 // 0, which is what the order's -1 reads, and a NaN behind the last one. Any other channel that is
 // out of range reads the NaN: an order cannot be checked without waiting for the device, and must
 // not be wrong in silence.
 constexpr int kFirstSlot = 8;
-constexpr int slot_bytes(Types types, int rows) { return is_narrow(types) ? 2 * rows : 4; }
-constexpr int64_t staged_bytes(int64_t k, Types types, int rows) {
-  return (kFirstSlot + (k / 16 + 1) * 16) * slot_bytes(types, rows);
+constexpr int slot_bytes(Types types) { return is_narrow(types) ? 2 : 4; }
+constexpr int64_t staged_bytes(int64_t k, Types types) {
+  return (kFirstSlot + (k / 16 + 1) * 16) * slot_bytes(types);
 }
-constexpr int kOtherSharedBytes = 256;  // at most, that a row kernel uses beside the staged row
+// Channels of a thread of the streamed kernel, and threads of a thread block at most. More channels
+// take less work each, and fewer leave registers for more threads: sums want these.
+constexpr int streamed_group(bool ordered) { return ordered ? 32 : 16; }
+constexpr int streamed_threads(bool ordered) { return 16384 / streamed_group(ordered); }
+// A norm's weight and bias, whether it has them or not.
+constexpr int streamed_parameters(RowFunction function) {
+  return function == RowFunction::kLayerNorm ? 2 : function == RowFunction::kRmsNorm ? 1 : 0;
+}
+// Its shared memory: barriers, a ring of stages, and the parameters. Every operand of a stage
+// begins with 16 bytes, of them a zero, which is what the order's -1 reads, and a NaN for what is
+// not there.
+constexpr int kStreamedStages = 3, kStreamedBarriers = 64;
+constexpr int kStreamedZero = 0, kStreamedNan = 2, kStreamedEnd = 16;
+constexpr int64_t streamed_operand_bytes(int64_t k) { return kStreamedEnd + (k + 31) / 32 * 64; }
+constexpr int64_t streamed_bytes(int64_t k, int operands, int threads, bool ordered,
+                                 RowFunction function) {
+  return kStreamedBarriers + kStreamedStages * operands * streamed_operand_bytes(k) +
+         2 * streamed_parameters(function) * threads * streamed_group(ordered);
+}
+
+constexpr int kOtherSharedBytes = 512;  // at most, that a row kernel uses beside the staged rows
 
 constexpr int max_threads(Placement placement) {
   return placement == Placement::kDirect ? 256 : 512;
 }
 
-// How a kernel is launched; `bytes` is of shared memory, `rows_each` of a thread block. One file
+// How a kernel is launched; `bytes` is of shared memory. One file
 // for each function, because they take long to compile.
 struct Launch {
   Types types;
   Placement placement;
-  int rows_each, threads, bytes;
+  int blocks, threads, bytes;
   cudaStream_t stream;
 };
 cudaError_t launch_rms_norm(const Rows& rows, const Launch& launch);

@@ -9,6 +9,8 @@
 
 namespace micromix::cuda {
 
+constexpr unsigned kWarp = 0xFFFFFFFF;  // all of its threads
+
 // The type of a tensor: known to the compiler, or decided as the kernel runs.
 template <Types kTypes>
 __device__ __forceinline__ Dtype type_of(Dtype dtype) {
@@ -35,6 +37,11 @@ __device__ __forceinline__ float2 widen_pair(uint32_t word, bool bfloat16) {
 __device__ __forceinline__ uint32_t narrow_pair(float low, float high, bool bfloat16) {
   return bfloat16 ? bits_of(__floats2bfloat162_rn(low, high))
                   : bits_of(__floats2half2_rn(low, high));
+}
+__device__ __forceinline__ float largest(float a, float b) {  // NaN if one of them is
+  float c;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
 }
 // The larger of two magnitudes in either half; NaN where one is.
 __device__ __forceinline__ uint32_t largest_pair(uint32_t a, uint32_t b, bool bfloat16) {
@@ -68,6 +75,62 @@ __device__ __forceinline__ Narrow<kCount> pack(const Values<kCount>& x, bool bfl
   for (int i = 0; i < kCount / 2; ++i)
     bits.word[i] = narrow_pair(x.v[2 * i], x.v[2 * i + 1], bfloat16);
   return bits;
+}
+
+// The same values as pairs of channels i and i + 4 of every eight, the order of their codes.
+template <int kCount>
+struct Pairs {
+  uint32_t word[kCount / 2];
+};
+
+template <int kWords>
+__device__ __forceinline__ Pairs<2 * kWords> paired(const uint32_t (&words)[kWords]) {
+  Pairs<2 * kWords> x;
+#pragma unroll
+  for (int i = 0; i < kWords; i += 4) {
+    x.word[i] = permute_bytes<0x5410>(words[i], words[i + 2]);
+    x.word[i + 1] = permute_bytes<0x7632>(words[i], words[i + 2]);
+    x.word[i + 2] = permute_bytes<0x5410>(words[i + 1], words[i + 3]);
+    x.word[i + 3] = permute_bytes<0x7632>(words[i + 1], words[i + 3]);
+  }
+  return x;
+}
+template <int kCount>
+__device__ __forceinline__ Values<kCount> unpack(const Pairs<kCount>& pairs, bool bfloat16) {
+  Values<kCount> x;
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) {
+    const float2 pair = widen_pair(pairs.word[i], bfloat16);
+    const int first = i / 4 * 8 + i % 4;
+    x.v[first] = pair.x, x.v[first + 4] = pair.y;
+  }
+  return x;
+}
+template <int kCount>
+__device__ __forceinline__ Pairs<kCount> pack_pairs(const Values<kCount>& x, bool bfloat16) {
+  Pairs<kCount> pairs;
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) {
+    const int first = i / 4 * 8 + i % 4;
+    pairs.word[i] = narrow_pair(x.v[first], x.v[first + 4], bfloat16);
+  }
+  return pairs;
+}
+// The products, rounded once: of 16-bit values they are exact in float32, so this is that product
+// rounded to the type.
+template <int kCount>
+__device__ __forceinline__ Pairs<kCount> product(const Pairs<kCount>& x, const Pairs<kCount>& y,
+                                                 bool bfloat16) {
+  Pairs<kCount> z;
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) {
+    const uint32_t a = x.word[i], b = y.word[i];
+    z.word[i] = bfloat16 ? bits_of(__hmul2_rn(*reinterpret_cast<const __nv_bfloat162*>(&a),
+                                              *reinterpret_cast<const __nv_bfloat162*>(&b)))
+                         : bits_of(__hmul2_rn(*reinterpret_cast<const __half2*>(&a),
+                                              *reinterpret_cast<const __half2*>(&b)));
+  }
+  return z;
 }
 
 // Rounds to the values of a type.

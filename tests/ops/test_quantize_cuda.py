@@ -144,6 +144,32 @@ def test_rows_longer_than_shared_memory():
         check_quantised(y, quantised, channels, layout)
 
 
+ROTATED = [
+    MixedLayout(64, 96, 64, "e2m3", hadamard=(4,)),
+    MixedLayout(64, 96, 64, "e3m2", hadamard=(4, 6)),
+    MixedLayout(64, 96, 64, "e2m3", hadamard=(4, 6, 8)),
+    MixedLayout(0, 32, 64, "e2m3", ("floor", "ceil", "even"), hadamard=(8,)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ROTATED, ids=lambda l: f"{mix_name(l)}-{l.hadamard}")
+def test_rotated_blocks(layout, dtype):
+    """In registers, staged, with padding, with rows that begin anywhere, and streamed."""
+    k = layout.channels
+    for count, channels in ((5, k), (5, k - 7), (700, k)):
+        x = rows(count, channels, dtype)
+        x[1, 3], x[2, -1] = float("nan"), float("inf")
+        check(x.cuda(), layout)
+        check(x.cuda(), layout, random_order(channels, layout))
+
+
+def test_a_rotated_row_longer_than_shared_memory():
+    k = 120_000
+    layout = MixedLayout(k - 64, 64, 0, hadamard=(4, 6))
+    check(rows(2, k, torch.bfloat16).cuda(), layout, random_order(k, layout))
+
+
 def test_special_values():
     x = rows(9, 192, torch.float32)
     x[0, 5], x[1, 70], x[2, 190] = float("nan"), float("inf"), float("-inf")
@@ -300,6 +326,112 @@ def test_types_in_any_mix(x_dtype, other_dtype, dtype):
         _, y, *quantised = micromix.rms_norm_quantize(x, x, other[0], EPS, 1, *rest)
         assert_value(y, exact)
         check_quantised(y, quantised, order, layout)
+
+
+def many_rows() -> int:
+    """Enough for the streamed kernel, and not the same number for every thread block."""
+    return 4 * torch.cuda.get_device_properties(0).multi_processor_count + 37
+
+
+def kernels_of(function) -> set[str]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    return {event.name for event in profile.events()}
+
+
+def assert_streamed(function) -> None:
+    if torch.cuda.get_device_capability()[0] >= 9:
+        assert any("streamed_rows_kernel" in name for name in kernels_of(function))
+
+
+def exact_rows(k: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """Small integers, every row's sum 0: any order of a norm's sums gives the same bits."""
+    generator = torch.Generator().manual_seed(seed)
+    half = torch.randint(-3, 4, (many_rows(), k // 2), generator=generator)
+    return torch.cat((half, -half), 1).to(dtype).cuda()
+
+
+STREAMED = [  # channels, and blocks of padding
+    (64, 0),
+    (576, 1),
+    (1008, 0),
+    (4096, 0),
+    (11008, 2),
+    (16384, 0),
+]
+
+
+@pytest.mark.parametrize("ordered", (True, False), ids=("ordered", "plain"))
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("k, extra", STREAMED)
+def test_streamed_norms(k, extra, dtype, ordered):
+    """The streamed kernel gives what the staged one gives, which keeps the norm's own value."""
+    layout = mixed(k, "e3m2", extra)
+    order = random_order(k, layout) if ordered else None
+    x, residual = exact_rows(k, dtype), exact_rows(k, dtype, 1)
+    weight, bias = (rows(1, k, dtype, seed)[0].cuda() for seed in (3, 4))
+    for second in (None, residual):
+        for parameters in ((weight, bias), (None, None)):
+            for form in RmsForm:
+                norm = (micromix.rms_norm_quantize, (x, second, parameters[0], EPS, form))
+                assert_as_staged(*norm, dtype, order, layout)
+            norm = (micromix.layer_norm_quantize, (x, second, *parameters, EPS))
+            fits = second is None or k < 16384  # in shared memory, with weight and bias
+            assert_as_staged(*norm, dtype, order, layout, fits)
+
+
+def assert_as_staged(op, args, dtype, order, layout, streams=True) -> None:
+    def run(keep: bool):
+        return op(*args, dtype, keep, order, *arguments(layout))
+
+    if streams:
+        assert_streamed(lambda: run(False))
+    *total, y, data, scales = run(True)
+    *found, _, found_data, found_scales = run(False)
+    assert_same((*found, found_data, found_scales), (*total, data, scales))
+    check_quantised(y, (data, scales), order, layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("k, extra", STREAMED)
+def test_streamed_activations(k, extra, dtype):
+    layout = mixed(k, "e2m3", extra)
+    order = random_order(k, layout)
+    x, other = (rows(many_rows(), k, dtype, seed).cuda() for seed in (1, 2))
+    assert_streamed(lambda: check(x, layout, order))
+    check(x[:, : k // 32 * 32], layout, order.clamp_max(k // 32 * 32 - 1))  # rows with a stride
+    for function in Pointwise:
+        assert_as_staged(micromix.pointwise_quantize, (x, other, function), dtype, order, layout)
+        if function != Pointwise.ADD:
+            assert_as_staged(micromix.pointwise_quantize, (x, None, function), dtype, order, layout)
+
+
+def test_streamed_norms_of_random_rows():
+    """Sums in another order: a code differs now and then, by a rounding of the norm's value."""
+    k = 4096
+    layout = mixed(k)
+    x, weight = rows(many_rows(), k, torch.bfloat16).cuda(), rows(1, k, torch.bfloat16, 3)[0].cuda()
+    x += 3 * weight  # a mean
+    for order in (None, random_order(k, layout)):
+        for op, args in (
+            (micromix.rms_norm_quantize, (x, None, weight, EPS, 0)),
+            (micromix.layer_norm_quantize, (x, None, weight, weight, EPS)),
+        ):
+            found, expected = (
+                op(*args, torch.bfloat16, keep, order, *arguments(layout))[2]
+                for keep in (False, True)
+            )
+            assert (found != expected).float().mean() < 1e-3
+
+
+def test_streamed_order_out_of_range_is_nan():
+    k, layout = 64, MixedLayout(32, 0, 32)
+    x = rows(many_rows(), k, torch.bfloat16).cuda()
+    order = torch.arange(64, dtype=torch.int32)
+    order[3], order[40] = 64, -2
+    _, scales = micromix.quantize(x, order.cuda(), *arguments(layout))
+    assert (scales == mx.NAN_SCALE).all()
 
 
 def test_wrong_arguments_are_refused():

@@ -1,0 +1,57 @@
+// The kernels of a row function, and the launch of one of them.
+#pragma once
+
+#include "rows.cuh"
+#include "streamed_rows.cuh"
+
+namespace micromix::cuda {
+
+using RowKernel = void (*)(Rows);
+
+template <RowFunction kFunction, Types kTypes>
+RowKernel kernel_of(const Rows& rows, const Launch& how) {
+  if (how.placement == Placement::kDirect)
+    return rows_kernel<kFunction, kTypes, Placement::kDirect>;
+  if constexpr (is_narrow(kTypes)) {
+    if (how.placement == Placement::kStreamed) {
+      // Neither norm nor order: the direct kernel is faster.
+      constexpr bool kNorm = kFunction != RowFunction::kPointwise;
+      const bool two = rows.task.second.data != nullptr;
+      if (!kNorm || rows.output.order != nullptr)
+        return two ? streamed_rows_kernel<kFunction, kTypes, true, true>
+                   : streamed_rows_kernel<kFunction, kTypes, true, false>;
+      if constexpr (kNorm)
+        return two ? streamed_rows_kernel<kFunction, kTypes, false, true>
+                   : streamed_rows_kernel<kFunction, kTypes, false, false>;
+    }
+  }
+  return rows_kernel<kFunction, kTypes, Placement::kStaged>;
+}
+
+template <RowFunction kFunction>
+cudaError_t launch(const Rows& rows, const Launch& how) {
+  const RowKernel kernel = [&] {
+    if (how.placement == Placement::kRecomputed)
+      return RowKernel{rows_kernel<kFunction, Types::kAny, Placement::kRecomputed>};
+    switch (how.types) {
+      case Types::kBFloat16:
+        return kernel_of<kFunction, Types::kBFloat16>(rows, how);
+      case Types::kFloat16:
+        return kernel_of<kFunction, Types::kFloat16>(rows, how);
+      case Types::kFloat32:
+        return kernel_of<kFunction, Types::kFloat32>(rows, how);
+      case Types::kAny:
+        break;
+    }
+    return kernel_of<kFunction, Types::kAny>(rows, how);
+  }();
+  if (how.bytes > 48 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.bytes);
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<how.blocks, how.threads, how.bytes, how.stream>>>(rows);
+  return cudaGetLastError();
+}
+
+}  // namespace micromix::cuda
