@@ -58,13 +58,15 @@ def test_calibration_on_the_gpu_sees_what_it_sees_on_the_cpu():
 EMULATION = {"strict": True, "kernel": "mx_emulated"}
 
 
-def planned_llama(dtype: torch.dtype) -> tuple[torch.nn.Module, torch.Tensor]:
+MIX = Recipe(split=(0.5, 0.25, 0.25))
+
+
+def planned_llama(dtype: torch.dtype, recipe: Recipe = MIX) -> tuple[torch.nn.Module, torch.Tensor]:
     """Four layers with a plan of all three formats, on the CPU, and a prompt."""
     model = tiny_llama(dtype, layers=4)
     generator = torch.Generator().manual_seed(3)
     prompt = torch.randint(VOCABULARY, (2, 12), generator=generator)
-    plan = calibrate(model).run([{"input_ids": prompt}]).plan(Recipe(split=(0.5, 0.25, 0.25)))
-    plan.attach(model)
+    calibrate(model).run([{"input_ids": prompt}]).plan(recipe).attach(model)
     return model, prompt
 
 
@@ -76,8 +78,11 @@ def greedy(compiled, tokens: torch.Tensor, count: int) -> torch.Tensor:
     return tokens.cpu()
 
 
-def test_llama_with_the_emulated_kernel_gives_the_tokens_of_the_cpu():
-    model, prompt = planned_llama(torch.float32)
+@pytest.mark.parametrize(
+    "recipe", (MIX, Recipe(split=(0.5, 0.25, 0.25), hadamard=(4, 6))), ids=("mix", "rotated")
+)
+def test_llama_with_the_emulated_kernel_gives_the_tokens_of_the_cpu(recipe):
+    model, prompt = planned_llama(torch.float32, recipe)
     dynamic = {"backend": "micromix", "dynamic": True}
     compiled = torch.compile(model, options={"strict": True}, **dynamic)
     expected = greedy(compiled, prompt, 12)
