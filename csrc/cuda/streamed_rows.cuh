@@ -1,5 +1,5 @@
-// The row kernel for many regular rows of a 16-bit type, on sm_90 and later: thread
-// blocks that stay.
+// The row kernel for many regular rows of a 16-bit type, on sm_90 and later: thread blocks that
+// stay.
 //
 // A thread block takes every n-th row. Bulk copies of its next rows to a ring in shared memory run
 // behind its work, so memory is not idle for a norm's sums or an order's gathers, as it is where a
@@ -208,8 +208,8 @@ struct Stream {
   }
 
   // A warp's part of a row's statistics, to be read after the next barrier, of the pieces that its
-  // threads have: the sum of squares; or the sum, and the squares of the distances
-  // from the warp's mean. Adds the residual first, where there is one.
+  // threads have: the sum of squares; or the sum, and the squares of the distances from the warp's
+  // mean. Adds the residual first, where there is one.
   __device__ __forceinline__ void statistics_of_warp(int64_t row, uint32_t x, WarpStatistics& to) {
     float sums[4] = {};
 #pragma unroll
