@@ -96,14 +96,15 @@ Launch streamed(const RowTask& task, Types types, int64_t count, const RowOutput
   const int64_t groups = (std::max(task.k, output.layout.channels()) + group - 1) / group;
   const int64_t threads = (groups + 31) / 32 * 32;
   Launch launch{};
-  if (threads > streamed_threads(ordered)) return launch;
+  const int most = streamed_threads(ordered, limits.capability);
+  if (threads > most) return launch;
   const int64_t bytes = streamed_bytes(task.k, task.second.data != nullptr ? 2 : 1,
                                        static_cast<int>(threads), ordered, task.row_function);
   if (bytes > limits.shared_bytes) return launch;
   // As many thread blocks as have registers and shared memory, but four rows for each.
-  const int64_t each = std::min({streamed_threads(ordered) / threads,
-                                 limits.shared_bytes_of_all / (bytes + 1024 + kOtherSharedBytes),
-                                 count / (4 * limits.multiprocessors)});
+  const int64_t each =
+      std::min({most / threads, limits.shared_bytes_of_all / (bytes + 1024 + kOtherSharedBytes),
+                count / (4 * limits.multiprocessors)});
   launch.types = types;
   launch.placement = Placement::kStreamed;
   launch.blocks = static_cast<int>(std::max<int64_t>(each, 1) * limits.multiprocessors);

@@ -52,10 +52,13 @@ constexpr int slot_bytes(Types types) { return is_narrow(types) ? 2 : 4; }
 constexpr int64_t staged_bytes(int64_t k, Types types) {
   return (kFirstSlot + (k / 16 + 1) * 16) * slot_bytes(types);
 }
-// Channels of a thread of the streamed kernel, and threads of a thread block at most. More channels
-// take less work each, and fewer leave registers for more threads: sums want these.
+// Channels of a thread of the streamed kernel, and threads of a thread block at most, for a compute
+// capability. More channels take less work each, and fewer leave registers for more threads: sums
+// want these. The code for sm_120 needs more registers than that for sm_90.
 constexpr int streamed_group(bool ordered) { return ordered ? 32 : 16; }
-constexpr int streamed_threads(bool ordered) { return 16384 / streamed_group(ordered); }
+constexpr int streamed_threads(bool ordered, int capability) {
+  return ordered ? 512 : capability < 10 ? 1024 : 768;
+}
 // A norm's weight and bias, whether it has them or not.
 constexpr int streamed_parameters(RowFunction function) {
   return function == RowFunction::kLayerNorm ? 2 : function == RowFunction::kRmsNorm ? 1 : 0;

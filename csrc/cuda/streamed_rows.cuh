@@ -429,8 +429,14 @@ struct Stream {
   }
 };
 
+#ifdef __CUDA_ARCH__
+constexpr int kCapability = __CUDA_ARCH__ / 100;
+#else
+constexpr int kCapability = 9;  // the host's code has no bounds
+#endif
+
 template <RowFunction kFunction, Types kTypes, bool kOrdered, bool kTwo>
-__global__ void __launch_bounds__(streamed_threads(kOrdered), 1)
+__global__ void __launch_bounds__(streamed_threads(kOrdered, kCapability), 1)
     streamed_rows_kernel(const __grid_constant__ Rows rows) {
 #if __CUDA_ARCH__ >= 900  // bulk copies
   extern __shared__ uint4 shared[];

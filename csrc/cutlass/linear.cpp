@@ -196,13 +196,6 @@ void products(const char* op, const Device& device, const OnDevice& on, Tensor d
   if (arguments.weight_count > 0) launch(op, arguments, layout, device, data, on.stream);
 }
 
-void check_operands(const char* op, const Tensor& data, const Tensor& scales) {
-  check_bytes(op, "data", data, DeviceType::CUDA);
-  check_bytes(op, "scales", scales, DeviceType::CUDA);
-  MICROMIX_CHECK(data.get_device_index() == scales.get_device_index(), "micromix::", op,
-                 ": data and scales must be on one GPU");
-}
-
 // Fills in the results of the layers: one launch, or the reference for one after the other.
 void run(const char* op, Tensor data, Tensor scales, std::span<Layer> layers, int64_t k4,
          int64_t k6, int64_t k8, int64_t format, ScalarType dtype) {
