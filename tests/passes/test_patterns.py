@@ -46,6 +46,7 @@ def fused(function, *inputs):
     gm = traced(function, *inputs)
     before = gm(*inputs)
     run_passes(gm.graph)
+    assert_kept_where_read(gm.graph)
     gm.recompile()
     after = gm(*inputs)
     for a, b in zip(after, before, strict=True):
@@ -55,6 +56,17 @@ def fused(function, *inputs):
         else:
             torch.testing.assert_close(a, b, rtol=1.01 * torch.finfo(a.dtype).eps * 4, atol=1e-6)
     return calls(gm)
+
+
+def assert_kept_where_read(graph) -> None:
+    """A fused operator returns its value only where somebody else reads it."""
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        names = [] if schema is None else [argument.name for argument in schema.arguments]
+        if "keep" in names:
+            value = [result.name for result in schema.returns].index("y")
+            read = any(user.args[1] == value and user.users for user in node.users)
+            assert node.args[names.index("keep")] == read
 
 
 def values(dtype, count=1):
