@@ -9,9 +9,9 @@
 #include <tuple>
 
 #include "abi.h"
-#include "checks.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
+#include "product_operators.h"
 
 namespace {
 
@@ -204,34 +204,6 @@ void products(const char* op, Tensor data, Tensor scales, std::span<Layer> layer
   }
 }
 
-Tensor linear(Tensor data, Tensor scales, Tensor weight, std::optional<Tensor> bias, int64_t n,
-              int64_t k4, int64_t k6, int64_t k8, int64_t format, ScalarType dtype) {
-  Layer layers[] = {{weight, bias, n}};
-  products("linear", data, scales, layers, k4, k6, k8, format, dtype);
-  return *layers[0].result;
-}
-
-std::tuple<Tensor, Tensor> linears_two(Tensor data, Tensor scales, Tensor weight0,
-                                       std::optional<Tensor> bias0, int64_t n0, Tensor weight1,
-                                       std::optional<Tensor> bias1, int64_t n1, int64_t k4,
-                                       int64_t k6, int64_t k8, int64_t format, ScalarType dtype) {
-  Layer layers[] = {{weight0, bias0, n0}, {weight1, bias1, n1}};
-  products("linears", data, scales, layers, k4, k6, k8, format, dtype);
-  return {*layers[0].result, *layers[1].result};
-}
-
-std::tuple<Tensor, Tensor, Tensor> linears_three(Tensor data, Tensor scales, Tensor weight0,
-                                                 std::optional<Tensor> bias0, int64_t n0,
-                                                 Tensor weight1, std::optional<Tensor> bias1,
-                                                 int64_t n1, Tensor weight2,
-                                                 std::optional<Tensor> bias2, int64_t n2,
-                                                 int64_t k4, int64_t k6, int64_t k8, int64_t format,
-                                                 ScalarType dtype) {
-  Layer layers[] = {{weight0, bias0, n0}, {weight1, bias1, n1}, {weight2, bias2, n2}};
-  products("linears", data, scales, layers, k4, k6, k8, format, dtype);
-  return {*layers[0].result, *layers[1].result, *layers[2].result};
-}
-
 Tensor weight_only_linear(Tensor x, std::optional<Tensor> order, Tensor weight,
                           std::optional<Tensor> bias, int64_t n, int64_t k4, int64_t k6, int64_t k8,
                           int64_t format, ScalarType dtype) {
@@ -300,9 +272,9 @@ STABLE_TORCH_LIBRARY(micromix, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(micromix, CPU, m) {
   m.impl("quantize", TORCH_BOX(&quantize));
-  m.impl("linear", TORCH_BOX(&linear));
-  m.impl("linears.two", TORCH_BOX(&linears_two));
-  m.impl("linears.three", TORCH_BOX(&linears_three));
+  m.impl("linear", TORCH_BOX(&linear<products>));
+  m.impl("linears.two", TORCH_BOX(&linears_two<products>));
+  m.impl("linears.three", TORCH_BOX(&linears_three<products>));
   m.impl("weight_only_linear", TORCH_BOX(&weight_only_linear));
   m.impl("place_weight", TORCH_BOX(&place_weight));
   m.impl("unplace_weight", TORCH_BOX(&unplace_weight));

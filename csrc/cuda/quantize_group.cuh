@@ -79,7 +79,7 @@ __device__ __forceinline__ void with_format(const Output& out, int block, Cast c
   }
 }
 
-// The same for part of a block.
+// Stores the codes of part of a block; the first part stores its scale too.
 template <int kGroup>
 __device__ __forceinline__ void store_part(const OutputRow& to, int group,
                                            const Codes (&codes)[kGroup / 8], int byte) {

@@ -9,8 +9,8 @@
 #include <string>
 #include <tuple>
 
-#include "../checks.h"
 #include "../cuda/device.h"
+#include "../product_operators.h"
 #include "launch.h"
 
 namespace {
@@ -217,34 +217,6 @@ void run(const char* op, Tensor data, Tensor scales, std::span<Layer> layers, in
   }
 }
 
-Tensor linear(Tensor data, Tensor scales, Tensor weight, std::optional<Tensor> bias, int64_t n,
-              int64_t k4, int64_t k6, int64_t k8, int64_t format, ScalarType dtype) {
-  Layer layers[] = {{weight, bias, n}};
-  run("linear", data, scales, layers, k4, k6, k8, format, dtype);
-  return *layers[0].result;
-}
-
-std::tuple<Tensor, Tensor> linears_two(Tensor data, Tensor scales, Tensor weight0,
-                                       std::optional<Tensor> bias0, int64_t n0, Tensor weight1,
-                                       std::optional<Tensor> bias1, int64_t n1, int64_t k4,
-                                       int64_t k6, int64_t k8, int64_t format, ScalarType dtype) {
-  Layer layers[] = {{weight0, bias0, n0}, {weight1, bias1, n1}};
-  run("linears", data, scales, layers, k4, k6, k8, format, dtype);
-  return {*layers[0].result, *layers[1].result};
-}
-
-std::tuple<Tensor, Tensor, Tensor> linears_three(Tensor data, Tensor scales, Tensor weight0,
-                                                 std::optional<Tensor> bias0, int64_t n0,
-                                                 Tensor weight1, std::optional<Tensor> bias1,
-                                                 int64_t n1, Tensor weight2,
-                                                 std::optional<Tensor> bias2, int64_t n2,
-                                                 int64_t k4, int64_t k6, int64_t k8, int64_t format,
-                                                 ScalarType dtype) {
-  Layer layers[] = {{weight0, bias0, n0}, {weight1, bias1, n1}, {weight2, bias2, n2}};
-  run("linears", data, scales, layers, k4, k6, k8, format, dtype);
-  return {*layers[0].result, *layers[1].result, *layers[2].result};
-}
-
 // "native", "emulated" (it could be) or "none": what the Blackwell kernel is on a device.
 std::string cuda_atoms(int64_t index) {
   MICROMIX_CHECK(index >= 0 && index < kMaxDevices, "micromix: no CUDA device ", index);
@@ -268,8 +240,8 @@ STABLE_TORCH_LIBRARY_IMPL(micromix, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(micromix, CUDA, m) {
-  m.impl("linear", TORCH_BOX(&linear));
-  m.impl("linears.two", TORCH_BOX(&linears_two));
-  m.impl("linears.three", TORCH_BOX(&linears_three));
+  m.impl("linear", TORCH_BOX(&linear<run>));
+  m.impl("linears.two", TORCH_BOX(&linears_two<run>));
+  m.impl("linears.three", TORCH_BOX(&linears_three<run>));
   m.impl("place_weight", TORCH_BOX(&place_weight));
 }
