@@ -2,31 +2,35 @@
 // device's own part: it checks the operands and fills in the results of the layers.
 #pragma once
 
+#include <span>
 #include <tuple>
 
 #include "checks.h"
 
 namespace micromix {
 
-template <auto kRun>
+using RunProduct = void (*)(const char* op, Tensor data, Tensor scales, std::span<Layer> layers,
+                            int64_t k4, int64_t k6, int64_t k8, int64_t format, ScalarType dtype);
+
+template <RunProduct kRun>
 Tensor linear(Tensor data, Tensor scales, Tensor weight, std::optional<Tensor> bias, int64_t n,
               int64_t k4, int64_t k6, int64_t k8, int64_t format, ScalarType dtype) {
   Layer layers[] = {{weight, bias, n}};
-  kRun("linear", data, scales, layers, k4, k6, k8, format, dtype);
+  kRun("linear", data, scales, std::span<Layer>(layers), k4, k6, k8, format, dtype);
   return *layers[0].result;
 }
 
-template <auto kRun>
+template <RunProduct kRun>
 std::tuple<Tensor, Tensor> linears_two(Tensor data, Tensor scales, Tensor weight0,
                                        std::optional<Tensor> bias0, int64_t n0, Tensor weight1,
                                        std::optional<Tensor> bias1, int64_t n1, int64_t k4,
                                        int64_t k6, int64_t k8, int64_t format, ScalarType dtype) {
   Layer layers[] = {{weight0, bias0, n0}, {weight1, bias1, n1}};
-  kRun("linears", data, scales, layers, k4, k6, k8, format, dtype);
+  kRun("linears", data, scales, std::span<Layer>(layers), k4, k6, k8, format, dtype);
   return {*layers[0].result, *layers[1].result};
 }
 
-template <auto kRun>
+template <RunProduct kRun>
 std::tuple<Tensor, Tensor, Tensor> linears_three(Tensor data, Tensor scales, Tensor weight0,
                                                  std::optional<Tensor> bias0, int64_t n0,
                                                  Tensor weight1, std::optional<Tensor> bias1,
@@ -35,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> linears_three(Tensor data, Tensor scales, Ten
                                                  int64_t k4, int64_t k6, int64_t k8, int64_t format,
                                                  ScalarType dtype) {
   Layer layers[] = {{weight0, bias0, n0}, {weight1, bias1, n1}, {weight2, bias2, n2}};
-  kRun("linears", data, scales, layers, k4, k6, k8, format, dtype);
+  kRun("linears", data, scales, std::span<Layer>(layers), k4, k6, k8, format, dtype);
   return {*layers[0].result, *layers[1].result, *layers[2].result};
 }
 
