@@ -5,7 +5,7 @@
 Variants, timed in turns (A B C A B C ...), ratios by round:
 
     inductor       bf16, stock Inductor
-    passes off     micromix without sharing, merging, folding, fusing and grouping: a quantise and a product for each layer
+    passes off     micromix without sharing, merging, folding, fusing and lowering attention: a quantise and a product for each layer
     micromix       the plan of the published thresholds, E2M3
     with head      the same, and the output head quantised too, so that all products are ours
     head, off      that without the passes
@@ -122,14 +122,14 @@ def how(name: str, plans: dict) -> dict:
 
 @contextlib.contextmanager
 def passes_off() -> Iterator[None]:
-    """Compile without sharing, merging, folding and grouping; an option of Inductor leaves out the fusions."""
+    """Compile without sharing, merging, folding and lowering attention; an option of Inductor leaves out the fusions."""
     alone = mock.patch(
         "micromix_compile.passes.lower_linears.shared_inputs",
         lambda linears: [[x] for x in linears],
     )
     unfolded = mock.patch("micromix_compile.backend.fold_orders", lambda *_: Folds())
-    repeated = mock.patch("micromix_compile.backend.group_queries", lambda *_: 0)
-    with alone, unfolded, repeated:
+    attention = mock.patch("micromix_compile.backend.ATTENTION_PASSES", ())
+    with alone, unfolded, attention:
         yield
 
 

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <span>
 
 #include "dtype.h"
 #include "error.h"
@@ -81,13 +82,12 @@ inline Tensor empty_vector(const Tensor& like, int64_t size, int32_t dtype) {
   return Tensor(result);
 }
 
-// A new tensor with the sizes of `like`, on its device, the last size replaced. On the CPU a large
-// one gets huge pages where its memory is fresh.
-inline Tensor empty_rows(const Tensor& like, int64_t last, int32_t dtype) {
-  const int64_t dims = like.dim();
+// A new dense tensor of these sizes on the device of `like`. On the CPU a large one gets huge pages
+// where its memory is fresh.
+inline Tensor empty_of(const Tensor& like, std::span<const int64_t> sizes, int32_t dtype) {
+  const int64_t dims = static_cast<int64_t>(sizes.size());
   MICROMIX_CHECK(dims <= kMaxDims, "micromix: at most ", kMaxDims, " dimensions, got ", dims);
-  int64_t sizes[kMaxDims], strides[kMaxDims];
-  for (int64_t i = 0; i < dims; ++i) sizes[i] = i + 1 < dims ? like.size(i) : last;
+  int64_t strides[kMaxDims];
   int64_t stride = 1;
   for (int64_t i = dims - 1; i >= 0; --i) {
     strides[i] = stride;
@@ -96,7 +96,7 @@ inline Tensor empty_rows(const Tensor& like, int64_t last, int32_t dtype) {
   AtenTensorHandle result;
   int32_t device;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, device,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides, dtype, device,
                                                   like.get_device_index(), &result));
   Tensor tensor(result);
   const int64_t bytes = tensor.numel() * static_cast<int64_t>(tensor.element_size());
@@ -104,6 +104,15 @@ inline Tensor empty_rows(const Tensor& like, int64_t last, int32_t dtype) {
     ask_for_huge_pages(tensor.mutable_data_ptr(), bytes);
   }
   return tensor;
+}
+
+// The same with the sizes of `like`, the last one replaced.
+inline Tensor empty_rows(const Tensor& like, int64_t last, int32_t dtype) {
+  const int64_t dims = like.dim();
+  MICROMIX_CHECK(dims <= kMaxDims, "micromix: at most ", kMaxDims, " dimensions, got ", dims);
+  int64_t sizes[kMaxDims];
+  for (int64_t i = 0; i < dims; ++i) sizes[i] = i + 1 < dims ? like.size(i) : last;
+  return empty_of(like, {sizes, static_cast<size_t>(dims)}, dtype);
 }
 
 // Runs f(first, last) over [0, count) on torch's threads; each gets at least `grain`.

@@ -29,8 +29,11 @@ from micromix_compile.passes.contiguous_cats import contiguous_cats
 from micromix_compile.passes.find_linears import Linear, find_linears
 from micromix_compile.passes.fold_order import Folds, fold_orders
 from micromix_compile.passes.group_queries import group_queries
+from micromix_compile.passes.lower_attention import lower_attention
 from micromix_compile.passes.lower_linears import Lowering
 from micromix_compile.runner import Runner
+
+ATTENTION_PASSES = (lower_attention, group_queries)
 
 
 def micromix(
@@ -52,14 +55,14 @@ def _compile(
 ) -> Callable[..., Any]:
     gm = compat.copy_graph_module(gm)
     report = GraphReport()
-    grouped = group_queries(gm.graph)
-    if grouped:
-        report.passes["group_queries"] = grouped
-    if contiguous_cats(gm.graph) or grouped:
-        gm.recompile()
+    contiguous_cats(gm.graph)
     linears = find_linears(gm, example_inputs)
     if any(linear.reason is None for linear in linears):
         _check_inference(gm, example_inputs)
+        for rewrite in ATTENTION_PASSES:
+            if count := rewrite(gm.graph):
+                report.passes[rewrite.__name__] = count
+    gm.recompile()
     chosen = choose(linears, options, report)
     folds = fold_orders({linear: plan for linear, _, plan, _ in chosen})
     lowerings = _pack(gm, example_inputs, chosen, folds, options)

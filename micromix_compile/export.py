@@ -30,6 +30,7 @@ from micromix_compile.files import atomically
 from micromix_compile.ops import ABI, build_id
 from micromix_compile.passes.find_linears import find_linears
 from micromix_compile.passes.group_queries import group_queries
+from micromix_compile.passes.lower_attention import lower_attention
 from micromix_compile.passes.lower_linears import Lowering, lower_linears
 from micromix_compile.plan import ModelPlan
 from micromix_compile.quantized_linear import QuantizedLinear
@@ -148,7 +149,7 @@ def trace(
 
 
 def _lower(gm: fx.GraphModule) -> None:
-    """What torch.compile does to Dynamo's graph: merge the packed layers that share an input, group queries."""
+    """What torch.compile does to Dynamo's graph: merge the packed layers that share an input, lower attention."""
     lowerings = [
         Lowering(linear.name, linear, linear.quantised.plan, None, linear.quantised.plan.order)
         for linear in find_linears(gm)
@@ -159,6 +160,7 @@ def _lower(gm: fx.GraphModule) -> None:
         raise AssertionError(f"{name}: every layer is packed before it is exported")
 
     lower_linears(gm.graph, lowerings, add_constant)
+    lower_attention(gm.graph)
     group_queries(gm.graph)
     gm.graph.lint()
     gm.recompile()

@@ -25,6 +25,7 @@ from micromix_compile.packing import (
     PlacedWeight,
     placed_weight,
     refuse_released,
+    states,
 )
 from micromix_compile.passes.fold_order import row_order
 from micromix_compile.plan import LayerPlan, RoundedWeight
@@ -51,12 +52,16 @@ class Slot:
 
 @dataclass(eq=False)
 class Placed:
-    """The packed form of one set of parameters: `tensors` as the graph takes them, `held` what they are made of."""
+    """The packed form of one set of parameters: `tensors` as the graph takes them, `held` what they are made of.
+
+    `seen` is the state of the parameters that `held` was last known to be made of.
+    """
 
     parameters: list[weakref.ref]
     held: list[PlacedWeight | OrderedBias]
     tensors: list[torch.Tensor]
     changes: int = field(default_factory=attachment.changes)
+    seen: tuple[list[int], list[int]] | None = None
 
     def belongs_to(self, parameters: Sequence[torch.Tensor]) -> bool:
         mine = [ref() for ref in self.parameters]
@@ -64,8 +69,11 @@ class Placed:
 
     def refresh(self, parameters: Sequence[torch.Tensor]) -> None:
         """Pack again what was changed in place."""
+        if states(parameters) == self.seen:
+            return
         for held, parameter in zip(self.held, parameters):
             held.refresh(parameter)
+        self.seen = states(parameters)
 
 
 class Region:

@@ -33,13 +33,23 @@ def group_queries(graph: fx.Graph) -> int:
     """Rewrite a graph in place; returns the number of attentions whose keys and values are no longer repeated."""
     count = 0
     for node in list(graph.nodes):
-        if node.target in _ATTENTIONS:
+        if is_attention(node):
             count += _group(graph, node)
     return count
 
 
+def is_attention(node: fx.Node) -> bool:
+    """Whether a node is a call of scaled_dot_product_attention."""
+    return node.op == "call_function" and node.target in _ATTENTIONS
+
+
+def arguments_of(node: fx.Node) -> dict[str, Any]:
+    """The arguments of such a call by name, those that are given."""
+    return {**dict(zip(_ARGUMENTS, node.args)), **node.kwargs}
+
+
 def _group(graph: fx.Graph, node: fx.Node) -> bool:
-    given = {**dict(zip(_ARGUMENTS, node.args)), **node.kwargs}
+    given = arguments_of(node)
     if given.get("is_causal") or given.get("enable_gqa") or given.get("dropout_p"):
         return False
     query, mask = value_of(given["query"]), given.get("attn_mask")
@@ -47,7 +57,7 @@ def _group(graph: fx.Graph, node: fx.Node) -> bool:
         return False
     if mask is not None and not all(_is(size, 1) for size in _shape(mask)[-3:-1]):
         return False
-    key, value = (_not_repeated(graph, given[name], node) for name in ("key", "value"))
+    key, value = (unrepeated(given[name], node) for name in ("key", "value"))
     if key is None or value is None:
         return False
     heads, groups = query.shape[1], _shape(key)[1]
@@ -70,7 +80,7 @@ def _group(graph: fx.Graph, node: fx.Node) -> bool:
     return True
 
 
-def _not_repeated(graph: fx.Graph, node: fx.Node, reader: fx.Node) -> fx.Node | None:
+def unrepeated(node: fx.Node, reader: fx.Node) -> fx.Node | None:
     """`[B, groups, 1, S, D]` of which `node`, `[B, heads, S, D]`, is a repetition, if `reader` may read that instead."""
     reshape = _before(node, _COPIES)
     if reshape.target not in _RESHAPES:

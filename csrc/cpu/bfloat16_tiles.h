@@ -7,8 +7,6 @@
 namespace micromix::cpu::avx512 {
 namespace {
 
-constexpr int64_t kTileBytes = 1024;  // 16 rows of 32 bfloat16
-
 // Decoded elements are looked up with the largest plain scale applied, and brought to the block's
 // own scale by taking from their exponents, with unsigned saturation: zeros stay zeros, as all
 // zeros in a table are positive, and the exponents of other elements are large enough.

@@ -127,4 +127,11 @@ const LinearKernel& linear_kernel(const LinearTask& task) {
   return kLinearPortable;
 }
 
+const AttentionKernel& attention_kernel() {
+#if defined(MICROMIX_X86)
+  if (current_isa() == Isa::kAmx) return kAttentionAmx;
+#endif
+  return kAttentionPortable;
+}
+
 }  // namespace micromix::cpu

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "attention.h"
 #include "kernels.h"
 
 namespace micromix::cpu {
@@ -26,5 +27,6 @@ void set_isa(const std::string& name);
 
 const QuantizeKernel& quantize_kernel();
 const LinearKernel& linear_kernel(const LinearTask& task);
+const AttentionKernel& attention_kernel();
 
 }  // namespace micromix::cpu

@@ -5,6 +5,7 @@
 // float32 range (AMX takes subnormal numbers for zero), while scales are in the plain range. A
 // weight with other scales never comes here; an activation row with other scales is done again by
 // the AVX-512 kernel.
+#include "amx.h"
 #include "bfloat16_tiles.h"
 
 namespace micromix::cpu {
@@ -79,22 +80,6 @@ void prepare(const LinearTask& task, int64_t first_row, int64_t last_row, uint8_
     }
     prepared[tiles_bytes(task) + r] = wide;
   }
-}
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-void configure_tiles() {
-  TileConfig config;
-  for (int i = 0; i < 8; ++i) {
-    config.row_bytes[i] = kLine;
-    config.rows[i] = kTileRows;
-  }
-  asm volatile("" : : : "memory");  // gcc 12 does not see that the next line reads all of `config`
-  _tile_loadconfig(&config);
 }
 
 // Tiles 0-3 hold sums: of 2 row tiles x 2 column tiles, or of 3 or 4 row tiles x 1. Tiles 4 and 5
@@ -443,19 +428,20 @@ void run(const LinearTask& task, const uint8_t* prepared, int64_t first_panel, i
                         decoded,
                         reinterpret_cast<Sums*>(decoded + sizes.decoded),
                         last_panel};
-  configure_tiles();
-  if (task.m > kStreamedRows) {
-    run_blocked(context, first_panel);
-  } else {
-    using Streamed = void (*)(const Context&, int64_t, int64_t);
-    constexpr Streamed kStreamed[] = {run_streamed<1>, run_streamed<2>, run_streamed<3>,
-                                      run_streamed<4>};
-    for (int64_t r = 0; r < task.m; r += kRowsAtOnce) {
-      const int64_t rows = task.m - r < kRowsAtOnce ? task.m - r : kRowsAtOnce;
-      kStreamed[(rows - 1) / kTileRows](context, r, first_panel);
+  {
+    const Tiles tiles;
+    if (task.m > kStreamedRows) {
+      run_blocked(context, first_panel);
+    } else {
+      using Streamed = void (*)(const Context&, int64_t, int64_t);
+      constexpr Streamed kStreamed[] = {run_streamed<1>, run_streamed<2>, run_streamed<3>,
+                                        run_streamed<4>};
+      for (int64_t r = 0; r < task.m; r += kRowsAtOnce) {
+        const int64_t rows = task.m - r < kRowsAtOnce ? task.m - r : kRowsAtOnce;
+        kStreamed[(rows - 1) / kTileRows](context, r, first_panel);
+      }
     }
   }
-  _tile_release();
 
   const uint8_t* const wide = prepared + tiles_bytes(task);
   for (int64_t r = 0; r < task.m; ++r) {

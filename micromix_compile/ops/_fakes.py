@@ -27,6 +27,7 @@ def register() -> None:
         ("linears.two", _linears),
         ("linears.three", _linears),
         ("weight_only_linear", _weight_only_linear),
+        ("attention", _attention),
         ("place_weight", _place_weight),
         ("unplace_weight", _unplace_weight),
     ):
@@ -97,6 +98,13 @@ def _weight_only_linear(
     dtype: torch.dtype,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], n), dtype=dtype)
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+) -> Tensor:
+    batch, heads, queries, _ = query.shape
+    return query.new_empty(batch, queries, heads, value.shape[3])
 
 
 def _place_weight(data: Tensor, scales: Tensor, k4: int, k6: int, k8: int, format: int) -> Tensor:

@@ -25,6 +25,7 @@ def register() -> None:
         ("linears.two", linears),
         ("linears.three", linears),
         ("weight_only_linear", weight_only_linear),
+        ("attention", attention),
         ("place_weight", place_weight),
         ("unplace_weight", unplace_weight),
     ):
@@ -117,6 +118,16 @@ def weight_only_linear(
     weight_layout = mx.MixedLayout.weight_from_code(k4, k6, k8, format)
     rows = _rows(weight, n, weight_layout)
     return mx.weight_only_linear(x, *rows, layout, weight_layout, order, bias, dtype)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+) -> Tensor:
+    """torch's own; nothing lowers to it but where there is a kernel."""
+    result = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=True
+    )
+    return result.transpose(1, 2).contiguous()
 
 
 def refuse_weight_only(device: torch.device) -> None:

@@ -47,6 +47,10 @@ SCHEMAS = {
         " Tensor? order, int k4, int k6, int k8, int format)"
         " -> (Tensor y, Tensor data, Tensor scales)"
     ),
+    "attention": (
+        "(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale)"
+        " -> Tensor"
+    ),
     "place_weight": ("(Tensor data, Tensor scales, int k4, int k6, int k8, int format) -> Tensor"),
     "unplace_weight": (
         "(Tensor weight, int n, int k4, int k6, int k8, int format) -> (Tensor data, Tensor scales)"

@@ -81,6 +81,17 @@ def check(isa: str) -> None:
                     x = guarded(rows(m, channels, dtype))
                     for own_order in (None, order):
                         weight_only(x, own_order, *operands[2:], n, *code, dtype)
+    check_attention()
+
+
+def check_attention() -> None:
+    for queries, keys, size in ((1, 1, 8), (1, 131, 64), (3, 40, 33), (50, 257, 48)):
+        shapes = ((1, 6, queries, size), (1, 2, keys, size), (1, 2, keys, size + 8))
+        operands = [guarded(torch.randn(shape).bfloat16()) for shape in shapes]
+        float_mask = torch.randn(1, 6, queries, keys)
+        for mask in (None, float_mask, float_mask.bfloat16(), float_mask > 0):
+            guarded_mask = None if mask is None else guarded(mask)
+            torch.ops.micromix.attention(*operands, guarded_mask, mask is None, 0.1)
 
 
 def run(program: str, **environment: str) -> subprocess.CompletedProcess:

@@ -118,7 +118,7 @@ def test_other_attentions_are_left_alone(function, given):
 
 
 def test_a_decoder_counts_them_and_gives_the_same_tokens(monkeypatch):
-    model = tiny_llama()
+    model = tiny_llama(torch.float32)  # in bfloat16 a CPU with AMX has another pass for them
     options = {"recipe": Recipe(format="mxfp8"), "inductor": False}
 
     def decode():
@@ -128,5 +128,5 @@ def test_a_decoder_counts_them_and_gives_the_same_tokens(monkeypatch):
     tokens, passes = decode()
     assert passes["group_queries"] == model.config.num_hidden_layers
     torch.compiler.reset()
-    monkeypatch.setattr("micromix_compile.backend.group_queries", lambda _: 0)
+    monkeypatch.setattr("micromix_compile.backend.ATTENTION_PASSES", ())
     assert decode()[0] == tokens

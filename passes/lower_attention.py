@@ -1,0 +1,97 @@
+"""Lower attention in bfloat16 to `micromix::attention`, where this machine has a fast kernel for it: CPUs with AMX.
+
+Query heads that share a key head read it where it is: no copy of keys and values is made. Keys that a mask hides from
+all queries, such as the empty part of a static cache, cost nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from micromix_compile.ops import cpu_isa
+from micromix_compile.passes.find_linears import value_of
+from micromix_compile.passes.group_queries import arguments_of, is_attention, unrepeated
+
+_MASKS = (torch.bool, torch.bfloat16, torch.float32)
+
+
+def lower_attention(graph: fx.Graph) -> int:
+    """Rewrite a graph of inference in place; returns the number of attentions that were lowered."""
+    if cpu_isa() != "amx":
+        return 0
+    return sum(_lower(graph, node) for node in list(graph.nodes) if is_attention(node))
+
+
+def _lower(graph: fx.Graph, node: fx.Node) -> bool:
+    given = arguments_of(node)
+    operands = [given[name] for name in ("query", "key", "value")]
+    if not all(_is_bfloat16(operand) for operand in operands):
+        return False
+    query, key, value = operands
+    mask, causal, scale = given.get("attn_mask"), given.get("is_causal"), given.get("scale")
+    head_size = value_of(query).shape[3]
+    if given.get("dropout_p") or (mask is not None and causal) or not isinstance(head_size, int):
+        return False
+    if mask is not None and not _fits(mask, value_of(key)):
+        return False
+    if not isinstance(scale, (int, float, type(None))) or not isinstance(
+        causal, (bool, type(None))
+    ):
+        return False
+    sources = [unrepeated(operand, node) for operand in (key, value)]
+    shared = None not in sources and _groups(sources[0]) == _groups(sources[1])
+    heads, groups = value_of(query).shape[1], _groups(sources[0] if shared else key)
+    if not isinstance(heads, int) or not isinstance(groups, int) or heads % groups:
+        return False
+    if heads != groups and not shared and not given.get("enable_gqa"):
+        return False
+
+    with graph.inserting_before(node):
+        if shared:
+            key, value = (_call(graph, torch.squeeze, source, 2) for source in sources)
+        while mask is not None and value_of(mask).dim() < 4:
+            mask = _call(graph, torch.unsqueeze, mask, 0)
+        arguments = (query, key, value, mask, bool(causal), float(scale or head_size**-0.5))
+        attention = graph.call_function(torch.ops.micromix.attention.default, arguments)
+        attention.meta["example_value"] = _result(*map(value_of, (query, value)))
+        result = graph.call_function(torch.transpose, (attention, 1, 2))
+    result.meta = dict(node.meta)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+    return True
+
+
+def _is_bfloat16(node: Any) -> bool:
+    value = value_of(node) if isinstance(node, fx.Node) else None
+    return (
+        value is not None
+        and value.device.type == "cpu"
+        and value.dtype == torch.bfloat16
+        and value.dim() == 4
+    )
+
+
+def _fits(mask: Any, key: torch.Tensor) -> bool:
+    """Whether the kernel reads such a mask: one that is not broadcast over the keys."""
+    value = value_of(mask) if isinstance(mask, fx.Node) else None
+    if value is None or value.dtype not in _MASKS or not 2 <= value.dim() <= 4:
+        return False
+    return str(value.shape[-1]) == str(key.shape[2])
+
+
+def _groups(node: fx.Node) -> Any:
+    return value_of(node).shape[1]
+
+
+def _result(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    batch, heads, queries, _ = query.shape
+    return query.new_empty(batch, queries, heads, value.shape[3])
+
+
+def _call(graph: fx.Graph, target: Any, node: fx.Node, argument: Any) -> fx.Node:
+    new = graph.call_function(target, (node, argument))
+    new.meta = {"example_value": target(value_of(node), argument)}
+    return new

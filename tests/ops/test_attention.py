@@ -1,0 +1,200 @@
+"""micromix::attention against softmax(q kᵀ) v in float64, and against torch's own error."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from micromix_compile import ops
+
+from .conftest import usable_isas
+
+attention = torch.ops.micromix.attention
+MASKS = (None, "bool", "of each head", "bfloat16", "float32", "causal")
+
+
+def operands(batch, heads, groups, queries, keys, size, value_size, seed=0) -> tuple[Tensor, ...]:
+    """bfloat16 tensors as models have them: the query is a transposed view."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    query = random(batch, queries, heads, size).transpose(1, 2)
+    return query, random(batch, groups, keys, size), random(batch, groups, keys, value_size)
+
+
+def mask_of(kind: str | None, batch: int, heads: int, queries: int, keys: int) -> Tensor | None:
+    generator = torch.Generator().manual_seed(1)
+    of_heads = heads if kind == "of each head" else 1
+    random = torch.randn(batch, of_heads, queries, keys, generator=generator)
+    if kind in ("bool", "of each head"):
+        return random > 0
+    if kind == "causal":  # a prompt in a cache with room
+        seen = torch.arange(keys) <= torch.arange(queries)[:, None] + max(keys - queries - 3, 0)
+        return seen[None, None].expand(batch, 1, queries, keys)
+    if kind in ("bfloat16", "float32"):
+        random[random > 1] = -math.inf
+        return random.to(getattr(torch, kind))
+    return None
+
+
+def exact(query, key, value, mask, is_causal, scale) -> Tensor:
+    """In float64, `[batch, queries, heads, size]`; zeros for a query that sees no key."""
+    shared = query.shape[1] // key.shape[1]
+    key, value = (x.double().repeat_interleave(shared, 1) for x in (key, value))
+    scores = query.double() @ key.transpose(-1, -2) * scale
+    if is_causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        scores = scores.masked_fill(~seen, -math.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    return (torch.softmax(scores, -1).nan_to_num(0) @ value).transpose(1, 2)
+
+
+def check(query, key, value, mask=None, is_causal=False, scale=0.125) -> None:
+    result = attention(query, key, value, mask, is_causal, scale)
+    expected = exact(query, key, value, mask, is_causal, scale)
+    assert result.shape == expected.shape and result.dtype == torch.bfloat16
+    # Weights and results are rounded to bfloat16, half a unit of 2^-8 each.
+    largest = value.abs().max().double() if value.numel() else 0
+    assert (result - expected).abs().max() <= 2**-8 * largest
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("queries, keys", [(1, 1), (1, 200), (6, 300), (70, 70), (40, 129)])
+def test_against_float64(isa, queries, keys, mask):
+    shape = (2, 6, 2, queries, keys)
+    check(*operands(*shape, 64, 64), mask_of(mask, 2, 6, queries, keys))
+
+
+@pytest.mark.parametrize("size, value_size", [(8, 8), (17, 33), (80, 48), (128, 128), (256, 256)])
+def test_head_sizes(isa, size, value_size):
+    check(*operands(1, 4, 4, 35, 140, size, value_size))
+
+
+@pytest.mark.parametrize("queries, keys", [(1, 9), (33, 33), (300, 300), (20, 150), (150, 20)])
+def test_causal(isa, queries, keys):
+    check(*operands(1, 3, 1, queries, keys, 64, 64), is_causal=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("name", ["portable", "amx"])
+def test_any_shape(name, data):
+    if name not in usable_isas():
+        pytest.skip(f"this machine has no {name}")
+    batch, groups, shared = (data.draw(st.integers(1, n), n) for n in (2, 3, 5))
+    queries, keys = data.draw(st.integers(1, 90)), data.draw(st.integers(1, 300))
+    size, value_size = data.draw(st.integers(1, 100)), data.draw(st.integers(1, 100))
+    heads, kind = groups * shared, data.draw(st.sampled_from(MASKS))
+    before = ops.set_cpu_isa(name)
+    try:
+        check(
+            *operands(batch, heads, groups, queries, keys, size, value_size),
+            mask_of(kind, batch, heads, queries, keys),
+            is_causal=kind is None and data.draw(st.booleans()),
+            scale=data.draw(st.sampled_from([0.125, 1.0, 0.0, -0.5])),
+        )
+    finally:
+        ops.set_cpu_isa(before)
+
+
+def test_no_less_exact_than_torch(isa):
+    inputs = operands(2, 6, 2, 100, 500, 64, 64)
+    expected = exact(*inputs, None, False, 0.125)
+    ours = attention(*inputs, None, False, 0.125) - expected
+    torchs = F.scaled_dot_product_attention(*inputs, enable_gqa=True).transpose(1, 2) - expected
+    assert ours.norm() <= 1.1 * torchs.norm()
+
+
+@pytest.mark.parametrize("lowest", [-math.inf, torch.finfo(torch.float32).min])
+def test_queries_that_see_nothing(isa, lowest):
+    query, key, value = operands(1, 2, 1, 40, 200, 64, 64)
+    mask = torch.zeros(1, 1, 40, 200)
+    mask[:, :, 3] = lowest
+    mask[:, :, 30:, 100:] = lowest
+    check(query, key, value, mask)
+    result = attention(query, key, value, mask, False, 0.125)
+    if lowest == -math.inf:
+        assert torch.equal(attention(query, key, value, mask == 0, False, 0.125), result)
+        assert not result[:, 3].any()
+    else:  # all equally hidden: the mean
+        mean = value.double().mean(2)
+        assert (result[0, 3, 0] - mean[0, 0]).abs().max() < 2**-8
+
+
+def test_nothing_hidden_is_read(isa):
+    """NaN among the values of keys that no query sees, as fresh memory may hold, does no harm beyond its block."""
+    query, key, value = operands(1, 4, 2, 1, 400, 64, 64)
+    mask = (torch.arange(400) < 128)[None, None, None]
+    expected = attention(query, key, value, mask, False, 0.125)
+    value[:, :, 128:] = math.nan
+    assert torch.equal(attention(query, key, value, mask, False, 0.125), expected)
+
+
+def test_nan_and_large_scores(isa):
+    query, key, value = operands(1, 2, 2, 3, 50, 64, 64)
+    query[:, 0, 1] = math.nan
+    result = attention(query, key, value, None, False, 0.125)
+    assert result[:, 1, 0].isnan().all() and not result[:, :, 1].isnan().any()
+    assert not result[:, 0].isnan().any() and not result[:, 2].isnan().any()
+    query, key, value = operands(1, 2, 2, 3, 50, 64, 64)
+    check(query * 1000, key, value)
+
+
+def test_threads_and_strides_change_nothing(isa, threads):
+    query, key, value = operands(2, 6, 2, 150, 300, 64, 64)
+    mask = mask_of("bool", 2, 6, 150, 300)
+    threads(1)
+    expected = attention(query, key, value, mask, False, 0.125)
+    threads(2)
+    assert torch.equal(attention(query, key, value, mask, False, 0.125), expected)
+    others = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (query, key, value, mask)]
+    assert torch.equal(attention(*others, False, 0.125), expected)
+
+
+def test_empty():
+    query, key, value = operands(1, 2, 2, 0, 5, 16, 16)
+    assert attention(query, key, value, None, False, 1.0).shape == (1, 0, 2, 16)
+    query, key, value = operands(1, 2, 2, 3, 0, 16, 16)
+    assert torch.equal(
+        attention(query, key, value, None, False, 1.0), torch.zeros(1, 3, 2, 16).bfloat16()
+    )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda q, k, v, m: (q.float(), k, v, m), "query must be bfloat16"),
+        (lambda q, k, v, m: (q, k[0], v, m), "key must be bfloat16 \\[batch"),
+        (lambda q, k, v, m: (q, k, v[:, :, 1:], m), "do not fit together"),
+        (
+            lambda q, k, v, m: (q[:, :5], k, v, m),
+            "the 5 heads of query must be a multiple of the 2",
+        ),
+        (lambda q, k, v, m: (q, k, v, m[..., :3]), "mask must be \\[batch, heads, queries, 9\\]"),
+        (lambda q, k, v, m: (q, k, v, m[:, :, :2]), "size 2 of mask must be 4 or 1"),
+        (lambda q, k, v, m: (q, k, v, m.half()), "mask must be bool, bfloat16 or float32"),
+    ],
+)
+def test_refusals(change, message):
+    inputs = (*operands(1, 6, 2, 4, 9, 16, 16), torch.zeros(1, 1, 4, 9))
+    attention(*inputs, False, 1.0)
+    with pytest.raises(RuntimeError, match=message):
+        attention(*change(*inputs), False, 1.0)
+
+
+def test_traces():
+    inputs = operands(2, 6, 2, 7, 9, 16, 24)
+    torch.library.opcheck(
+        attention.default,
+        (*inputs, None, True, 0.25),
+        test_utils=("test_schema", "test_faketensor"),
+    )

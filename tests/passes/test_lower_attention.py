@@ -1,0 +1,172 @@
+"""Attention of a bfloat16 model on a CPU with AMX: one operator, and the numbers of torch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_llama import tiny_llama
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from micromix_compile import Recipe, explain
+from micromix_compile.evaluate import Decoder
+from micromix_compile.passes.lower_attention import lower_attention
+
+B, HEADS, GROUPS, S, D = 2, 6, 2, 40, 16
+OPERATOR = torch.ops.micromix.attention.default
+
+
+@pytest.fixture(autouse=True)
+def on_amx(monkeypatch):
+    """The pass as on a CPU with AMX; whatever this machine has runs the operator."""
+    monkeypatch.setattr("micromix_compile.passes.lower_attention.cpu_isa", lambda: "amx")
+
+
+def repeated(x: torch.Tensor) -> torch.Tensor:
+    """As transformers' repeat_kv."""
+    b, groups, s, d = x.shape
+    x = x[:, :, None, :, :].expand(b, groups, HEADS // GROUPS, s, d)
+    return x.reshape(b, groups * (HEADS // GROUPS), s, d)
+
+
+def operands(tokens=5, dtype=torch.bfloat16, mask=None):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(B, h, n, D, generator=generator).to(dtype)
+        for h, n in ((HEADS, tokens), (GROUPS, S), (GROUPS, S))
+    )
+    scores = torch.randn(B, HEADS, tokens, S, generator=generator)
+    masks = {
+        None: None,
+        "bool": scores[:, :1] > 0,
+        "bfloat16": scores[:1, :1].to(dtype),
+        "two dimensions": scores[0, 0].to(dtype),
+        "of each head": scores > 0,
+        "of the keys": scores[:, :1, :1] > 0,
+        "of one key": scores[..., :1] > -100,
+    }
+    return query, key, value, masks[mask]
+
+
+def lowered(function, *inputs) -> tuple[int, fx.GraphModule]:
+    absent = {"mask": None} if inputs[3] is None else {}
+    gm = fx.symbolic_trace(function, absent)
+    mode = FakeTensorMode()
+    fakes = [x if x is None else mode.from_tensor(x) for x in inputs]
+    FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*fakes)
+    count = lower_attention(gm.graph)
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    return count, gm
+
+
+def attention(query, key, value, mask):
+    return F.scaled_dot_product_attention(query, repeated(key), repeated(value), attn_mask=mask) * 2
+
+
+def causal(query, key, value, mask):
+    return F.scaled_dot_product_attention(
+        query, repeated(key), repeated(value), is_causal=True, scale=0.5
+    )
+
+
+def without_repeating(query, key, value, mask):
+    return F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
+
+
+def equal_heads(query, key, value, mask):
+    return F.scaled_dot_product_attention(
+        query[:, :4], torch.cat((key,) * 2, 1), torch.cat((value,) * 2, 1), mask
+    )
+
+
+def key_repeated(query, key, value, mask):
+    return F.scaled_dot_product_attention(query, repeated(key), torch.cat((value,) * 3, 1), mask)
+
+
+def written_between(query, key, value, mask):
+    old = repeated(key), repeated(value)
+    key.mul_(2)
+    return F.scaled_dot_product_attention(query, *old, attn_mask=mask)
+
+
+MASKS = [None, "bool", "bfloat16", "two dimensions", "of each head", "of the keys"]
+
+
+@pytest.mark.parametrize(
+    "function, given, copies",
+    [
+        *((attention, {"mask": mask}, False) for mask in MASKS),
+        (attention, {"tokens": 1, "mask": "bool"}, False),
+        (causal, {"tokens": S}, False),
+        (without_repeating, {"mask": "bool"}, False),
+        (equal_heads, {}, False),
+        (key_repeated, {}, True),
+        (written_between, {}, True),
+    ],
+)
+def test_what_is_lowered(function, given, copies):
+    inputs = operands(**given)
+    expected = function(*(x if x is None else x.clone() for x in inputs))
+    count, gm = lowered(function, *inputs)
+    assert count == 1
+    assert len(gm.graph.find_nodes(op="call_function", target=OPERATOR)) == 1
+    assert bool(gm.graph.find_nodes(op="call_method", target="expand")) == copies
+    torch.testing.assert_close(gm(*inputs), expected, atol=0.04, rtol=0.02)
+
+
+def dropped_out(query, key, value, mask):
+    return F.scaled_dot_product_attention(query, repeated(key), repeated(value), dropout_p=0.1)
+
+
+def three_dimensions(query, key, value, mask):
+    return F.scaled_dot_product_attention(query[0, :2], key[0], value[0])
+
+
+@pytest.mark.parametrize(
+    "function, given",
+    [
+        (attention, {"dtype": torch.float32}),
+        (attention, {"mask": "of one key"}),
+        (dropped_out, {}),
+        (three_dimensions, {}),
+    ],
+)
+def test_what_is_left_to_torch(function, given):
+    assert lowered(function, *operands(**given))[0] == 0
+
+
+def test_without_amx_it_is_left_to_torch(monkeypatch):
+    monkeypatch.setattr("micromix_compile.passes.lower_attention.cpu_isa", lambda: "avx512")
+    assert lowered(attention, *operands())[0] == 0
+
+
+def test_a_decoder_counts_them(monkeypatch):
+    model = tiny_llama()
+    options = {"recipe": Recipe(format="mxfp8"), "inductor": False}
+
+    def logits():
+        torch.compiler.reset()
+        step = torch.compile(model, backend="micromix", options=options)
+        decoder = Decoder(model, step, 32)
+        result = []
+        for token in (3, 1, 4, 1, 5):
+            decoder.length += 1
+            with torch.no_grad():
+                output = step(
+                    input_ids=torch.tensor([[token]]),
+                    past_key_values=decoder.cache,
+                    use_cache=True,
+                )
+            result.append(output.logits.float())
+        return torch.cat(result), explain(step).passes
+
+    ours, passes = logits()
+    assert passes["lower_attention"] == model.config.num_hidden_layers
+    assert "group_queries" not in passes
+    monkeypatch.setattr("micromix_compile.backend.ATTENTION_PASSES", ())
+    torchs, _ = logits()
+    assert (ours - torchs).norm() < 0.02 * torchs.norm()
