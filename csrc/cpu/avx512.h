@@ -84,9 +84,10 @@ template <int kBits>
 }
 
 // Sums and differences of lanes whose numbers differ in one bit: `swapped` is x with them
-// exchanged, `high` the lanes where the bit is set.
+// exchanged, `high` the lanes where the bit is set. The products are exact.
 [[gnu::always_inline]] inline __m512 butterfly(__m512 x, __m512 swapped, __mmask16 high) {
-  return _mm512_mask_sub_ps(_mm512_add_ps(x, swapped), high, swapped, x);
+  const __m512 sign = _mm512_mask_blend_ps(high, _mm512_set1_ps(1.0f), _mm512_set1_ps(-1.0f));
+  return _mm512_fmadd_ps(x, sign, swapped);
 }
 
 // E4M3 codes in the high bytes of words to float16 with 2^-8 of their values. Subnormal codes

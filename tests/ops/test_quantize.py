@@ -56,6 +56,31 @@ def test_every_bfloat16_as_amax(isa, layout, rule):
     check(amax[:, None].float() * fractions, layout)
 
 
+@pytest.mark.parametrize("amax", (7.0, 6.0 * 2.0**-126, 5.5 * 2.0**-122, 6.0 * 2.0**100))
+@pytest.mark.parametrize("layout", UNIFORM, ids=mix_name)
+def test_every_bfloat16_below_an_amax(isa, layout, amax):
+    """Every number that a block with this amax can hold, of both signs: every tie is among them."""
+    bits = torch.arange(int(torch.tensor(amax, dtype=torch.bfloat16).view(torch.int16)) + 1)
+    x = torch.full((-(-len(bits) // 31), 32), amax, dtype=torch.bfloat16)
+    padded = torch.nn.functional.pad(bits, (0, 31 * len(x) - len(bits))).to(torch.int16)
+    x[:, 1:] = padded.view(torch.bfloat16).view(-1, 31)
+    check(torch.cat((x, -x), dim=1), layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_segments(isa, dtype):
+    """Segments of more blocks than kernels do at once, and more rows than they gather at once."""
+    for hadamard in ((), (4, 8)):
+        layout = MixedLayout(2080, 1056, 1120, hadamard=hadamard)
+        x = rows(7, layout.channels - 40, dtype)
+        x[1] *= 2.0**-126
+        check(x, layout)
+        order = torch.randperm(layout.channels, generator=torch.Generator().manual_seed(3)).int()
+        order[order >= x.shape[1]] = -1
+        for count in (1, 2, 3, 7):
+            check(x[:count], layout, order)
+
+
 @pytest.mark.parametrize("layout", MIXES, ids=mix_name)
 def test_mixes_orders_and_padding(isa, layout):
     channels = layout.channels - 7

@@ -1,0 +1,351 @@
+// A part of a row, on AVX-512 with VBMI: up to 32 blocks of one segment, which stay in L1. Numbers
+// of bfloat16 stay in 16 bits, 32 channels a vector; all others become float32, the even channels
+// of a block in one vector and the odd ones in another. Included only by files that are compiled
+// for AVX-512; everything is always inlined or local to the file.
+#pragma once
+
+#include "avx512.h"
+
+namespace micromix::cpu::avx512 {
+namespace {
+
+constexpr int kPart = 32;  // blocks
+constexpr int64_t kPartChannels = kPart * mx::kBlock;
+
+// A part of one row.
+struct Part {
+  mx::ScaleRule rule;
+  int64_t blocks;
+  const uint8_t* next;  // what to fetch,
+  int64_t next_bytes;   // so much for each block
+  uint8_t* data;
+  uint8_t* scales;
+};
+
+// Lanes of the vector at channel `first` that lie before channel k.
+[[gnu::always_inline]] inline __mmask16 lanes_before(int64_t first, int64_t k) {
+  const int64_t left = k - first;
+  return left >= 16 ? 0xFFFF : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
+}
+
+// The same of a vector of 32.
+[[gnu::always_inline]] inline __mmask32 words_before(int64_t first, int64_t k) {
+  const int64_t left = k - first;
+  return left >= 32 ? 0xFFFFFFFF : left <= 0 ? 0 : (1u << left) - 1;
+}
+
+struct Pair {
+  __m512 even, odd;
+};
+
+[[gnu::always_inline]] inline Pair split(__m512 low, __m512 high) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  return {_mm512_permutex2var_ps(low, even, high), _mm512_permutex2var_ps(low, odd, high)};
+}
+
+// The values of 32 channels from `at` on; those beyond channel k are zero.
+template <Dtype kDtype>
+[[gnu::always_inline]] inline Pair load_block(const void* row, int64_t at, int64_t k) {
+  if constexpr (kDtype == Dtype::kBFloat16) {
+    const __m512i words =
+        _mm512_maskz_loadu_epi16(words_before(at, k), static_cast<const uint16_t*>(row) + at);
+    const __m512i high = _mm512_set1_epi32(static_cast<int32_t>(0xFFFF0000));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)),
+            _mm512_castsi512_ps(_mm512_and_si512(words, high))};
+  }
+  return split(load_floats(row, kDtype, at, lanes_before(at, k)),
+               load_floats(row, kDtype, at + 16, lanes_before(at + 16, k)));
+}
+
+// Lane i of the result is the largest lane of x(i), for i below `count`.
+template <typename F>
+[[gnu::always_inline]] inline __m512i largest_lanes(int64_t count, const F& x) {
+  __m512i quads[4];
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) {
+    quads[q] = _mm512_setzero_si512();
+    if (4 * q >= count) continue;
+    const auto pair = [&](int i) __attribute__((always_inline)) {
+      const __m512i first = x(i), second = i + 1 < count ? x(i + 1) : first;
+      return _mm512_max_epu32(_mm512_unpacklo_epi32(first, second),
+                              _mm512_unpackhi_epi32(first, second));
+    };
+    const __m512i a = pair(4 * q), b = 4 * q + 2 < count ? pair(4 * q + 2) : a;
+    quads[q] = _mm512_max_epu32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+  }
+  const auto join = [](__m512i a, __m512i b) __attribute__((always_inline)) {
+    return _mm512_max_epu32(_mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xDD));
+  };
+  return join(join(quads[0], quads[1]), join(quads[2], quads[3]));
+}
+
+// What encoding needs of each block.
+struct Terms {
+  alignas(kLine) uint32_t amax[kPart];  // the bits
+  alignas(kLine) uint32_t term[kPart];
+};
+
+// mx::scale_byte of a part's blocks, and of each the term that `term_of` makes of the scale bytes
+// and amax of 16. Returns the blocks that hold NaN or Inf; their terms are of no use.
+template <mx::ElementFormat kFormat, typename F>
+[[gnu::always_inline]] inline uint32_t find_scales(const Part& part, Terms& terms,
+                                                   const F& term_of) {
+  const __m512i increment = _mm512_set1_epi32(mx::scale_increment(kFormat, part.rule));
+  uint32_t nans = 0;
+  for (int64_t b = 0; b < part.blocks; b += 16) {
+    const __mmask16 mask = lanes_before(b, part.blocks);
+    const __m512i amax = _mm512_load_si512(terms.amax + b);
+    const __m512i exponent =
+        _mm512_srli_epi32(_mm512_add_epi32(amax, increment), mx::kFloat32MantissaBits);
+    __m512i scale = _mm512_max_epi32(_mm512_sub_epi32(exponent, _mm512_set1_epi32(kFormat.emax)),
+                                     _mm512_setzero_si512());
+    const __mmask16 nan =
+        _mm512_mask_cmpge_epu32_mask(mask, amax, _mm512_set1_epi32(mx::kFloat32Exponent));
+    scale = _mm512_mask_mov_epi32(scale, nan, _mm512_set1_epi32(mx::kNanScale));
+    _mm512_mask_cvtepi32_storeu_epi8(part.scales + b, mask, scale);
+    _mm512_store_si512(terms.term + b, term_of(scale, amax));
+    nans |= static_cast<uint32_t>(nan) << b;
+  }
+  return nans;
+}
+
+// mx::inverse_scale.
+[[gnu::always_inline]] inline __m512i inverse_scales(__m512i scale) {
+  return _mm512_slli_epi32(_mm512_sub_epi32(_mm512_set1_epi32(254), scale),
+                           mx::kFloat32MantissaBits);
+}
+
+// mx::encode, 16 at a time: one code per 32-bit lane. The terms that encode subtracts from the sum
+// have nothing in the bits of a code but a constant, which `anchor` brings along.
+template <mx::ElementFormat kFormat>
+[[gnu::always_inline]] inline __m512i encode(__m512 x) {
+  constexpr int kDropped = mx::kFloat32MantissaBits - kFormat.mantissa_bits;
+  constexpr int kSmallestExponent = 1 - kFormat.bias + mx::kFloat32Bias;
+  constexpr int kMagnitudeMask = (1 << (kFormat.bits - 1)) - 1;
+  constexpr int kOffset =
+      -((kDropped + kSmallestExponent) << kFormat.mantissa_bits) & kMagnitudeMask;
+  static_assert(kOffset % 2 == 0, "an odd offset would turn ties to odd");
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i magnitude =
+      _mm512_min_epu32(_mm512_and_si512(bits, _mm512_set1_epi32(mx::kFloat32Magnitude)),
+                       _mm512_set1_epi32(kFormat.largest_bits));
+  const __m512i exponent =
+      _mm512_max_epu32(_mm512_and_si512(magnitude, _mm512_set1_epi32(mx::kFloat32Exponent)),
+                       _mm512_set1_epi32(kSmallestExponent << mx::kFloat32MantissaBits));
+  const __m512i anchor = _mm512_add_epi32(
+      exponent, _mm512_set1_epi32((kDropped << mx::kFloat32MantissaBits) + kOffset));
+  const __m512 sum = _mm512_add_ps(_mm512_castsi512_ps(magnitude), _mm512_castsi512_ps(anchor));
+  const __m512i code =
+      _mm512_add_epi32(_mm512_castps_si512(sum), _mm512_srli_epi32(anchor, kDropped));
+  // The low bits of the code under the sign.
+  return _mm512_ternarylogic_epi32(_mm512_set1_epi32(kMagnitudeMask), code,
+                                   _mm512_srli_epi32(bits, 32 - kFormat.bits), 0xCA);
+}
+
+// Stores the codes of a block, packed.
+template <int kBits>
+[[gnu::always_inline]] inline void pack(__m512i even, __m512i odd, uint8_t* packed) {
+  const __m512i pairs = _mm512_or_si512(even, _mm512_slli_epi32(odd, kBits));
+  if constexpr (kBits == 4) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm512_cvtepi32_epi8(pairs));
+  } else if constexpr (kBits == 8) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed), _mm512_cvtepi32_epi16(pairs));
+  } else {
+    // Three bytes of each 64 bits.
+    const __m512i bytes = _mm512_castsi256_si512(
+        _mm256_setr_epi8(0, 1, 2, 8, 9, 10, 16, 17, 18, 24, 25, 26, 32, 33, 34, 40, 41, 42, 48, 49,
+                         50, 56, 57, 58, 0, 0, 0, 0, 0, 0, 0, 0));
+    const __m512i fours = _mm512_or_si512(pairs, _mm512_srli_epi64(pairs, 20));
+    const __m256i result = _mm512_castsi512_si256(_mm512_permutexvar_epi8(bytes, fours));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm256_castsi256_si128(result));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(packed + 16), _mm256_extracti128_si256(result, 1));
+  }
+}
+
+// Encodes a part's blocks, whose values `pair_at` gives.
+template <mx::ElementFormat kFormat, typename F>
+[[gnu::always_inline]] inline void encode_pairs(const Part& part, const Terms& terms,
+                                                const F& pair_at) {
+  for (int64_t b = 0; b < part.blocks; ++b) {
+    for (int64_t line = 0; line < part.next_bytes; line += kLine) {
+      _mm_prefetch(part.next + b * part.next_bytes + line, _MM_HINT_T0);
+    }
+    const __m512 factor = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(terms.term[b])));
+    const Pair x = pair_at(b);
+    pack<kFormat.bits>(encode<kFormat>(_mm512_mul_ps(x.even, factor)),
+                       encode<kFormat>(_mm512_mul_ps(x.odd, factor)),
+                       part.data + b * mx::block_bytes(kFormat));
+  }
+}
+
+template <mx::ElementFormat kFormat>
+void clear_blocks(const Part& part, uint32_t blocks) {
+  for (; blocks; blocks &= blocks - 1) {
+    const int b = std::countr_zero(blocks);
+    std::memset(part.data + b * mx::block_bytes(kFormat), 0, mx::block_bytes(kFormat));
+  }
+}
+
+// Quantises a part whose values, as float32, `pair_at` gives.
+template <mx::ElementFormat kFormat, typename F>
+[[gnu::always_inline]] inline void quantize_floats(const Part& part, float* values,
+                                                   const F& pair_at) {
+  const __m512i magnitude = _mm512_set1_epi32(mx::kFloat32Magnitude);
+  Terms terms;
+  for (int64_t group = 0; group < part.blocks; group += 16) {
+    const auto magnitudes = [&](int i) __attribute__((always_inline)) {
+      const int64_t b = group + i;
+      const Pair x = pair_at(b);
+      _mm512_store_ps(values + b * mx::kBlock, x.even);
+      _mm512_store_ps(values + b * mx::kBlock + 16, x.odd);
+      return _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(x.even), magnitude),
+                              _mm512_and_si512(_mm512_castps_si512(x.odd), magnitude));
+    };
+    _mm512_store_si512(terms.amax + group, largest_lanes(part.blocks - group, magnitudes));
+  }
+  const uint32_t nans = find_scales<kFormat>(
+      part, terms, [](__m512i scale, __m512i) { return inverse_scales(scale); });
+  encode_pairs<kFormat>(part, terms, [&](int64_t b) __attribute__((always_inline)) {
+    const float* const at = values + b * mx::kBlock;
+    return Pair{_mm512_load_ps(at), _mm512_load_ps(at + 16)};
+  });
+  clear_blocks<kFormat>(part, nans);
+}
+
+// The largest of each of up to 32 blocks of bfloat16 numbers, times 2 as integers: without signs.
+template <bool kAll>
+[[gnu::always_inline]] inline __m512i largest_words(const uint16_t* words, int64_t blocks) {
+  const auto max = [](__m512i a, __m512i b)
+                       __attribute__((always_inline)) { return _mm512_max_epu16(a, b); };
+  __m512i eights[4];
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) {
+    eights[q] = _mm512_setzero_si512();
+    if (!kAll && 8 * q >= blocks) continue;
+    __m512i x[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const int64_t b = 8 * q + i;
+      x[i] =
+          kAll || b < blocks ? _mm512_loadu_si512(words + b * mx::kBlock) : _mm512_setzero_si512();
+      x[i] = _mm512_add_epi16(x[i], x[i]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+      x[i] = max(_mm512_unpacklo_epi16(x[i], x[i + 1]), _mm512_unpackhi_epi16(x[i], x[i + 1]));
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+      x[i] = max(_mm512_unpacklo_epi32(x[i], x[i + 2]), _mm512_unpackhi_epi32(x[i], x[i + 2]));
+    }
+    eights[q] = max(_mm512_unpacklo_epi64(x[0], x[4]), _mm512_unpackhi_epi64(x[0], x[4]));
+  }
+  const auto join = [&](__m512i a, __m512i b) __attribute__((always_inline)) {
+    return max(_mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xDD));
+  };
+  return join(join(eights[0], eights[1]), join(eights[2], eights[3]));
+}
+
+// The codes of E2M1 by quarters of an octave, the first from 1/8 of the scale on; bit 5 is the
+// sign.
+constexpr Table<uint8_t> codes_of_quarters() {
+  Table<uint8_t> table{};
+  for (int i = 0; i < 64; ++i) {
+    const uint32_t quarter = (mx::kFloat32Bias - 3) * 4 + i % 32;
+    const float middle = std::bit_cast<float>(quarter << 21 | 1u << 20);
+    table.values[i] = static_cast<uint8_t>(mx::encode(middle, mx::E2M1) | i / 32 << 3);
+  }
+  return table;
+}
+constexpr Table<uint8_t> kCodesOfQuarters = codes_of_quarters();
+
+// The codes of up to four blocks of bfloat16 numbers. `below` of a block has in each half twice the
+// bits of 1/8 of its scale, and 1. Where two codes are equally near the number is the first of its
+// quarter, whose code is the upper one; the lower one is even where the top bit of the mantissa is
+// clear, and there the number is moved to the quarter before, harmlessly for all others.
+template <bool kAll>
+[[gnu::always_inline]] inline void encode_words(const uint16_t* words, const uint32_t* below,
+                                                int64_t blocks, uint8_t* packed) {
+  __m512i index[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    index[i] = _mm512_setzero_si512();
+    if (!kAll && i >= blocks) continue;
+    const __m512i x = _mm512_loadu_si512(words + i * mx::kBlock);
+    const __m512i twice = _mm512_add_epi16(x, x);
+    const __m512i top = _mm512_srli_epi16(twice, 7);  // of the mantissa, in bit 0
+    const __m512i moved = _mm512_ternarylogic_epi64(_mm512_set1_epi16(1), top, twice, 0xEA);
+    const __m512i above = _mm512_subs_epu16(moved, _mm512_set1_epi32(static_cast<int>(below[i])));
+    index[i] = _mm512_ternarylogic_epi64(_mm512_set1_epi16(1 << 5), _mm512_srli_epi16(x, 10),
+                                         _mm512_srli_epi16(above, 6), 0xCA);
+  }
+  const __m512i table = load(kCodesOfQuarters.values);
+  const auto pair = [&](__m512i a, __m512i b) __attribute__((always_inline)) {
+    const __m512i codes = _mm512_permutexvar_epi8(_mm512_packus_epi16(a, b), table);
+    return _mm512_maddubs_epi16(codes, _mm512_set1_epi16(0x1001));  // even + 16 odd
+  };
+  const __m512i bytes = _mm512_packus_epi16(pair(index[0], index[1]), pair(index[2], index[3]));
+  const __m512i in_blocks = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __mmask16 mask = kAll ? 0xFFFF : static_cast<__mmask16>((1u << 4 * blocks) - 1);
+  _mm512_mask_storeu_epi32(packed, mask, _mm512_permutexvar_epi32(in_blocks, bytes));
+}
+
+// Quantises a part of a row of bfloat16.
+template <mx::ElementFormat kFormat>
+void quantize_words(const Part& part, const uint16_t* words) {
+  Terms terms;
+  const __m512i largest = part.blocks == kPart ? largest_words<true>(words, part.blocks)
+                                               : largest_words<false>(words, part.blocks);
+  const auto widened = [](__m256i twice) {
+    return _mm512_slli_epi32(_mm512_cvtepu16_epi32(twice), 15);
+  };
+  _mm512_store_si512(terms.amax, widened(_mm512_castsi512_si256(largest)));
+  _mm512_store_si512(terms.amax + 16, widened(_mm512_extracti64x4_epi64(largest, 1)));
+  if constexpr (kFormat != mx::E2M1) {
+    const uint32_t nans = find_scales<kFormat>(
+        part, terms, [](__m512i scale, __m512i) { return inverse_scales(scale); });
+    encode_pairs<kFormat>(part, terms, [&](int64_t b) __attribute__((always_inline)) {
+      return load_block<Dtype::kBFloat16>(words, b * mx::kBlock, (b + 1) * mx::kBlock);
+    });
+    return clear_blocks<kFormat>(part, nans);
+  }
+  // Where 1/8 of the scale is no normal number, blocks but those of zeros are encoded one by one.
+  constexpr int kSmallestScale = 3;
+  uint32_t small = 0;
+  int at = 0;
+  const uint32_t nans = find_scales<kFormat>(part, terms, [&](__m512i scale, __m512i amax) {
+    const __m512i smallest = _mm512_set1_epi32(kSmallestScale);
+    const __mmask16 zero_or_small = _mm512_cmplt_epu32_mask(scale, smallest);
+    small |= static_cast<uint32_t>(_mm512_mask_test_epi32_mask(zero_or_small, amax, amax)) << at;
+    at += 16;
+    const __m512i eighth = _mm512_sub_epi32(_mm512_max_epu32(scale, smallest), smallest);
+    const __m512i term = _mm512_add_epi32(_mm512_slli_epi32(eighth, 8), _mm512_set1_epi32(1));
+    return _mm512_or_si512(term, _mm512_slli_epi32(term, 16));
+  });
+  constexpr int64_t kBytes = mx::block_bytes(mx::E2M1);
+  for (int64_t b = 0; b < part.blocks; b += 4) {
+    for (int i = 0; i < 4; ++i) {
+      _mm_prefetch(part.next + (b + i) * part.next_bytes, _MM_HINT_T0);
+    }
+    const uint16_t* const four = words + b * mx::kBlock;
+    if (b + 4 <= part.blocks) {
+      encode_words<true>(four, terms.term + b, 4, part.data + b * kBytes);
+    } else {
+      encode_words<false>(four, terms.term + b, part.blocks - b, part.data + b * kBytes);
+    }
+  }
+  clear_blocks<kFormat>(part, nans);
+  for (; small; small &= small - 1) {
+    const int b = std::countr_zero(small);
+    uint8_t codes[mx::kBlock];
+    for (int i = 0; i < mx::kBlock; ++i) {
+      const float x = bfloat16_to_float(words[b * mx::kBlock + i]);
+      codes[i] = mx::encode(x * mx::inverse_scale(part.scales[b]), kFormat);
+    }
+    mx::pack_block(codes, kFormat.bits, part.data + b * kBytes);
+  }
+}
+
+}  // namespace
+}  // namespace micromix::cpu::avx512
