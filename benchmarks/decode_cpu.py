@@ -5,7 +5,7 @@
 Variants, timed in turns (A B C A B C ...), ratios by round:
 
     inductor       bf16, stock Inductor
-    passes off     micromix without sharing, merging, folding, fusing and lowering attention: a quantise and a product for each layer
+    passes off     micromix without its passes: a quantise and a product for each layer
     micromix       the plan of the published thresholds, E2M3
     with head      the same, and the output head quantised too, so that all products are ours
     head, off      that without the passes
@@ -14,9 +14,9 @@ Variants, timed in turns (A B C A B C ...), ratios by round:
 and each of them with "+ cpp": Inductor's C++ wrapper (`options={"cpp_wrapper": True}`) around the kernels in place of
 its Python one.
 
-One more run of each under the profiler tells the milliseconds a token in quantised products (`micromix::linear`,
-`linears`, `weight_only_linear`), in other matrix products (the head's), and in all else. The C++ wrapper calls the
-head's product without the dispatcher: its time is in "else" there.
+More runs of each, under the profiler, tell the milliseconds a token in quantised products (`micromix::linear`,
+`linears`, `weight_only_linear`) and in other matrix products (the head's). "Else" is what is left of the time without
+the profiler. The C++ wrapper calls the head's product without the dispatcher: its time is in "else" there.
 """
 
 from __future__ import annotations
@@ -91,8 +91,9 @@ def main() -> None:
         f"{'decode':17s} {'tok/s':>7s} {'ratio':>6s} {'products':>9s} {'head':>7s} {'else':>7s}  (ms)"
     )
     speeds = decode_speed(decoders, arguments.tokens, arguments.rounds, label=None)
+    products = decode_parts(decoders, arguments.tokens, min(arguments.rounds, 5))
     for name, speed in speeds.items():
-        parts = decode_parts(decoders[name], arguments.tokens)
+        parts = *products[name], 1e3 / speed.tokens_per_second - sum(products[name])
         times = " ".join(f"{t:{w}.2f}" for t, w in zip(parts, (9, 7, 7)))
         print(f"{name:17s} {speed.tokens_per_second:7.1f} {speed.ratio:5.2f}x {times}")
         results[name] = {"tokens_per_second": speed.tokens_per_second, "ratio": speed.ratio}
@@ -122,14 +123,15 @@ def how(name: str, plans: dict) -> dict:
 
 @contextlib.contextmanager
 def passes_off() -> Iterator[None]:
-    """Compile without sharing, merging, folding and lowering attention; an option of Inductor leaves out the fusions."""
+    """Compile without the passes over Dynamo's graph; an option of Inductor leaves out the fusions."""
     alone = mock.patch(
         "micromix_compile.passes.lower_linears.shared_inputs",
         lambda linears: [[x] for x in linears],
     )
     unfolded = mock.patch("micromix_compile.backend.fold_orders", lambda *_: Folds())
     attention = mock.patch("micromix_compile.backend.ATTENTION_PASSES", ())
-    with alone, unfolded, attention:
+    again = mock.patch("micromix_compile.backend.materialize_shared", lambda *_: 0)
+    with alone, unfolded, attention, again:
         yield
 
 
@@ -157,24 +159,23 @@ def medians(seconds: dict[str, list[float]]) -> dict[str, tuple[float, float]]:
     }
 
 
-def decode_parts(decoder: Decoder, tokens: int) -> tuple[float, float, float]:
-    """Milliseconds a token in our products, in other matrix products, and in all else."""
-    decoder.restart()
-    decoder.feed(0)
-    began = time.perf_counter()
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        for _ in range(tokens):
-            decoder.feed(0)
-        total = time.perf_counter() - began
-    spent = {event.key: event.cpu_time_total for event in profiler.key_averages()}
-
-    def of(*keys: str) -> float:
-        return sum(1e-3 * spent.get(key, 0) / tokens for key in keys)
-
-    names = ("linear", "linears", "weight_only_linear")
-    products = of(*(f"micromix::{name}" for name in names))
-    others = of("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
-    return products, others, 1e3 * total / tokens - products - others
+def decode_parts(
+    decoders: dict[str, Decoder], tokens: int, rounds: int
+) -> dict[str, tuple[float, float]]:
+    """Milliseconds a token in our products and in other matrix products, medians of profiles taken in turns."""
+    products = tuple(f"micromix::{name}" for name in ("linear", "linears", "weight_only_linear"))
+    others = ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
+    parts: dict[str, list[tuple[float, float]]] = {name: [] for name in decoders}
+    for _ in range(rounds):
+        for name, decoder in decoders.items():
+            decoder.restart()
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                for _ in range(tokens):
+                    decoder.feed(0)
+            spent = {event.key: event.cpu_time_total for event in profiler.key_averages()}
+            sums = [sum(spent.get(key, 0) for key in keys) for keys in (products, others)]
+            parts[name].append(tuple(1e-3 * us / tokens for us in sums))
+    return {name: tuple(map(statistics.median, zip(*own))) for name, own in parts.items()}
 
 
 if __name__ == "__main__":

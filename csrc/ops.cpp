@@ -223,6 +223,9 @@ Tensor weight_only_linear(Tensor x, std::optional<Tensor> order, Tensor weight,
   return *layer.result;
 }
 
+// A copy. Inductor neither looks into it nor computes it again for each of its readers.
+Tensor materialize(Tensor x) { return torch::stable::clone(x); }
+
 // What was built, one "key=value" a line.
 std::string build_info() {
   return "abi=" + std::to_string(MICROMIX_ABI) +
@@ -265,6 +268,7 @@ STABLE_TORCH_LIBRARY(micromix, m) {
   m.def(
       "unplace_weight(Tensor weight, int n, int k4, int k6, int k8, int format) "
       "-> (Tensor data, Tensor scales)");
+  m.def("materialize(Tensor x) -> Tensor");
   m.def("build_info() -> str");
   m.def("cpu_isa() -> str");
   m.def("set_cpu_isa(str name) -> str");
@@ -276,6 +280,7 @@ STABLE_TORCH_LIBRARY_IMPL(micromix, CPU, m) {
   m.impl("linears.two", TORCH_BOX(&linears_two<products>));
   m.impl("linears.three", TORCH_BOX(&linears_three<products>));
   m.impl("weight_only_linear", TORCH_BOX(&weight_only_linear));
+  m.impl("materialize", TORCH_BOX(&materialize));
   m.impl("place_weight", TORCH_BOX(&place_weight));
   m.impl("unplace_weight", TORCH_BOX(&unplace_weight));
 }

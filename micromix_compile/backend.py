@@ -31,6 +31,7 @@ from micromix_compile.passes.fold_order import Folds, fold_orders
 from micromix_compile.passes.group_queries import group_queries
 from micromix_compile.passes.lower_attention import lower_attention
 from micromix_compile.passes.lower_linears import Lowering
+from micromix_compile.passes.materialize_shared import materialize_shared
 from micromix_compile.runner import Runner
 
 ATTENTION_PASSES = (lower_attention, group_queries)
@@ -62,6 +63,8 @@ def _compile(
         for rewrite in ATTENTION_PASSES:
             if count := rewrite(gm.graph):
                 report.passes[rewrite.__name__] = count
+        if count := materialize_shared(gm.graph, [linear.node for linear in linears]):
+            report.passes["materialize_shared"] = count
     gm.recompile()
     chosen = choose(linears, options, report)
     folds = fold_orders({linear: plan for linear, _, plan, _ in chosen})

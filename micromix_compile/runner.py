@@ -20,6 +20,10 @@ from micromix_compile.passes.lower_linears import Lowering, lower_linears
 from micromix_compile.passes.specialise_floats import specialise_floats
 from micromix_compile.regions import Placed, Region, Slot
 
+# The C++ wrapper, where it is asked for, is compiled apart from the kernels: as one file with them it is optimised as
+# they are, which takes minutes for a model of 30 layers.
+DEFAULTS = {"cpp_wrapper_build_separate": True}
+
 
 class Runner(compat.serializable_callable()):
     """A graph to run, and how the arguments of Dynamo's graph become its own.
@@ -139,7 +143,7 @@ class Runner(compat.serializable_callable()):
     def _compile_with_inductor(self, settings: dict[str, Any], strict: bool) -> None:
         from micromix_compile.passes.manager import counted, pass_manager  # imports Inductor
 
-        settings = {"post_grad_custom_pre_pass": pass_manager(), **settings}
+        settings = {**DEFAULTS, "post_grad_custom_pre_pass": pass_manager(), **settings}
         self.run, fused, missed = counted(lambda: compat.inductor(self.gm, self.inputs, settings))
         self.report.add_fusions(fused)
         if strict and missed:

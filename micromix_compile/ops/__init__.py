@@ -7,6 +7,7 @@
 ``linears``             the same for two or three weights of one layout, in one launch
 ``weight_only_linear``  float activations, as bfloat16, times a placed weight
 ``attention``           softmax(query keyᵀ) value in bfloat16, between the products on a CPU
+``materialize``         a copy of a value that Inductor is not to compute twice
 ``*_quantize``          a norm, an activation or a sum, quantised as it is computed (fused.py)
 ======================  ======================================================================
 

@@ -28,6 +28,7 @@ def register() -> None:
         ("linears.three", _linears),
         ("weight_only_linear", _weight_only_linear),
         ("attention", _attention),
+        ("materialize", torch.empty_like),
         ("place_weight", _place_weight),
         ("unplace_weight", _unplace_weight),
     ):

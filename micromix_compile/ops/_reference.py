@@ -26,6 +26,7 @@ def register() -> None:
         ("linears.three", linears),
         ("weight_only_linear", weight_only_linear),
         ("attention", attention),
+        ("materialize", torch.clone),
         ("place_weight", place_weight),
         ("unplace_weight", unplace_weight),
     ):

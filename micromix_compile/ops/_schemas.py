@@ -51,6 +51,7 @@ SCHEMAS = {
         "(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale)"
         " -> Tensor"
     ),
+    "materialize": "(Tensor x) -> Tensor",
     "place_weight": ("(Tensor data, Tensor scales, int k4, int k6, int k8, int format) -> Tensor"),
     "unplace_weight": (
         "(Tensor weight, int n, int k4, int k6, int k8, int format) -> (Tensor data, Tensor scales)"
