@@ -16,7 +16,8 @@ LAYERS = 5
 
 
 def test_rotary_embedding_and_mask_are_computed_once(monkeypatch):
-    model = tiny_llama(layers=LAYERS)
+    # In bfloat16 Inductor leaves out the rounding of cosines that it computes where they are read.
+    model = tiny_llama(torch.float32, layers=LAYERS)
     ids = torch.randint(0, 256, (2, 12))
     mask = torch.ones(2, 12, dtype=torch.int64)
     mask[1, :4] = 0
