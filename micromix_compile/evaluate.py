@@ -193,7 +193,8 @@ class Decoder:
             output = self.step(
                 input_ids=self._token(token), past_key_values=self.cache, use_cache=True
             )
-        return int(output.logits[0, -1].argmax())
+        # Not argmax, which takes six times as long in bfloat16 on a CPU.
+        return int(output.logits[0, -1].float().max(0).indices)
 
     def generate(
         self, prompt: Iterable[int], new_tokens: int, stop: int | None = None

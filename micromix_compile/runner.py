@@ -20,9 +20,7 @@ from micromix_compile.passes.lower_linears import Lowering, lower_linears
 from micromix_compile.passes.specialise_floats import specialise_floats
 from micromix_compile.regions import Placed, Region, Slot
 
-# The C++ wrapper, where it is asked for, is compiled apart from the kernels: as one file with them it is optimised as
-# they are, which takes minutes for a model of 30 layers.
-DEFAULTS = {"cpp_wrapper_build_separate": True}
+_OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator)
 
 
 class Runner(compat.serializable_callable()):
@@ -143,7 +141,11 @@ class Runner(compat.serializable_callable()):
     def _compile_with_inductor(self, settings: dict[str, Any], strict: bool) -> None:
         from micromix_compile.passes.manager import counted, pass_manager  # imports Inductor
 
-        settings = {**DEFAULTS, "post_grad_custom_pre_pass": pass_manager(), **settings}
+        settings = {
+            **_defaults(self.gm.graph),
+            "post_grad_custom_pre_pass": pass_manager(),
+            **settings,
+        }
         self.run, fused, missed = counted(lambda: compat.inductor(self.gm, self.inputs, settings))
         self.report.add_fusions(fused)
         if strict and missed:
@@ -177,6 +179,19 @@ class Runner(compat.serializable_callable()):
     def __call__(self, *arguments: Any) -> Any:
         packed = self.region.tensors(arguments, self.report)
         return self.run(*[arguments[i] for i in self.kept], *packed)
+
+
+def _defaults(graph: fx.Graph) -> dict[str, Any]:
+    """Inductor's settings where they differ from its own defaults."""
+    # The C++ wrapper, where it is asked for, is compiled apart from the kernels: as one file with them it is optimised
+    # as they are, which takes minutes for a model of 30 layers.
+    settings: dict[str, Any] = {"cpp_wrapper_build_separate": True}
+    # Checks of sizes and strides find operators whose fake results are not like their real ones, at a twentieth of a
+    # token's time. Those of torch and of this package are tested; Dynamo guards the inputs.
+    operators = [node.target for node in graph.nodes if isinstance(node.target, _OPERATORS)]
+    if all(str(operator).startswith(("aten.", "micromix.")) for operator in operators):
+        settings["size_asserts"] = False
+    return settings
 
 
 def _uses_cuda_graphs(options: Options) -> bool:

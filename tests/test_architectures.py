@@ -28,7 +28,9 @@ def test_every_linear_is_lowered_and_the_numbers_are_the_references(name):
     with torch.no_grad():
         exact = outputs(model(**arguments))
         reference = outputs(reference_model(model, plan)(**arguments))
-        compiled = torch.compile(model, backend="micromix", options={"strict": True})
+        # Inductor's own check of the operators' sizes and strides.
+        options = {"strict": True, "size_asserts": True}
+        compiled = torch.compile(model, backend="micromix", options=options)
         lowered = outputs(compiled(**arguments))
 
     explanation = explain(compiled)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from architectures import build, token_ids
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 from micromix_compile import Recipe, calibrate, explain, runner
 from micromix_compile.errors import (
@@ -691,3 +692,40 @@ def test_a_weight_packed_under_inference_mode_is_packed_again_outside_of_it(bloc
     with torch.no_grad():
         block.gate.weight.mul_(2)
         assert not torch.equal(compiled(x), first)
+
+
+@torch.library.custom_op("micromix_tests::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+@twice.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+@pytest.mark.parametrize(
+    "after, options, checked",
+    [
+        (torch.relu, {}, False),
+        (twice, {}, True),
+        (torch.relu, {"size_asserts": True}, True),
+        (twice, {"size_asserts": False}, False),
+    ],
+)
+def test_sizes_are_checked_where_there_are_operators_of_others(after, options, checked):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(64, 64)
+
+        def forward(self, x):
+            return after(self.layer(x))
+
+    model = Model().eval()
+    options = {"recipe": Recipe(format="mxfp8"), **options}
+    compiled = torch.compile(model, backend="micromix", options=options)
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        _, code = run_and_get_code(compiled, torch.randn(2, 64))
+    lines = [line for line in "".join(code).splitlines() if "assert_size_stride(" in line]
+    assert bool(lines) == checked
