@@ -123,9 +123,8 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b) {
 // nearest even: the three lines count steps of a half, one and two, and each is below the others
 // where its step is the element's. From 128 to 255 a bfloat16 number is an integer, so a fused
 // multiply and add of x, the slope over the scale and the line's constant plus 128 rounds once, to
-// that code plus 128. `saturates`: some v is 7 or more.
-__device__ __forceinline__ uint32_t encode_e2m1_of_bfloat16(const uint32_t* x, int byte,
-                                                            bool saturates) {
+// that code plus 128. Under every scale rule v is below 8, and a code of 8 saturates to 7.
+__device__ __forceinline__ uint32_t encode_e2m1_of_bfloat16(const uint32_t* x, int byte) {
   const auto both = [](uint32_t half) { return half | half << 16; };
   const auto line = [](uint32_t v, uint32_t slope, uint32_t constant) {
     uint32_t code;
@@ -148,12 +147,9 @@ __device__ __forceinline__ uint32_t encode_e2m1_of_bfloat16(const uint32_t* x, i
     code[i] = smaller(smaller(line(v, two, both(k128)), line(v, one, both(k128 + 2))),
                       line(v, half, both(k128 + 4)));
   }
-  if (saturates) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) code[i] = smaller(code[i], both(k128 + 7));
-  }
-  const uint32_t codes =
+  uint32_t codes =
       code[0] + 0x10 * code[1] + 0x100 * (code[2] + 0x10 * code[3]) - both(k128) * 0x1111;
+  codes -= codes >> 3 & 0x11111111;
   // Selectors from 8 on repeat a byte's sign bit.
   return codes | (permute_bytes<0xFBD9>(x[0], x[2]) & 0x08080808) |
          (permute_bytes<0xFBD9>(x[1], x[3]) & 0x80808080);

@@ -50,8 +50,17 @@ cudaError_t launch(const Rows& rows, const Launch& how) {
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.bytes);
     if (error != cudaSuccess) return error;
   }
-  kernel<<<how.blocks, how.threads, how.bytes, how.stream>>>(rows);
-  return cudaGetLastError();
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = how.blocks;
+  config.blockDim = how.threads;
+  config.dynamicSmemBytes = how.bytes;
+  config.stream = how.stream;
+  config.attrs = &early;
+  config.numAttrs = how.early;
+  return cudaLaunchKernelEx(&config, kernel, rows);
 }
 
 }  // namespace micromix::cuda

@@ -218,10 +218,9 @@ __device__ __forceinline__ void quantize_group(const OutputRow& to, int group,
     byte = mx::scale_byte(__float_as_uint(amax), increment, kFormat.emax);
     if constexpr (kFormat == mx::E2M1 && kBFloat16 && !MICROMIX_HAS_MX_CASTS) {
       if (byte != 0) [[likely]] {
-        const bool saturates = amax * power_of_two(127 - byte) > 6.9f;
 #pragma unroll
         for (int i = 0; i < kGroup / 8; ++i)
-          codes[i] = {encode_e2m1_of_bfloat16(y.word + 4 * i, byte, saturates), 0};
+          codes[i] = {encode_e2m1_of_bfloat16(y.word + 4 * i, byte), 0};
         return;
       }
     }

@@ -35,7 +35,7 @@ __device__ __forceinline__ Values<kGroup> finish(const RowTask& task, Values<kGr
     for (int i = 0; i < kGroup; ++i) y.v[i] = f(y.v[i], i);
   };
   if constexpr (kFunction == RowFunction::kPointwise) {
-    activate(task.function, y);
+    activate<kTypes == Types::kBFloat16>(task.function, y);
     if (task.second.data == nullptr) return y;
     if (task.function == Pointwise::kAdd) {
       each([&](float v, int i) { return v + second.v[i]; });

@@ -61,7 +61,8 @@ Types types_of(const RowTask& task, const RowOutput& output) {
 
 // What a launch depends on beside its arguments.
 struct Limits {
-  int shared_bytes, shared_bytes_of_all, multiprocessors, capability;
+  int shared_bytes, shared_bytes_of_all, multiprocessors;
+  int architecture;  // that the device's code was compiled for, as 90
 
   explicit Limits(int device) {
     const auto attribute = [&](cudaDeviceAttr name) {
@@ -72,7 +73,7 @@ struct Limits {
     shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kOtherSharedBytes;
     shared_bytes_of_all = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
     multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
-    capability = attribute(cudaDevAttrComputeCapabilityMajor);
+    check(architecture_of_rows(architecture), "quantize");
   }
 };
 
@@ -82,7 +83,7 @@ bool streams(const RowTask& task, Types types, int64_t count, const RowOutput& o
   const auto of_type = [&](const RowInput& vector) {
     return vector.data == nullptr || vector.dtype == task.dtype;
   };
-  return limits.capability >= 9 && is_narrow(types) && task.kept == nullptr &&
+  return limits.architecture >= 90 && is_narrow(types) && task.kept == nullptr &&
          of_type(task.weight) && of_type(task.bias) &&
          (output.order != nullptr || task.row_function != RowFunction::kPointwise) &&
          count >= 4 * limits.multiprocessors;
@@ -91,25 +92,38 @@ bool streams(const RowTask& task, Types types, int64_t count, const RowOutput& o
 // Without threads where a row does not fit.
 Launch streamed(const RowTask& task, Types types, int64_t count, const RowOutput& output,
                 const Limits& limits) {
+  const int64_t groups =
+      (std::max(task.k, output.layout.channels()) + kStreamedGroup - 1) / kStreamedGroup;
+  const int threads = static_cast<int>((groups + 31) / 32 * 32);
   const bool ordered = output.order != nullptr;
-  const int group = streamed_group(ordered);
-  const int64_t groups = (std::max(task.k, output.layout.channels()) + group - 1) / group;
-  const int64_t threads = (groups + 31) / 32 * 32;
+  const int operands = task.second.data != nullptr ? 2 : 1;
+  const auto bytes = [&](int stages) {
+    return streamed_bytes(task.k, operands, stages, threads, task.row_function);
+  };
+  // Thread blocks of a multiprocessor: as many as have registers and shared memory, but three rows
+  // for each.
+  const auto each = [&](int stages) {
+    return std::min({int64_t{kStreamedThreads / threads},
+                     limits.shared_bytes_of_all / (bytes(stages) + 1024 + kOtherSharedBytes),
+                     std::max<int64_t>(count / (3 * limits.multiprocessors), 1)});
+  };
   Launch launch{};
-  const int most = streamed_threads(ordered, limits.capability);
-  if (threads > most) return launch;
-  const int64_t bytes = streamed_bytes(task.k, task.second.data != nullptr ? 2 : 1,
-                                       static_cast<int>(threads), ordered, task.row_function);
-  if (bytes > limits.shared_bytes) return launch;
-  // As many thread blocks as have registers and shared memory, but four rows for each.
-  const int64_t each =
-      std::min({most / threads, limits.shared_bytes_of_all / (bytes + 1024 + kOtherSharedBytes),
-                count / (4 * limits.multiprocessors)});
+  if (threads > kStreamedThreads || bytes(kLeastStages) > limits.shared_bytes) return launch;
+  // Beside the parameters that an order gathers, two rows at first. More stages help a thread block
+  // that is alone.
+  const int64_t blocks = std::max<int64_t>(each(kLeastStages), 1);
+  const int wanted = !ordered      ? kLeastStages
+                     : blocks == 1 ? kMostStages
+                                   : 2 + streamed_parameters(task.row_function) / operands;
+  launch.stages = kLeastStages;
+  while (launch.stages < wanted && bytes(launch.stages + 1) <= limits.shared_bytes &&
+         each(launch.stages + 1) >= blocks)
+    ++launch.stages;
   launch.types = types;
   launch.placement = Placement::kStreamed;
-  launch.blocks = static_cast<int>(std::max<int64_t>(each, 1) * limits.multiprocessors);
-  launch.threads = static_cast<int>(threads);
-  launch.bytes = static_cast<int>(bytes);
+  launch.blocks = static_cast<int>(blocks * limits.multiprocessors);
+  launch.threads = threads;
+  launch.bytes = static_cast<int>(bytes(launch.stages));
   return launch;
 }
 
@@ -149,7 +163,9 @@ void launch(const OnDevice& device, const Limits& limits, const RowTask& task, i
   rows.count = static_cast<int32_t>(count);
   rows.output = output_of(output);
   Launch launch = choose(task, count, output, limits);
+  rows.stages = launch.stages;
   launch.stream = device.stream;
+  launch.early = limits.architecture >= 90;
   const auto function = task.row_function == RowFunction::kRmsNorm     ? launch_rms_norm
                         : task.row_function == RowFunction::kLayerNorm ? launch_layer_norm
                                                                        : launch_pointwise;

@@ -201,6 +201,35 @@ struct Block {
     return y;
   }
 
+  // The same of a row function of 16-bit values, as they are quantised.
+  __device__ Pairs<kGroup> result_pairs(int group) const {
+    const KeptGroup x = load(task.x, group);
+    KeptGroup second;
+    if (task.second.data != nullptr) second = load(task.second, group);
+    Pairs<kGroup> y;
+    if (task.function == Pointwise::kAdd) {
+#pragma unroll
+      for (int i = 0; i < kGroup / 2; ++i)
+        second.bits.word[i] = sum_of_pairs(x.bits.word[i], second.bits.word[i], kBFloat16);
+      y = paired(second.bits.word);
+    } else {
+      if (task.function == Pointwise::kCast) {
+        y = paired(x.bits.word);
+      } else {
+        Group v = x.values();
+        activate<kBFloat16>(task.function, v);
+        y = pack_pairs(v, kBFloat16);
+      }
+      if (task.second.data != nullptr) y = product(y, paired(second.bits.word), kBFloat16);
+    }
+    if (task.kept != nullptr) {
+      KeptGroup kept;
+      kept.bits = unpaired(y);
+      store(task.kept, task.dtype, group, kept);
+    }
+    return y;
+  }
+
   __device__ void pad(int group, Group& y, float with) const {  // beyond the last channel
 #pragma unroll
     for (int i = 0; i < kGroup; ++i)
@@ -295,11 +324,19 @@ struct Block {
     const int groups = out.blocks * (mx::kBlock / kGroup);
     for (int first = 0; first < groups; first += blockDim.x) {
       const int group = first + threadIdx.x;
-      KeptGroup kept;
-      if (has(group)) kept = result(group, of_row);
       if constexpr (is_narrow(kTypes)) {
-        quantize_group<kBFloat16>(to, group, paired(kept.bits.word));
+        Pairs<kGroup> y{};
+        if (has(group)) {
+          if constexpr (kNorm) {
+            y = paired(result(group, of_row).bits.word);
+          } else {
+            y = result_pairs(group);
+          }
+        }
+        quantize_group<kBFloat16>(to, group, y);
       } else {
+        KeptGroup kept;
+        if (has(group)) kept = result(group, of_row);
         Group y = kept.values();
         if constexpr (!kWhole) pad(group, y, 0.0f);
         quantize_group(to, group, y);
@@ -345,6 +382,8 @@ __global__ void __launch_bounds__(max_threads(kPlacement),
                                   least_blocks(kFunction, kTypes, kPlacement))
     rows_kernel(const __grid_constant__ Rows rows) {
   extern __shared__ uint4 shared[];
+  let_the_next_kernel_start();
+  wait_for_the_kernel_before();
   Block<kFunction, kTypes, kPlacement>(rows, shared).compute();
 }
 

@@ -26,6 +26,7 @@ struct Output {
 struct Rows {
   RowTask task;
   int32_t k, count;  // channels and rows
+  int32_t stages;    // of the streamed kernel
   Output output;
 };
 
@@ -52,13 +53,8 @@ constexpr int slot_bytes(Types types) { return is_narrow(types) ? 2 : 4; }
 constexpr int64_t staged_bytes(int64_t k, Types types) {
   return (kFirstSlot + (k / 16 + 1) * 16) * slot_bytes(types);
 }
-// Channels of a thread of the streamed kernel, and threads of a thread block at most, for a compute
-// capability. More channels take less work each, and fewer leave registers for more threads: sums
-// want these. The code for sm_120 needs more registers than that for sm_90.
-constexpr int streamed_group(bool ordered) { return ordered ? 32 : 16; }
-constexpr int streamed_threads(bool ordered, int capability) {
-  return ordered ? 512 : capability < 10 ? 1024 : 768;
-}
+// Channels of a thread of the streamed kernel, whole blocks of 32, and its threads at most.
+constexpr int kStreamedGroup = 32, kStreamedThreads = 512;
 // A norm's weight and bias, whether it has them or not.
 constexpr int streamed_parameters(RowFunction function) {
   return function == RowFunction::kLayerNorm ? 2 : function == RowFunction::kRmsNorm ? 1 : 0;
@@ -66,16 +62,20 @@ constexpr int streamed_parameters(RowFunction function) {
 // Its shared memory: barriers, a ring of stages, and the parameters. Every operand of a stage
 // begins with 16 bytes, of them a zero, which is what the order's -1 reads, and a NaN for what is
 // not there.
-constexpr int kStreamedStages = 3, kStreamedBarriers = 64;
+constexpr int kLeastStages = 3, kMostStages = 4, kStreamedBarriers = 128;
 constexpr int kStreamedZero = 0, kStreamedNan = 2, kStreamedEnd = 16;
 constexpr int64_t streamed_operand_bytes(int64_t k) { return kStreamedEnd + (k + 31) / 32 * 64; }
-constexpr int64_t streamed_bytes(int64_t k, int operands, int threads, bool ordered,
+constexpr int64_t streamed_bytes(int64_t k, int operands, int stages, int threads,
                                  RowFunction function) {
-  return kStreamedBarriers + kStreamedStages * operands * streamed_operand_bytes(k) +
-         2 * streamed_parameters(function) * threads * streamed_group(ordered);
+  const int64_t ring = stages * operands * streamed_operand_bytes(k);
+  const int64_t of_threads = 2 * threads * kStreamedGroup;
+  const int parameters = streamed_parameters(function);
+  return kStreamedBarriers + (parameters > 0      ? ring + parameters * of_threads
+                              : ring > of_threads ? ring
+                                                  : of_threads);
 }
 
-constexpr int kOtherSharedBytes = 512;  // at most, that a row kernel uses beside the staged rows
+constexpr int kOtherSharedBytes = 2048;  // at most, that a row kernel uses beside the staged rows
 
 constexpr int max_threads(Placement placement) {
   return placement == Placement::kDirect ? 256 : 512;
@@ -87,8 +87,11 @@ struct Launch {
   Types types;
   Placement placement;
   int blocks, threads, bytes;
+  int stages;  // of the streamed kernel
   cudaStream_t stream;
+  bool early;  // before the kernel before it in the stream ends
 };
+cudaError_t architecture_of_rows(int& architecture);
 cudaError_t launch_rms_norm(const Rows& rows, const Launch& launch);
 cudaError_t launch_layer_norm(const Rows& rows, const Launch& launch);
 cudaError_t launch_pointwise(const Rows& rows, const Launch& launch);

@@ -5,8 +5,13 @@
 // behind its work, so memory is not idle for a norm's sums or an order's gathers, as it is where a
 // block loads a row, works on it, and ends (rows.cuh). A thread has the same channels of every row:
 // it reads the order, and a norm's weight and bias in that order, once. An order gathers from the
-// operands; no result is staged. The statistics of a row are summed up while the row before it is
-// quantised, with one barrier a row.
+// operands; no result is staged.
+//
+// No barrier stops a thread block. A warp adds its part of the next row's statistics before it
+// gathers and quantises this row, says so to a barrier in shared memory, and needs the others'
+// parts only a row later; it says when it has read a row, whose place the first thread then fills.
+// So warps drift apart by almost a row, and the gathers of some run beside the arithmetic of
+// others.
 #pragma once
 
 #include "quantize_group.cuh"
@@ -15,8 +20,14 @@
 namespace micromix::cuda {
 
 // Shared memory by its own 32-bit addresses.
-__device__ __forceinline__ void make_barrier(uint32_t barrier) {
-  asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier) : "memory");
+__device__ __forceinline__ void make_barrier(uint32_t barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+// What the warp did before is done, to those who wait for the barrier.
+__device__ __forceinline__ void arrive_as_warp(uint32_t barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0)
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 // One thread: the barrier's phase ends when so many bytes have come.
 __device__ __forceinline__ void expect(uint32_t barrier, uint32_t bytes) {
@@ -30,6 +41,10 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_
           "r"(to),
       "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
+}
+// Of other bytes to where this thread wrote.
+__device__ __forceinline__ void before_bulk_copies() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
@@ -49,6 +64,19 @@ __device__ __forceinline__ Narrow<8> load_shared(uint32_t from) {
                : "r"(from));
   return x;
 }
+// Zeros unless `there`.
+__device__ __forceinline__ Narrow<8> load_shared_if(bool there, uint32_t from) {
+  Narrow<8> x{};
+  asm volatile(
+      "{\n"
+      ".reg .pred there;\n"
+      "setp.ne.u32 there, %5, 0;\n"
+      "@there ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+      "}"
+      : "+r"(x.word[0]), "+r"(x.word[1]), "+r"(x.word[2]), "+r"(x.word[3])
+      : "r"(from), "r"(static_cast<uint32_t>(there)));
+  return x;
+}
 __device__ __forceinline__ void store_shared(uint32_t to, const uint32_t (&words)[4]) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]), "r"(words[1]),
                "r"(words[2]), "r"(words[3])
@@ -60,8 +88,35 @@ __device__ __forceinline__ uint32_t load_shared_half(uint32_t from) {
   return x;
 }
 
-struct WarpStatistics {  // by warp
-  float sum[32], squares[32];
+// Adds, in float32, 16 x 8 sums of products: of 16 rows of values, `low` of the first eight and
+// `high` of the others, and of eight columns. A word is two neighbours; four lanes have a row or a
+// column.
+__device__ __forceinline__ void add_products(float (&sums)[4], uint32_t low, uint32_t high,
+                                             uint32_t columns, bool bfloat16) {
+  if (bfloat16) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(low), "r"(high), "r"(columns));
+  } else {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(low), "r"(high), "r"(columns));
+  }
+}
+
+// Issued where it stands.
+__device__ __forceinline__ void load_words_now(const void* from, uint32_t (&words)[4]) {
+  asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "l"(from));
+}
+
+// Parts of a row's sum and sum of squares, eight of each warp.
+struct Parts {
+  static constexpr int kOfWarp = 8, kCount = kOfWarp * kStreamedThreads / 32;
+  float sum[kCount], squares[kCount];
 };
 
 // What a thread block does. 16 bytes of a row are a piece. `kTwo`: there is a second operand.
@@ -69,35 +124,38 @@ template <RowFunction kFunction, Types kTypes, bool kOrdered, bool kTwo>
 struct Stream {
   static constexpr bool kNorm = kFunction != RowFunction::kPointwise;
   static constexpr bool kBFloat16 = kTypes == Types::kBFloat16;
-  static constexpr int kGroup = streamed_group(kOrdered), kPieces = kGroup / 8;
+  static constexpr int kGroup = kStreamedGroup, kPieces = kGroup / 8;
   static_assert(is_narrow(kTypes));
   using Block = Pairs<kGroup>;
 
   const Rows& rows;
   const RowTask& task;
   const Output& out;
-  const int k;
-  const uint32_t row_bytes, barriers, ring;    // of an operand in shared memory; its stages
-  int own;                                     // pieces whose sums are this thread's
-  uint32_t places[kOrdered ? kGroup / 2 : 1];  // of the values in a staged row, two in a word
-  uint32_t padded = 0;                         // a bit for each channel that is padding
+  const int k, stages;
+  const uint32_t row_bytes, barriers, ring;  // of an operand in shared memory; its stages
+  uint32_t hand_over;                        // where the order goes from thread to thread
+  int first_rows;  // that are copied before the order and the parameters are where they belong
+  int own;         // pieces whose sums are this thread's
+  uint32_t places[kOrdered ? kGroup : 1];  // of the values in a staged row
+  uint32_t padded = 0;                     // a bit for each channel that is padding
   float inverse_k;
-  // Channels that this thread's warp, and the warp of its lane's number, sum up; at least 1.
-  float inverse_count, count_of_lane, inverse_count_of_lane;
 
   // A norm's weight and bias lie behind the ring as each thread wants them. An order gathers them
   // from the last places of the ring, before rows need these.
   static constexpr int kOperands = kTwo ? 2 : 1;
   static constexpr int kParameters = streamed_parameters(kFunction);
   static constexpr int kStagedParameters = kOrdered ? kParameters : 0;
-  static constexpr int kFirstRows =
-      kStreamedStages - (kStagedParameters + kOperands - 1) / kOperands;
+  static constexpr uint32_t kNoChannel = 0xFFFFFFFF;
   __device__ __forceinline__ uint32_t staged_parameter(int i) const {
-    return ring + (kStreamedStages * kOperands - 1 - i) * row_bytes;
+    return ring + (stages * kOperands - 1 - i) * row_bytes;
   }
   __device__ __forceinline__ uint32_t place_of_parameter(int parameter, int i) const {
-    return ring + kStreamedStages * kOperands * row_bytes +
+    return ring + stages * kOperands * row_bytes +
            16 * ((parameter * kPieces + i) * blockDim.x + threadIdx.x);
+  }
+  // 16 bytes of the channels of a thread: where its parameters go, or else in the end of the ring.
+  __device__ __forceinline__ uint32_t handed_over(int i, int thread) const {
+    return hand_over + 16 * (i * blockDim.x + thread);
   }
   __device__ __forceinline__ uint32_t stage(int i) const {
     return ring + i * kOperands * row_bytes;
@@ -111,85 +169,145 @@ struct Stream {
         task(rows.task),
         out(rows.output),
         k(rows.k),
+        stages(rows.stages),
         row_bytes(static_cast<uint32_t>(streamed_operand_bytes(rows.k))),
         barriers(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
         ring(barriers + kStreamedBarriers),
         own((k / 8 - static_cast<int>(threadIdx.x) + static_cast<int>(blockDim.x) - 1) /
             static_cast<int>(blockDim.x)),
         inverse_k(1.0f / static_cast<float>(rows.k)) {
-    if constexpr (kFunction == RowFunction::kLayerNorm) {
-      inverse_count = 1.0f / channels_of_warp(threadIdx.x / 32);
-      count_of_lane = channels_of_warp(threadIdx.x % 32);
-      inverse_count_of_lane = 1.0f / count_of_lane;
+    hand_over = place_of_parameter(0, 0) - 16 * threadIdx.x;
+    first_rows = stages - (kStagedParameters + kOperands - 1) / kOperands;
+    if constexpr (kOrdered && kParameters == 0) {
+      const int ring_bytes = stages * kOperands * row_bytes, bytes = 2 * kGroup * blockDim.x;
+      const int before = max(0, ring_bytes - bytes) / 16 * 16;
+      hand_over = ring + before;
+      first_rows = before / (kOperands * row_bytes);
     }
   }
 
-  // What is the same for every row.
-  __device__ __forceinline__ void prepare() {
-    const int block = threadIdx.x / (mx::kBlock / kGroup);
+  // An order is read 16 bytes at a time, neighbours by neighbouring threads: this thread's channels
+  // reach it through shared memory.
+  struct Channels {
+    uint32_t word[kOrdered ? kGroup : 1];
+  };
+  __device__ __forceinline__ Channels read_order() const {
+    Channels order;
+    if constexpr (kOrdered) {
+      const int first = kGroup * (threadIdx.x - threadIdx.x % 32) + 4 * (threadIdx.x % 32);
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      const int piece = kPieces * threadIdx.x + i;
-      int channels[8];
-      if (kOrdered && block < out.blocks) {
-        uint32_t words[8];
-        load_words(out.order + 8 * piece, words);
+      for (int i = 0; i < kGroup; i += 4) {
+        uint32_t four[4] = {kNoChannel, kNoChannel, kNoChannel, kNoChannel};
+        if (first + 32 * i < mx::kBlock * out.blocks)
+          load_words_now(out.order + first + 32 * i, four);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) channels[j] = static_cast<int>(words[j]);
-      } else {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) channels[j] = 8 * piece + j < k ? 8 * piece + j : -1;
+        for (int j = 0; j < 4; ++j) order.word[i + j] = four[j];
       }
-      if constexpr (kOrdered) {
-        uint32_t place[8];
+    }
+    return order;
+  }
+  __device__ __forceinline__ void place_channels(const Channels& order) {
+    if constexpr (kOrdered) {
+      const auto channels = static_cast<uint32_t>(k);
+      const int lane = threadIdx.x % 32;
+      // A zero where there is no channel, and a NaN for one that is not there.
+      bool pads = false;
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          // A zero at -1, and a NaN for any other channel that is not there.
-          const auto c = static_cast<unsigned>(channels[j]);
-          place[j] = c < static_cast<unsigned>(k) ? place_of(c / 8) + 2 * (c % 8)
-                     : c == 0xFFFFFFFF            ? kStreamedZero
-                                                  : kStreamedNan;
-          padded |= (c == 0xFFFFFFFF) << (8 * i + j);
+      for (int i = 0; i < kGroup; i += 4) {
+        uint32_t place[4], most = 0;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          most = max(most, order.word[i + j]);
+          place[j] = kStreamedEnd + 2 * order.word[i + j];
         }
+        if (most >= channels) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) places[4 * i + j] = place[j] | place[j + 4] << 16;
+          for (int j = 0; j < 4; ++j) {
+            const uint32_t channel = order.word[i + j];
+            if (channel >= channels)
+              place[j] = channel == kNoChannel ? kStreamedZero : kStreamedNan;
+          }
+          pads = true;
+        }
+        // The channels from 4 * lane on of the (i / 4)th 128 of the warp.
+        const int thread = threadIdx.x - lane + i + lane / 8;
+        asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(handed_over(lane % 8 / 2, thread) +
+                                                              8 * (lane % 2)),
+                     "r"(place[0] | place[1] << 16), "r"(place[2] | place[3] << 16)
+                     : "memory");
+      }
+      pads = __any_sync(kWarp, pads);
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        const Narrow<8> eight = load_shared(handed_over(i, threadIdx.x));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          places[8 * i + 2 * j] = eight.word[j] & 0xFFFF;
+          places[8 * i + 2 * j + 1] = eight.word[j] >> 16;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) asm volatile("" : "+r"(places[i]));  // stay unpacked
+      if (pads) {
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) padded |= (places[i] == kStreamedZero) << i;
       }
     }
   }
-  // Puts a norm's weight or bias where `parameter` finds it; without one, what changes nothing.
-  __device__ __forceinline__ void place_parameter(int which, const RowInput& from,
-                                                  uint32_t otherwise) {
+  // A norm's weight or bias: this thread's channels, or, where an order gathers them, as they lie
+  // in memory.
+  struct Vector {
+    Narrow<8> piece[kPieces];
+  };
+  __device__ __forceinline__ uint32_t piece_of_vector(int i) const {
+    return kOrdered ? threadIdx.x + i * blockDim.x : kPieces * threadIdx.x + i;
+  }
+  __device__ __forceinline__ Vector read_vector(const RowInput& from) const {
+    Vector x{};
+    if (from.data == nullptr) return x;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i)
+      if (8 * piece_of_vector(i) < k)
+        load_words_now(static_cast<const uint16_t*>(from.data) + 8 * piece_of_vector(i),
+                       x.piece[i].word);
+    return x;
+  }
+  __device__ __forceinline__ void stage_vector(int which, const Vector& x) const {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i)
+      if (8 * piece_of_vector(i) < k)
+        store_shared(staged_parameter(which) + place_of(piece_of_vector(i)), x.piece[i].word);
+  }
+  // Puts it where `parameter` finds it; without one, what changes nothing.
+  __device__ __forceinline__ void place_vector(int which, const Vector& x, bool there,
+                                               uint32_t otherwise) {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      const uint32_t piece = kPieces * threadIdx.x + i;
-      Pairs<8> x{otherwise, otherwise, otherwise, otherwise};
-      if (from.data != nullptr) {
-        if constexpr (kOrdered) {
-          x = read(staged_parameter(which), i);
-        } else if (8 * piece < k) {
-          uint32_t words[4];
-          load_words(static_cast<const uint16_t*>(from.data) + 8 * piece, words);
-          x = paired(words);
-        }
-      }
-      store_shared(place_of_parameter(which, i), x.word);
+      Pairs<8> y{otherwise, otherwise, otherwise, otherwise};
+      if (there) y = kOrdered ? read(staged_parameter(which), i) : paired(x.piece[i].word);
+      store_shared(place_of_parameter(which, i), y.word);
     }
-  }
-  __device__ __forceinline__ void place_parameters() {
-    constexpr uint32_t kOne = kBFloat16 ? 0x3F803F80 : 0x3C003C00, kMinusZero = 0x80008000;
-    const bool added = kFunction == RowFunction::kRmsNorm && task.form == RmsForm::kOnePlusWeight;
-    place_parameter(0, task.weight, added ? kMinusZero : kOne);
-    if constexpr (kFunction == RowFunction::kLayerNorm) place_parameter(1, task.bias, kMinusZero);
   }
   __device__ __forceinline__ Pairs<8> parameter(int which, int i) const {
     const Narrow<8> x = load_shared(place_of_parameter(which, i));
     return {x.word[0], x.word[1], x.word[2], x.word[3]};
   }
 
+  // The barriers: a stage has its row; it has been read; a row's statistics are there.
+  __device__ __forceinline__ uint32_t full(int stage) const { return barriers + 8 * stage; }
+  __device__ __forceinline__ uint32_t empty(int stage) const {
+    return barriers + 8 * (kMostStages + stage);
+  }
+  __device__ __forceinline__ uint32_t summed(int turn) const {
+    return barriers + 8 * (2 * kMostStages + turn);
+  }
+  static_assert(8 * (2 * kMostStages + 2) <= kStreamedBarriers);
+
   // The first thread's: a row to a stage.
   __device__ __forceinline__ void copy(int64_t row, int to) const {
     if (threadIdx.x != 0 || row >= rows.count) return;
-    const uint32_t bytes = 2 * k, barrier = barriers + 8 * to;
+    const uint32_t bytes = 2 * k, barrier = full(to);
     expect(barrier, kOperands * bytes);
     copy_bulk(stage(to) + kStreamedEnd,
               static_cast<const uint16_t*>(task.x.data) + row * task.x.stride, bytes, barrier);
@@ -198,81 +316,110 @@ struct Stream {
                 static_cast<const uint16_t*>(task.second.data) + row * task.second.stride, bytes,
                 barrier);
   }
-  __device__ __forceinline__ void copy_parameters() const {
-    if (threadIdx.x != 0) return;
-    const uint32_t bytes = 2 * k, barrier = barriers + 8 * kStreamedStages;
-    const bool weighted = task.weight.data != nullptr, biased = task.bias.data != nullptr;
-    expect(barrier, (weighted + biased) * bytes);
-    if (weighted) copy_bulk(staged_parameter(0) + kStreamedEnd, task.weight.data, bytes, barrier);
-    if (biased) copy_bulk(staged_parameter(1) + kStreamedEnd, task.bias.data, bytes, barrier);
-  }
-
-  // A warp's part of a row's statistics, to be read after the next barrier, of the pieces that its
-  // threads have: the sum of squares; or the sum, and the squares of the distances from the warp's
-  // mean. Adds the residual first, where there is one.
-  __device__ __forceinline__ void statistics_of_warp(int64_t row, uint32_t x, WarpStatistics& to) {
-    float sums[4] = {};
+  // A warp's part of a row's statistics, of the pieces that its threads have: the sum, where it
+  // counts, and the sum of squares. Adds the residual first, where there is one. Matrix
+  // instructions sum up: of the products of a row's values with themselves, the diagonal is of
+  // squares; their products with ones are the values.
+  __device__ __forceinline__ void statistics_of_warp(int64_t row, uint32_t x, Parts& to) {
+    Narrow<8> bits[kPieces];
+    uint32_t place[kPieces];
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      if (i >= own) continue;
-      const uint32_t place = x + place_of(threadIdx.x + i * blockDim.x);
-      Narrow<8> bits = load_shared(place);
-      Values<8> v = unpack(bits, kBFloat16);
-      if constexpr (kTwo) {
-        const Values<8> w = unpack(load_shared(place + row_bytes), kBFloat16);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) v.v[j] += w.v[j];
-        bits = pack(v, kBFloat16);
-        store_shared(place, bits.word);
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // before the next row comes
-        store_words(static_cast<uint16_t*>(task.sum) + row * k + 8 * (threadIdx.x + i * blockDim.x),
-                    bits.word);
-        v = unpack(bits, kBFloat16);
-      }
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-        sums[j % 4] += kFunction == RowFunction::kRmsNorm ? v.v[j] * v.v[j] : v.v[j];
+      place[i] = x + place_of(threadIdx.x + i * blockDim.x);
+      bits[i] = load_shared_if(i < own, place[i]);
     }
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const float sum = warp_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    if (lane == 0) to.sum[warp] = sum;
-    if constexpr (kFunction == RowFunction::kLayerNorm) {
-      const float mean = sum * inverse_count;
-      float parts[4] = {};
+    if constexpr (kTwo) {
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
         if (i >= own) continue;
-        const Values<8> v =
-            unpack(load_shared(x + place_of(threadIdx.x + i * blockDim.x)), kBFloat16);
+        const Narrow<8> second = load_shared(place[i] + row_bytes);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const float off = v.v[j] - mean;
-          parts[j % 4] += off * off;
-        }
+        for (int j = 0; j < 4; ++j)
+          bits[i].word[j] = sum_of_pairs(bits[i].word[j], second.word[j], kBFloat16);
+        store_shared(place[i], bits[i].word);
+        before_bulk_copies();
+        store_words(static_cast<uint16_t*>(task.sum) + row * k + 8 * (threadIdx.x + i * blockDim.x),
+                    bits[i].word);
       }
-      const float squares = warp_sum((parts[0] + parts[1]) + (parts[2] + parts[3]));
-      if (lane == 0) to.squares[warp] = squares;
+    }
+    constexpr uint32_t kOnes = kBFloat16 ? 0x3F803F80 : 0x3C003C00;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float even[4] = {}, odd[4] = {}, ones[4] = {};
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const uint32_t (&w)[4] = bits[i].word;
+#pragma unroll
+      for (int j = 0; j < 4; j += 2) {
+        add_products(even, w[j], w[j + 1], w[j], kBFloat16);
+        add_products(odd, w[j], w[j + 1], w[j + 1], kBFloat16);
+        if constexpr (kFunction == RowFunction::kLayerNorm)
+          add_products(ones, w[j], w[j + 1], kOnes, kBFloat16);
+      }
+    }
+    // A lane has columns 2 * (lane % 4) and the next of rows lane / 4 and 8 + lane / 4.
+    const int part = Parts::kOfWarp * warp + lane / 4;
+    if (lane % 4 == lane / 8) {
+      to.squares[part] = lane / 4 % 2 ? even[1] + odd[3] : even[0] + odd[2];
+      if constexpr (kFunction == RowFunction::kLayerNorm) to.sum[part] = ones[0] + ones[2];
     }
   }
-  __device__ __forceinline__ float channels_of_warp(int warp) const {
-    int pieces = 0;
+  // The sum of the parts that are this lane's to add.
+  __device__ __forceinline__ float sum_of_lane(const float (&parts)[Parts::kCount]) const {
+    const int count = Parts::kOfWarp * (blockDim.x / 32);
+    float of_lane[4];
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i)
-      pieces += max(0, min(32, k / 8 - (32 * warp + i * static_cast<int>(blockDim.x))));
-    return static_cast<float>(max(1, 8 * pieces));
+    for (int i = 0; i < 4; ++i) {
+      const int part = threadIdx.x % 32 + 32 * i;
+      of_lane[i] = part < count ? parts[part] : 0.0f;
+    }
+    return (of_lane[0] + of_lane[1]) + (of_lane[2] + of_lane[3]);
+  }
+  struct PartsOfLane {
+    float sum, squares;
+  };
+  __device__ __forceinline__ PartsOfLane read_parts(const Parts& parts) const {
+    PartsOfLane of_lane{0.0f, sum_of_lane(parts.squares)};
+    if constexpr (kFunction == RowFunction::kLayerNorm) of_lane.sum = sum_of_lane(parts.sum);
+    return of_lane;
   }
   // The same in every thread, and always from the same sums in the same order.
-  __device__ __forceinline__ Statistics statistics(const WarpStatistics& from) const {
-    const int lane = threadIdx.x % 32;
-    const bool there = lane < static_cast<int>(blockDim.x) / 32;
-    const float sum = there ? from.sum[lane] : 0.0f;
-    float total = warp_sum(sum), mean = 0.0f;
-    if constexpr (kFunction == RowFunction::kLayerNorm) {
-      mean = total * inverse_k;
-      const float off = sum * inverse_count_of_lane - mean;
-      total = warp_sum(there ? from.squares[lane] + count_of_lane * off * off : 0.0f);
+  __device__ __forceinline__ Statistics statistics(uint32_t x, const PartsOfLane& of_lane,
+                                                   Parts& parts) const {
+    if constexpr (kFunction == RowFunction::kRmsNorm) {
+      return {0.0f, inverse_root(warp_sum(of_lane.squares) * inverse_k, task.eps)};
+    } else {
+      float sum = of_lane.sum, squares = of_lane.squares;
+#pragma unroll
+      for (int lanes = 16; lanes > 0; lanes /= 2) {
+        sum += __shfl_xor_sync(kWarp, sum, lanes);
+        squares += __shfl_xor_sync(kWarp, squares, lanes);
+      }
+      const float mean = sum * inverse_k;
+      float variance = squares * inverse_k - mean * mean;
+      // What the difference loses is below the rounding of the sums where the mean is small. Where
+      // it is not, or nothing is left, the squares of the distances from it are summed up.
+      if (!(mean * mean <= variance)) variance = distant(x, mean, parts);
+      return {mean, inverse_root(variance, task.eps)};
     }
-    return {mean, inverse_root(total * inverse_k, task.eps)};
+  }
+  // Every thread of the thread block, or none, comes here.
+  __device__ __forceinline__ float distant(uint32_t x, float mean, Parts& parts) const {
+    float squares = 0.0f;
+    for (int i = 0; i < own; ++i) {
+      const Values<8> v =
+          unpack(load_shared(x + place_of(threadIdx.x + i * blockDim.x)), kBFloat16);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) squares += (v.v[j] - mean) * (v.v[j] - mean);
+    }
+    squares = warp_sum(squares);
+    __syncthreads();  // all have read the sums
+    const int lane = threadIdx.x % 32;
+    if (lane < Parts::kOfWarp)
+      parts.squares[Parts::kOfWarp * (threadIdx.x / 32) + lane] = lane == 0 ? squares : 0.0f;
+    __syncthreads();
+    squares = warp_sum(sum_of_lane(parts.squares));
+    __syncthreads();  // before parts of another row come there
+    return squares * inverse_k;
   }
 
   __device__ __forceinline__ Pairs<8> read(uint32_t row, int i) const {
@@ -280,15 +427,52 @@ struct Stream {
     if constexpr (kOrdered) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const uint32_t both = places[4 * i + j];
-        x.word[j] = permute_bytes<0x5410>(load_shared_half(row + (both & 0xFFFF)),
-                                          load_shared_half(row + (both >> 16)));
+        x.word[j] = permute_bytes<0x5410>(load_shared_half(row + places[8 * i + j]),
+                                          load_shared_half(row + places[8 * i + j + 4]));
       }
     } else {
       const uint32_t piece = kPieces * threadIdx.x + i;
       if (8 * piece < k) x = paired(load_shared(row + place_of(piece)).word);
     }
     return x;
+  }
+  // From one lane, which tells the compiler that a uniform register can have it.
+  static __device__ __forceinline__ uint32_t the_same(uint32_t x) {
+    return __shfl_sync(kWarp, x, 0);
+  }
+  // The values as they are in shared memory: gathered, each in a word; else two.
+  struct Raw {
+    uint32_t word[kOrdered ? kGroup : kGroup / 2];
+  };
+  __device__ __forceinline__ Raw read_raw(uint32_t row) const {
+    Raw x{};
+    row = the_same(row);
+    if constexpr (kOrdered) {
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) x.word[i] = load_shared_half(row + places[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        const uint32_t piece = kPieces * threadIdx.x + i;
+        const Narrow<8> eight = load_shared_if(8 * piece < k, row + place_of(piece));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) x.word[4 * i + j] = eight.word[j];
+      }
+    }
+    return x;
+  }
+  static __device__ __forceinline__ Values<8> values(const Raw& x, int i) {
+    Values<8> v;
+    if constexpr (kOrdered) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) v.v[j] = widen(x.word[8 * i + j], kBFloat16);
+    } else {
+      Narrow<8> eight;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) eight.word[j] = x.word[4 * i + j];
+      v = unpack(eight, kBFloat16);
+    }
+    return v;
   }
   // The whole block, `f(i)` eight channels at a time.
   template <typename Function>
@@ -303,30 +487,36 @@ struct Stream {
     return y;
   }
 
-  __device__ __forceinline__ Block results(uint32_t row, const Statistics& of_row) const {
-    if constexpr (kFunction == RowFunction::kPointwise) {
-      if (task.function == Pointwise::kCast)
-        return block_of([&](int i) {
-          const Pairs<8> x = read(row, i);
-          return kTwo ? product(x, read(row + row_bytes, i), kBFloat16) : x;
-        });
-      if (kTwo && task.function == Pointwise::kAdd)
-        return block_of([&](int i) {
-          Values<8> v = unpack(read(row, i), kBFloat16);
-          const Values<8> w = unpack(read(row + row_bytes, i), kBFloat16);
-#pragma unroll
-          for (int j = 0; j < 8; ++j) v.v[j] += w.v[j];
-          return pack_pairs(v, kBFloat16);
-        });
+  __device__ __forceinline__ Block pointwise(uint32_t row) const {
+    static_assert(kNorm || kOrdered);  // without an order, the direct kernel is faster
+    row = the_same(row);
+    if (task.function == Pointwise::kCast)
       return block_of([&](int i) {
-        Values<8> v = unpack(read(row, i), kBFloat16);
-        activate(task.function, v);
-        const Pairs<8> y = pack_pairs(v, kBFloat16);
-        return kTwo ? product(y, read(row + row_bytes, i), kBFloat16) : y;
+        const Pairs<8> x = read(row, i);
+        return kTwo ? product(x, read(row + row_bytes, i), kBFloat16) : x;
       });
-    } else if constexpr (kFunction == RowFunction::kRmsNorm) {
+    if (kTwo && task.function == Pointwise::kAdd)
+      return block_of([&](int i) {
+        Pairs<8> x = read(row, i);
+        const Pairs<8> y = read(row + row_bytes, i);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) x.word[j] = sum_of_pairs(x.word[j], y.word[j], kBFloat16);
+        return x;
+      });
+    return block_of([&](int i) {
+      Values<8> v;
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        v.v[j] = widen(load_shared_half(row + places[8 * i + j]), kBFloat16);
+      activate<kBFloat16>(task.function, v);
+      const Pairs<8> y = pack_pairs(v, kBFloat16);
+      return kTwo ? product(y, read(row + row_bytes, i), kBFloat16) : y;
+    });
+  }
+  __device__ __forceinline__ Block normalised(const Raw& x, const Statistics& of_row) const {
+    if constexpr (kFunction == RowFunction::kRmsNorm) {
       const auto scaled = [&](int i) {
-        Values<8> v = unpack(read(row, i), kBFloat16);
+        Values<8> v = values(x, i);
 #pragma unroll
         for (int j = 0; j < 8; ++j) v.v[j] *= of_row.factor;
         return v;
@@ -345,7 +535,7 @@ struct Stream {
       });
     } else {
       return block_of([&](int i) {
-        Values<8> v = unpack(read(row, i), kBFloat16);
+        Values<8> v = values(x, i);
         const Values<8> w = unpack(parameter(0, i), kBFloat16);
         const Values<8> b = unpack(parameter(1, i), kBFloat16);
 #pragma unroll
@@ -356,54 +546,80 @@ struct Stream {
     }
   }
 
-  // Keeps the compiler from unpacking what is the same for every row once, into twice the
-  // registers.
-  __device__ __forceinline__ void keep_packed() {
-#pragma unroll
-    for (int i = 0; i < kGroup / 2; ++i) {
-      if constexpr (kOrdered) asm volatile("" : "+r"(places[i]));
-    }
-  }
-
   __device__ __forceinline__ void compute() {
-    if constexpr (kOrdered) {
-      for (uint32_t i = threadIdx.x; i < kStreamedStages * kOperands; i += blockDim.x)
+    const auto place_ends = [&] {
+      for (uint32_t i = threadIdx.x; kOrdered && i < stages * kOperands; i += blockDim.x)
         asm volatile("st.shared.b32 [%0], %1;" ::"r"(ring + i * row_bytes), "r"(0x7FFF0000)
                      : "memory");  // kStreamedZero, and at kStreamedNan one of any type
-    }
-    __shared__ WarpStatistics of_warps[2];
+    };
+    if constexpr (kParameters > 0) place_ends();
+    __shared__ Parts parts[2];
     const auto after = [&](int64_t row, int i) { return row + i * int64_t{gridDim.x}; };
     int64_t row = blockIdx.x;
     if (threadIdx.x == 0) {
-#pragma unroll
-      for (int i = 0; i <= kStreamedStages; ++i) make_barrier(barriers + 8 * i);
+      for (int i = 0; i < stages; ++i) {
+        make_barrier(full(i), 1);
+        make_barrier(empty(i), blockDim.x / 32);
+      }
+      for (int i = 0; i < 2; ++i) make_barrier(summed(i), blockDim.x / 32);
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    if constexpr (kStagedParameters > 0) copy_parameters();
-#pragma unroll
-    for (int i = 0; i < kFirstRows; ++i) copy(after(row, i), i);
-    prepare();
+    let_the_next_kernel_start();
+    wait_for_the_kernel_before();
+    // What is waited for first, first.
+    const Channels order = read_order();
+    Vector weight{}, bias{};
+    if constexpr (kParameters > 0) weight = read_vector(task.weight);
+    if constexpr (kParameters > 1) bias = read_vector(task.bias);
+    if (first_rows > 0) copy(row, 0);
+    place_channels(order);
+    for (int i = 1; i < first_rows; ++i) copy(after(row, i), i);
+    if constexpr (kStagedParameters > 0) stage_vector(0, weight);
+    if constexpr (kStagedParameters > 1) stage_vector(1, bias);
+    before_bulk_copies();
     __syncthreads();
-    if constexpr (kStagedParameters > 0) wait(barriers + 8 * kStreamedStages, 0);
-    if constexpr (kNorm) place_parameters();
-    if constexpr (kStagedParameters > 0) {
+    if constexpr (kParameters == 0) {  // the order was there
+      place_ends();
       __syncthreads();
-#pragma unroll
-      for (int i = kFirstRows; i < kStreamedStages; ++i) copy(after(row, i), i);
     }
+    if constexpr (kParameters > 0) {
+      constexpr uint32_t kOne = kBFloat16 ? 0x3F803F80 : 0x3C003C00, kMinusZero = 0x80008000;
+      const bool added = kFunction == RowFunction::kRmsNorm && task.form == RmsForm::kOnePlusWeight;
+      place_vector(0, weight, task.weight.data != nullptr, added ? kMinusZero : kOne);
+      if constexpr (kParameters > 1) place_vector(1, bias, task.bias.data != nullptr, kMinusZero);
+    }
+    if constexpr (kStagedParameters > 0) __syncthreads();
+    for (int i = first_rows; i < stages; ++i) copy(after(row, i), i);
 
-    wait(barriers, 0);
     if constexpr (kNorm) {
-      statistics_of_warp(row, stage(0), of_warps[0]);
-      __syncthreads();
+      wait(full(0), 0);
+      statistics_of_warp(row, stage(0), parts[0]);
+      arrive_as_warp(summed(0));
     }
-    uint32_t phase = 0;
+    // Phases of this stage's and the next one's barriers, and of the statistics'.
+    uint32_t phase = 0, phase_of_sums = 0;
     int now = 0, turn = 0;
     while (true) {
-      Statistics of_row{};
-      if constexpr (kNorm) of_row = statistics(of_warps[turn]);
-      keep_packed();
-      Block y = results(stage(now), of_row);
+      const int64_t next = after(row, 1);
+      const bool last = next >= rows.count;
+      const int then = now + 1 == stages ? 0 : now + 1;
+      Block y;
+      const uint32_t x = stage(now);
+      if constexpr (kNorm) {
+        wait(summed(turn), phase_of_sums);
+        const PartsOfLane of_lane = read_parts(parts[turn]);
+        if (!last) {
+          wait(full(then), phase ^ (then == 0));
+          statistics_of_warp(next, stage(then), parts[turn ^ 1]);
+          arrive_as_warp(summed(turn ^ 1));
+        }
+        const Statistics of_row = statistics(x, of_lane, parts[turn]);
+        y = normalised(read_raw(x), of_row);
+      } else {
+        wait(full(now), phase);
+        y = pointwise(x);
+      }
+      arrive_as_warp(empty(now));
       if (padded != 0) {
 #pragma unroll
         for (int i = 0; i < kGroup / 2; ++i) {
@@ -413,30 +629,23 @@ struct Stream {
         }
       }
       quantize_group<kBFloat16>(OutputRow(out, row), threadIdx.x, y);
-
-      const int64_t next = after(row, 1);
-      if (next >= rows.count) break;
-      const int left = now;
-      now = now + 1 == kStreamedStages ? 0 : now + 1;
-      phase ^= now == 0;
-      turn ^= 1;
-      wait(barriers + 8 * now, phase);
-      if constexpr (kNorm) statistics_of_warp(next, stage(now), of_warps[turn]);
-      __syncthreads();  // the next row is there, its statistics too, and this one is done with
-      copy(after(row, kStreamedStages), left);
+      if (last) break;
+      const int64_t later = after(row, stages);
+      if (threadIdx.x == 0 && later < rows.count) {
+        wait(empty(now), phase);
+        copy(later, now);
+      }
       row = next;
+      now = then;
+      phase ^= now == 0;
+      phase_of_sums ^= turn;
+      turn ^= 1;
     }
   }
 };
 
-#ifdef __CUDA_ARCH__
-constexpr int kCapability = __CUDA_ARCH__ / 100;
-#else
-constexpr int kCapability = 9;  // the host's code has no bounds
-#endif
-
 template <RowFunction kFunction, Types kTypes, bool kOrdered, bool kTwo>
-__global__ void __launch_bounds__(streamed_threads(kOrdered, kCapability), 1)
+__global__ void __launch_bounds__(kStreamedThreads, 1)
     streamed_rows_kernel(const __grid_constant__ Rows rows) {
 #if __CUDA_ARCH__ >= 900  // bulk copies
   extern __shared__ uint4 shared[];

@@ -11,6 +11,19 @@ namespace micromix::cuda {
 
 constexpr unsigned kWarp = 0xFFFFFFFF;  // all of its threads
 
+// A kernel may start before the one before it in its stream ends: it touches no memory of the
+// device until that one's results are there. It lets the next kernel start as soon as it runs.
+__device__ __forceinline__ void wait_for_the_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_the_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // The type of a tensor: known to the compiler, or decided as the kernel runs.
 template <Types kTypes>
 __device__ __forceinline__ Dtype type_of(Dtype dtype) {
@@ -96,6 +109,19 @@ __device__ __forceinline__ Pairs<2 * kWords> paired(const uint32_t (&words)[kWor
   return x;
 }
 template <int kCount>
+__device__ __forceinline__ Narrow<kCount> unpaired(const Pairs<kCount>& pairs) {
+  Narrow<kCount> x;
+#pragma unroll
+  for (int i = 0; i < kCount / 2; i += 4) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      x.word[i + j] = permute_bytes<0x5410>(pairs.word[i + 2 * j], pairs.word[i + 2 * j + 1]);
+      x.word[i + j + 2] = permute_bytes<0x7632>(pairs.word[i + 2 * j], pairs.word[i + 2 * j + 1]);
+    }
+  }
+  return x;
+}
+template <int kCount>
 __device__ __forceinline__ Values<kCount> unpack(const Pairs<kCount>& pairs, bool bfloat16) {
   Values<kCount> x;
 #pragma unroll
@@ -131,6 +157,15 @@ __device__ __forceinline__ Pairs<kCount> product(const Pairs<kCount>& x, const P
                                               *reinterpret_cast<const __half2*>(&b)));
   }
   return z;
+}
+
+// The sums of two values in either half, rounded once. Their sum in float32 rounded to the type is
+// the same: 24 bits are enough for a second rounding to change nothing.
+__device__ __forceinline__ uint32_t sum_of_pairs(uint32_t a, uint32_t b, bool bfloat16) {
+  return bfloat16 ? bits_of(__hadd2_rn(*reinterpret_cast<const __nv_bfloat162*>(&a),
+                                       *reinterpret_cast<const __nv_bfloat162*>(&b)))
+                  : bits_of(__hadd2_rn(*reinterpret_cast<const __half2*>(&a),
+                                       *reinterpret_cast<const __half2*>(&b)));
 }
 
 // Rounds to the values of a type.
