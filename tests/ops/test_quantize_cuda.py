@@ -412,7 +412,8 @@ def test_streamed_norms_of_random_rows():
     k = 4096
     layout = mixed(k)
     x, weight = rows(many_rows(), k, torch.bfloat16).cuda(), rows(1, k, torch.bfloat16, 3)[0].cuda()
-    x += 3 * weight  # a mean
+    x += 3 * weight
+    x[::2] += 8 * x[::2].std()  # a mean, in some rows
     for order in (None, random_order(k, layout)):
         for op, args in (
             (micromix.rms_norm_quantize, (x, None, weight, EPS, 0)),
@@ -423,6 +424,49 @@ def test_streamed_norms_of_random_rows():
                 for keep in (False, True)
             )
             assert (found != expected).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("k", [64, 4096, 16384])
+def test_streamed_layer_norm_of_rows_with_a_mean(k, dtype):
+    """Their squares are summed up from the mean: as exact as without one."""
+    layout = mixed(k)
+    x = exact_rows(k, dtype)
+    x[::3] += 16
+    weight, bias = (rows(1, k, dtype, seed)[0].cuda() for seed in (3, 4))
+    for order in (None, random_order(k, layout)):
+        op = micromix.layer_norm_quantize
+        assert_as_staged(op, (x, None, weight, bias, EPS), dtype, order, layout)
+
+
+def test_reads_what_the_kernel_before_wrote():
+    """Kernels start before the one before them ends: operands, weights and orders made just before, and results
+    that the next one reads, are those of a run with waits between."""
+    k, count = 4096, many_rows()
+    layout = mixed(k)
+    source, weights = rows(count, k, torch.bfloat16).cuda(), rows(8, k, torch.bfloat16, 3).cuda()
+    orders = torch.stack([random_order(k, layout, seed) for seed in range(8)])
+
+    def run(wait):
+        found, total, order = [], source.clone(), orders[0].clone()
+        for i in range(8):
+            order.copy_(orders[i])
+            residual, weight = source * (i + 1), weights[i] * 2
+            rest = (order, *arguments(layout))
+            wait()
+            total, _, *quantised = micromix.rms_norm_quantize(
+                total, residual, weight, EPS, 0, torch.bfloat16, False, *rest
+            )
+            wait()
+            found += [*quantised, *micromix.quantize(total, *rest)]
+            wait()
+            found += micromix.quantize(total, None, *rest[1:])
+            wait()
+        return found
+
+    expected = run(torch.cuda.synchronize)
+    for _ in range(5):
+        assert_same(run(lambda: None), expected)
 
 
 def test_streamed_order_out_of_range_is_nan():
