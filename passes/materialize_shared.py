@@ -24,12 +24,12 @@ def materialize_shared(graph: fx.Graph, layers: Iterable[fx.Node]) -> int:
     `layers` are the nodes of its linear layers: what depends on one of them is a value of that layer, and left alone.
     """
     late = set(layers)
-    last = next(reversed(graph.nodes))
+    nodes = list(graph.nodes)
     count = 0
-    for node in list(graph.nodes):
+    for node in nodes:
         if node in late or late.intersection(node.all_input_nodes):
             late.add(node)
-        elif _is_shared(node) and not written_between(node, node, last):
+        elif _is_shared(node) and not written_between(node, node, nodes[-1]):
             _materialize(graph, node)
             count += 1
     return count
