@@ -66,9 +66,9 @@ def _group(graph: fx.Graph, node: fx.Node) -> bool:
 
     with graph.inserting_before(node):
         rows = (-1, groups, heads // groups, query.shape[3])
-        given["query"] = _call(graph, torch.reshape, given["query"], rows)
-        given["key"] = _call(graph, torch.squeeze, key, 2)
-        given["value"] = _call(graph, torch.squeeze, value, 2)
+        given["query"] = call(graph, torch.reshape, given["query"], rows)
+        given["key"] = call(graph, torch.squeeze, key, 2)
+        given["value"] = call(graph, torch.squeeze, value, 2)
         attention = graph.call_function(node.target, (), {})
         result = graph.call_function(torch.reshape, (attention, (-1, heads, 1, _shape(value)[-1])))
     operands = [given.pop(name) for name in _ARGUMENTS[:3]]
@@ -117,7 +117,9 @@ def _is(size: Any, number: int) -> bool:
     return isinstance(size, int) and size == number
 
 
-def _call(graph: fx.Graph, target: Any, node: fx.Node, argument: Any) -> fx.Node:
-    new = graph.call_function(target, (node, argument))
-    new.meta = {"example_value": target(value_of(node), argument)}
+def call(graph: fx.Graph, target: Any, *arguments: Any) -> fx.Node:
+    """A call with the value that Dynamo would have kept of it."""
+    new = graph.call_function(target, arguments)
+    values = (value_of(x) if isinstance(x, fx.Node) else x for x in arguments)
+    new.meta = {"example_value": target(*values)}
     return new

@@ -13,7 +13,7 @@ from torch import fx
 
 from micromix_compile.ops import cpu_isa
 from micromix_compile.passes.find_linears import value_of
-from micromix_compile.passes.group_queries import arguments_of, is_attention, unrepeated
+from micromix_compile.passes.group_queries import arguments_of, call, is_attention, unrepeated
 
 _MASKS = (torch.bool, torch.bfloat16, torch.float32)
 
@@ -51,12 +51,11 @@ def _lower(graph: fx.Graph, node: fx.Node) -> bool:
 
     with graph.inserting_before(node):
         if shared:
-            key, value = (_call(graph, torch.squeeze, source, 2) for source in sources)
+            key, value = (call(graph, torch.squeeze, source, 2) for source in sources)
         while mask is not None and value_of(mask).dim() < 4:
-            mask = _call(graph, torch.unsqueeze, mask, 0)
+            mask = call(graph, torch.unsqueeze, mask, 0)
         arguments = (query, key, value, mask, bool(causal), float(scale or head_size**-0.5))
-        attention = graph.call_function(torch.ops.micromix.attention.default, arguments)
-        attention.meta["example_value"] = _result(*map(value_of, (query, value)))
+        attention = call(graph, torch.ops.micromix.attention.default, *arguments)
         result = graph.call_function(torch.transpose, (attention, 1, 2))
     result.meta = dict(node.meta)
     node.replace_all_uses_with(result)
@@ -84,14 +83,3 @@ def _fits(mask: Any, key: torch.Tensor) -> bool:
 
 def _groups(node: fx.Node) -> Any:
     return value_of(node).shape[1]
-
-
-def _result(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    batch, heads, queries, _ = query.shape
-    return query.new_empty(batch, queries, heads, value.shape[3])
-
-
-def _call(graph: fx.Graph, target: Any, node: fx.Node, argument: Any) -> fx.Node:
-    new = graph.call_function(target, (node, argument))
-    new.meta = {"example_value": target(value_of(node), argument)}
-    return new
