@@ -60,11 +60,7 @@ def _compile(
     linears = find_linears(gm, example_inputs)
     if any(linear.reason is None for linear in linears):
         _check_inference(gm, example_inputs)
-        for rewrite in ATTENTION_PASSES:
-            if count := rewrite(gm.graph):
-                report.passes[rewrite.__name__] = count
-        if count := materialize_shared(gm.graph, [linear.node for linear in linears]):
-            report.passes["materialize_shared"] = count
+        _lower_the_rest(gm.graph, linears, options, report)
     gm.recompile()
     chosen = choose(linears, options, report)
     folds = fold_orders({linear: plan for linear, _, plan, _ in chosen})
@@ -79,6 +75,18 @@ def _compile(
         parameters += [value for value in example_inputs if isinstance(value, torch.nn.Parameter)]
     record(report, parameters)
     return runner
+
+
+def _lower_the_rest(
+    graph: fx.Graph, linears: Sequence[Linear], options: Options, report: GraphReport
+) -> None:
+    """What stands between the layers. Without Inductor a graph's numbers stay those of the uncompiled model."""
+    for rewrite in ATTENTION_PASSES if options.inductor else (group_queries,):
+        if count := rewrite(graph):
+            report.passes[rewrite.__name__] = count
+    shared = options.inductor and materialize_shared(graph, [linear.node for linear in linears])
+    if shared:
+        report.passes["materialize_shared"] = shared
 
 
 def _pack(
