@@ -76,13 +76,15 @@ def main() -> None:
     for name in arguments.variants:
         compiled = torch.compile(model, **how(name, plans))
         decoders[name] = Decoder(model, compiled)
-        with passes_off() if name.removesuffix(CPP) in OFF else contextlib.nullcontext():
+        with passes_of(name):
             began = time.perf_counter()
             decoders[name].feed(0)
             compile_seconds[name] = time.perf_counter() - began
-            if arguments.prefill:
-                prefills[name] = prefill(model, compiled, ids[:, : arguments.prefill])
-                prefills[name]()
+    # Prompts after all decode steps: having seen another length of the cache, Dynamo would make theirs dynamic.
+    for name in arguments.variants if arguments.prefill else ():
+        prefills[name] = prefill(model, decoders[name].step, ids[:, : arguments.prefill])
+        with passes_of(name):
+            prefills[name]()
 
     threads = torch.get_num_threads()
     print(f"{arguments.layers} layers, {threads} thread(s), torch {torch.__version__}")
@@ -119,6 +121,11 @@ def how(name: str, plans: dict) -> dict:
     if name in OFF:
         options["post_grad_custom_pre_pass"] = None
     return {"backend": "micromix", "options": options}
+
+
+def passes_of(name: str) -> contextlib.AbstractContextManager:
+    """Where a variant is to be compiled."""
+    return passes_off() if name.removesuffix(CPP) in OFF else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
