@@ -31,6 +31,8 @@ def _lower(graph: fx.Graph, node: fx.Node) -> bool:
     if not all(_is_bfloat16(operand) for operand in operands):
         return False
     query, key, value = operands
+    if len({str(value_of(operand).shape[0]) for operand in operands}) > 1:
+        return False
     mask, causal, scale = given.get("attn_mask"), given.get("is_causal"), given.get("scale")
     head_size = value_of(query).shape[3]
     if given.get("dropout_p") or (mask is not None and causal) or not isinstance(head_size, int):

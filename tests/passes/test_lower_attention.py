@@ -126,9 +126,14 @@ def three_dimensions(query, key, value, mask):
     return F.scaled_dot_product_attention(query[0, :2], key[0], value[0])
 
 
+def broadcast_batch(query, key, value, mask):
+    return F.scaled_dot_product_attention(query[:, :2], key[:1], value[:1])
+
+
 @pytest.mark.parametrize(
     "function, given",
     [
+        (broadcast_batch, {}),
         (attention, {"dtype": torch.float32}),
         (attention, {"mask": "of one key"}),
         (dropped_out, {}),
