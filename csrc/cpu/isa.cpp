@@ -50,8 +50,8 @@ Isa detect() {
   if (!has(leaf7.b, kAvx512) || !has(leaf7.c, kVectorBits) || !has(states, 0xE6)) return Isa::kAvx2;
 
   if (!has(cpuid(7, 1).a, bit_AVX512BF16)) return Isa::kAvx512;
-  constexpr unsigned kAmxTile = 1u << 24, kAmxBf16 = 1u << 22;
-  if (!has(leaf7.d, kAmxTile | kAmxBf16) || !has(states, 0x60000)) return Isa::kAvx512;
+  constexpr unsigned kAmx = 1u << 22 | 1u << 24 | 1u << 25;  // bfloat16, tiles, integers
+  if (!has(leaf7.d, kAmx) || !has(states, 0x60000)) return Isa::kAvx512;
   return request_amx_tiles() ? Isa::kAmx : Isa::kAvx512;
 }
 

@@ -47,6 +47,7 @@ struct LinearTask {
   Dtype bias_dtype = Dtype::kFloat32;
   void* out = nullptr;  // [m, n]
   Dtype out_dtype = Dtype::kFloat32;
+  const uint8_t* arranged = nullptr;  // what the kernel's `arrange` left
 
   // The product of row r alone, to be prepared anew.
   LinearTask of_row(int64_t r) const {
@@ -66,8 +67,9 @@ struct LinearTask {
   }
 };
 
-// First `prepare` runs over all rows and decodes the activations into the form that the kernel
-// wants, then `run` over all panels. Each range can be split in any way: no result depends on it.
+// First `arrange`, where a kernel has it, looks at all rows and says where they go; then `prepare`
+// runs over them and decodes the activations into the form that the kernel wants, then `run` over
+// all panels. Each range can be split in any way: no result depends on it.
 // What `prepare` leaves depends on the activations, m and the layout alone: several weights share
 // it.
 struct LinearKernel {
@@ -79,6 +81,8 @@ struct LinearKernel {
   void (*prepare)(const LinearTask&, int64_t first_row, int64_t last_row, uint8_t* prepared);
   void (*run)(const LinearTask&, const uint8_t* prepared, int64_t first_panel, int64_t last_panel,
               void* scratch);
+  int64_t (*arranged_bytes)(const LinearTask&) = nullptr;
+  void (*arrange)(const LinearTask&, uint8_t* arranged) = nullptr;
 };
 
 extern const QuantizeKernel kQuantizePortable;

@@ -24,7 +24,7 @@ struct Kept {
 };
 
 Kept& kept(Buffer kind) {
-  thread_local Kept buffers[2];
+  thread_local Kept buffers[3];
   return buffers[static_cast<int>(kind)];
 }
 

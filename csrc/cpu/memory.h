@@ -10,7 +10,7 @@ namespace micromix::cpu {
 uint8_t* allocate_weight(int64_t bytes);
 void free_weight(void* memory, int64_t bytes);
 
-enum class Buffer : int { kPrepared = 0, kScratch = 1 };
+enum class Buffer : int { kArranged = 0, kPrepared = 1, kScratch = 2 };
 
 // 64-byte aligned memory of the calling thread, kept for the next call unless it is very large. A
 // thread uses each kind of buffer once at a time.

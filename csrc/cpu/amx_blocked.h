@@ -1,0 +1,255 @@
+// The AMX product of many rows: a strip of the activations, one step of K long, stays in L1 while
+// it meets several pairs of panels, whose decoded tiles stay in L2, as do the sums of several
+// strips. Included only by files that are compiled for AMX.
+#pragma once
+
+#include <algorithm>
+
+#include "amx_products.h"
+
+namespace micromix::cpu::avx512 {
+namespace {
+
+// Pairs of panels and strips at once.
+constexpr int64_t kMaxPairs = 16;
+constexpr int64_t kMaxStrips = 16;
+constexpr int64_t kPairColumns = 2 * kTileRows;
+
+struct BlockedContext : Context {
+  const Steps steps;
+  const Arrangement arrangement;
+  const float* row_factors;  // [strip, step of integers, slot]
+  float* column_factors;     // [pair at once, column]
+};
+
+// What is in the caches at once: panels [p0, p1), strips [s0, s1), a step of K.
+struct Range {
+  int64_t p0, p1, s0, s1, number;
+  Step step;
+
+  int64_t pairs() const { return (p1 - p0 + 1) / 2; }
+  int64_t pair_bytes() const { return step.tiles * 2 * kTileBytes; }
+};
+
+// The pairs of panels whose tiles are decoded, each [tile][2 panels].
+struct Decoded {
+  int64_t count = 0;
+  uint8_t pairs[kMaxPairs];
+};
+
+// A panel's blocks that are multiplied as bfloat16 numbers, two tiles apart.
+void decode_bfloat16(const BlockedContext& context, const Step& step, int64_t p, uint8_t* out) {
+  const uint8_t *const panel = context.panel(p), *const next = context.panel(p + 1);
+  for_each_block(context.task.layout, context.sizes.scale_bytes, step.integers_end, step.last_block,
+                 [&]<mx::ElementFormat kFormat>(int64_t b, int64_t tile) {
+                   // The same block of the next panel, which no hardware would foresee, and the
+                   // place of the block after the next one.
+                   for (int line = 0; line < kFormat.bits; ++line) {
+                     _mm_prefetch(next + tile + line * kLine, _MM_HINT_T0);
+                   }
+                   for (int line = 0; line < kTileRows; ++line) {
+                     __builtin_prefetch(out + 4 * kTileBytes + line * kLine, 1);
+                   }
+                   decode_tile<kFormat>(panel + tile, panel + b * kTileRows, out);
+                   out += 2 * kTileBytes;
+                 });
+}
+
+// A band of a panel's blocks that are multiplied as integers, and the factors of its rows.
+void decode_band(const BlockedContext& context, const Step& step, int64_t p, int band, uint8_t* out,
+                 float* factors) {
+  const uint8_t *const panel = context.panel(p), *const next = context.panel(p + 1);
+  PanelBand own = panel_band(panel, step.first_block, step.integers_end, _mm_set1_epi8(-1));
+  for (int i = 0; i < band; ++i) {
+    own = panel_band(panel, step.first_block, step.integers_end, below_band(own.largest));
+  }
+  alignas(16) uint8_t largest[kTileRows];
+  _mm_store_si128(reinterpret_cast<__m128i*>(largest), own.largest);
+  for (int n = 0; n < kTileRows; ++n) factors[n] = band_factor(largest[n]);
+  for (int64_t i = 0; i < 2 * step.integer_tiles; ++i) {
+    const int64_t b = step.first_block + i;
+    uint8_t* const half = out + i / 2 * 2 * kTileBytes + i % 2 * (kTileBytes / 2);
+    if (b == step.integers_end) {  // half a tile is left
+      std::memset(half, 0, kTileBytes / 2);
+      continue;
+    }
+    const int64_t tile = context.sizes.scale_bytes + b * tile_bytes(mx::E2M1);
+    for (int line = 0; line < mx::E2M1.bits; ++line) {
+      _mm_prefetch(next + tile + line * kLine, _MM_HINT_T0);
+    }
+    for (int line = 0; line < kTileRows / 2; ++line) {
+      __builtin_prefetch(half + 4 * kTileBytes + line * kLine, 1);
+    }
+    decode_integers(panel + tile, panel + b * kTileRows, own.largest, half);
+  }
+}
+
+// The bands that a panel has in a step.
+int bands_of_panel(const BlockedContext& context, const Step& step, int64_t p) {
+  __m128i limit = _mm_set1_epi8(-1);
+  for (int bands = 1;; ++bands) {
+    const PanelBand band = panel_band(context.panel(p), step.first_block, step.integers_end, limit);
+    if (band.last) return bands;
+    limit = below_band(band.largest);
+  }
+}
+
+// Decodes a band of the pairs of panels that have it; with the first, which all have, what is
+// multiplied as bfloat16 numbers. `bands` says how many each pair has.
+Decoded decode(const BlockedContext& context, const Range& range, const int* bands, int band) {
+  const Step& step = range.step;
+  Decoded decoded;
+  for (int64_t pair = 0; pair < range.pairs(); ++pair) {
+    if (bands[pair] <= band) continue;
+    for (int c = 0; c < 2; ++c) {
+      const int64_t p = range.p0 + 2 * pair + c;
+      uint8_t* const out = context.decoded + decoded.count * range.pair_bytes() + c * kTileBytes;
+      float* const factors = context.column_factors + decoded.count * kPairColumns + c * kTileRows;
+      if (step.integer_tiles > 0) decode_band(context, step, p, band, out, factors);
+      if (band == 0) decode_bfloat16(context, step, p, out + step.integer_tiles * 2 * kTileBytes);
+    }
+    decoded.pairs[decoded.count++] = static_cast<uint8_t>(pair);
+  }
+  return decoded;
+}
+
+// Adds the products with the decoded pairs to the sums, or makes them the sums, where `begun` does
+// not have the pair; where `ends`, brings those to their end. A step without integers goes on with
+// the sums in tiles; one with them begins anew and leaves the addition to PairEnd. `tiles` of the
+// step are multiplied, all or its integers alone.
+template <bool kIntegers>
+void multiply_range(const BlockedContext& context, const Range& range, const Decoded& decoded,
+                    int64_t tiles, uint32_t begun, bool ends) {
+  const LinearTask& task = context.task;
+  const int64_t bytes = context.steps.bytes(), pairs = range.pairs();
+  const int64_t integer_tiles = kIntegers ? range.step.integer_tiles : 0;
+  // What a pair leaves in the tiles stays in L1, and is brought to its end beside the next pair's
+  // products: those of the longer of the two parts, which comes first, so that it has been when the
+  // shorter is stored.
+  Sums &integers = context.sums[0], &floats = context.sums[1], *const all_sums = context.sums + 2;
+  const bool integers_first = 2 * integer_tiles >= tiles,
+             mixed = kIntegers && integer_tiles < tiles;
+  const int64_t longer = integers_first ? integer_tiles : tiles - integer_tiles;
+  const int64_t end_rows = (kStripRows + longer - 1) / longer;
+  PairEnd end;
+  if (kIntegers || !begun) {
+    clear_sums();
+  } else {
+    load_sums(*all_sums);
+  }
+  for (int64_t s = range.s0; s < range.s1; ++s) {
+    const uint8_t* const a = context.prepared + s * 2 * bytes + range.step.first_tile * kTileBytes;
+    const float* const row_factors =
+        context.row_factors + (s * context.steps.integer_count() + range.number) * kStripRows;
+    const int64_t first_row = context.arrangement.first_row(s);
+    const int64_t last_row = context.arrangement.first_row(s + 1);
+    for (int64_t slot = 0; slot < decoded.count; ++slot) {
+      const int64_t pair = decoded.pairs[slot];
+      Sums* const sums = all_sums + (s - range.s0) * pairs + pair;
+      const bool begins = !(begun >> pair & 1);
+      const uint8_t* const b = context.decoded + slot * range.pair_bytes();
+      // Each of the first eight pairs fetches a quarter of a row tile of the next strip to L2;
+      // where the next sums go to tiles, which wait for them, they are fetched to L1.
+      const uint8_t* const next = a + (2 + slot / 4) * bytes + slot % 4 * (tiles * kTileBytes / 4);
+      const bool fetches = slot < 8, fetches_sums = !kIntegers && !(begins && ends);
+      const uint8_t* const next_sums = reinterpret_cast<const uint8_t*>(sums + 1);
+      PairEnd next_end;
+      if (kIntegers || ends) {
+        next_end = PairEnd(task, kIntegers ? *sums : floats, &context.arrangement, first_row,
+                           last_row, range.p0 + 2 * pair, range.p1);
+      }
+      if constexpr (kIntegers) {
+        next_end.add(integers, row_factors, context.column_factors + slot * kPairColumns,
+                     mixed ? &floats : nullptr, begins, ends);
+      }
+      const auto multiply_part = [&]<bool kPartIsIntegers>(
+                                     int64_t first, int64_t last,
+                                     bool is_first) __attribute__((always_inline)) {
+        for (int64_t i = first; i < last; ++i) {
+#pragma GCC unroll 4
+          for (int line = 0; line < 4; ++line) {
+            if (fetches) _mm_prefetch(next + i * kTileBytes / 4 + line * kLine, _MM_HINT_T1);
+          }
+          if (fetches_sums) {
+#pragma GCC unroll 4
+            for (int line = 0; line < 4; ++line) {
+              _mm_prefetch(next_sums + (4 * i + line) * kLine, _MM_HINT_T0);
+            }
+          }
+          const int64_t row = (i - first) * end_rows;
+          if (is_first) next_end.fetch(task, row, row + end_rows);
+          multiply<2, true, kPartIsIntegers>(a + i * kTileBytes, bytes, b + i * 2 * kTileBytes);
+          if (is_first) end.run(task, row, row + end_rows);
+        }
+      };
+      if constexpr (kIntegers) {
+        if (mixed && !integers_first) {
+          multiply_part.template operator()<false>(integer_tiles, tiles, true);
+          exchange_sums(floats, nullptr);
+        }
+        multiply_part.template operator()<true>(0, integer_tiles, integers_first);
+        exchange_sums(integers, nullptr);
+        if (mixed && integers_first) {
+          multiply_part.template operator()<false>(integer_tiles, tiles, false);
+          exchange_sums(floats, nullptr);
+        }
+      } else {
+        multiply_part.template operator()<false>(0, tiles, true);
+        exchange_sums(ends ? floats : *sums, begins ? nullptr : sums + 1);
+      }
+      end = next_end;
+    }
+  }
+  end.run(task, 0, kStripRows);
+}
+
+// One step of K. What `decoded` has of the strips before serves these too.
+void run_step(const BlockedContext& context, const Range& range, Decoded& decoded) {
+  const Step& step = range.step;
+  const bool ends = range.number + 1 == context.steps.count();
+  uint32_t begun = range.number == 0 ? 0 : ~0u;
+  int bands[kMaxPairs], most = 1;
+  for (int64_t pair = 0; pair < range.pairs(); ++pair) {
+    const int64_t p = range.p0 + 2 * pair;
+    bands[pair] = std::max(bands_of_panel(context, step, p), bands_of_panel(context, step, p + 1));
+    most = std::max(most, bands[pair]);
+  }
+  for (int band = most - 1; band >= 0; --band) {  // all pairs have the first
+    if (decoded.count == 0) decoded = decode(context, range, bands, band);
+    asm volatile("" : : : "memory");  // gcc 12: _tile_loadd reads memory
+    const auto multiply_all = step.integer_tiles > 0 ? multiply_range<true> : multiply_range<false>;
+    multiply_all(context, range, decoded, band == 0 ? step.tiles : step.integer_tiles, begun,
+                 ends && band == 0);
+    for (int64_t i = 0; i < decoded.count; ++i) begun |= 1u << decoded.pairs[i];
+    if (most > 1 || context.steps.count() > 1) decoded.count = 0;
+  }
+}
+
+// The sums that are kept between steps, of the strips at once, and what multiply_range needs beside
+// them.
+int64_t kept_sums(const Steps& steps, int64_t strips) {
+  const bool none = steps.count() == 1 && steps.integer_count() == 0;
+  return 3 + (none ? 0 : kMaxPairs * std::min(strips, kMaxStrips));
+}
+
+void run_blocked(const BlockedContext& context, int64_t first_panel) {
+  const int64_t strips = context.arrangement.strips();
+  // Equal numbers of pairs at once: few pairs alone would wait for the activations.
+  const int64_t pairs = (context.last_panel - first_panel + 1) / 2;
+  const int64_t ranges = (pairs + kMaxPairs - 1) / kMaxPairs;
+  for (int64_t i = 0; i < ranges; ++i) {
+    const int64_t p0 = first_panel + pairs * i / ranges * 2;
+    const int64_t p1 = std::min(first_panel + pairs * (i + 1) / ranges * 2, context.last_panel);
+    Decoded decoded;
+    for (int64_t s = 0; s < strips; s += kMaxStrips) {
+      for (int64_t number = 0; number < context.steps.count(); ++number) {
+        const Range range{
+            p0, p1, s, std::min(s + kMaxStrips, strips), number, context.steps[number]};
+        run_step(context, range, decoded);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace micromix::cpu::avx512

@@ -1,0 +1,288 @@
+// Products of AMX tiles, and the ends of their sums. Included only by files that are compiled for
+// AMX.
+#pragma once
+
+#include "amx_arrangement.h"
+#include "bfloat16_tiles.h"
+
+namespace micromix::cpu::avx512 {
+namespace {
+
+// Tiles 0-3 hold sums: of 2 row tiles x 2 column tiles, or of 3 or 4 row tiles x 1. Tiles 4 and 5
+// take activations, 6 and 7 the weight.
+void clear_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+template <int kRowTiles>
+constexpr int kColumnTiles = kRowTiles <= 2 ? 2 : 1;
+
+#define MICROMIX_PRODUCT(sums, a, b) /* tiles are named by constants */ \
+  if constexpr (kIntegers) {                                            \
+    _tile_dpbssd(sums, a, b);                                           \
+  } else {                                                              \
+    _tile_dpbf16ps(sums, a, b);                                         \
+  }
+
+// One tile of K: `rows` apart are those of activations, side by side those of the weight. The
+// latter leave the activations in L1 alone where kPassing, as they are not soon used again.
+template <int kRowTiles, bool kPassing, bool kIntegers = false>
+[[gnu::always_inline]] inline void multiply(const uint8_t* a, int64_t rows, const uint8_t* b) {
+  if constexpr (kPassing) {
+    _tile_stream_loadd(6, b, kLine);
+  } else {
+    _tile_loadd(6, b, kLine);
+  }
+  _tile_loadd(4, a, kLine);
+  MICROMIX_PRODUCT(0, 4, 6);
+  if constexpr (kColumnTiles<kRowTiles> == 2) {
+    if constexpr (kPassing) {
+      _tile_stream_loadd(7, b + kTileBytes, kLine);
+    } else {
+      _tile_loadd(7, b + kTileBytes, kLine);
+    }
+    MICROMIX_PRODUCT(1, 4, 7);
+  }
+  if constexpr (kRowTiles == 2) {
+    _tile_loadd(5, a + rows, kLine);
+    MICROMIX_PRODUCT(2, 5, 6);
+    MICROMIX_PRODUCT(3, 5, 7);
+  }
+  if constexpr (kRowTiles > 2) {
+    _tile_loadd(5, a + rows, kLine);
+    MICROMIX_PRODUCT(1, 5, 6);
+    _tile_loadd(4, a + 2 * rows, kLine);
+    MICROMIX_PRODUCT(2, 4, 6);
+  }
+  if constexpr (kRowTiles == 4) {
+    _tile_loadd(5, a + 3 * rows, kLine);
+    MICROMIX_PRODUCT(3, 5, 6);
+  }
+}
+#undef MICROMIX_PRODUCT
+
+// The sums of the four tiles in memory: float32, or integers of 32 bits.
+struct alignas(64) Sums {
+  float values[4][kTileRows][kTileRows];
+};
+
+void store_sums(Sums& sums) {
+  _tile_stored(0, sums.values[0], kLine);
+  _tile_stored(1, sums.values[1], kLine);
+  _tile_stored(2, sums.values[2], kLine);
+  _tile_stored(3, sums.values[3], kLine);
+}
+
+void load_sums(const Sums& sums) {
+  _tile_loadd(0, sums.values[0], kLine);
+  _tile_loadd(1, sums.values[1], kLine);
+  _tile_loadd(2, sums.values[2], kLine);
+  _tile_loadd(3, sums.values[3], kLine);
+}
+
+// Stores sums and loads, or clears, the next ones, tile by tile: products on the tiles that are
+// loaded run while others are stored.
+void exchange_sums(Sums& to, const Sums* from) {
+  if (!from) {
+    _tile_stored(0, to.values[0], kLine);
+    _tile_zero(0);
+    _tile_stored(1, to.values[1], kLine);
+    _tile_zero(1);
+    _tile_stored(2, to.values[2], kLine);
+    _tile_zero(2);
+    _tile_stored(3, to.values[3], kLine);
+    _tile_zero(3);
+    return;
+  }
+  _tile_stored(0, to.values[0], kLine);
+  _tile_loadd(0, from->values[0], kLine);
+  _tile_stored(1, to.values[1], kLine);
+  _tile_loadd(1, from->values[1], kLine);
+  _tile_stored(2, to.values[2], kLine);
+  _tile_loadd(2, from->values[2], kLine);
+  _tile_stored(3, to.values[3], kLine);
+  _tile_loadd(3, from->values[3], kLine);
+}
+
+// One call's panels, and where things are.
+struct Context {
+  const LinearTask& task;
+  const PlacedLayout sizes;
+  const uint8_t* prepared;
+  uint8_t* decoded;
+  Sums* sums;
+  int64_t last_panel;
+
+  // The panel; the last one stands in for those beyond it.
+  const uint8_t* panel(int64_t p) const {
+    return task.weight + kLine + (p < last_panel ? p : last_panel - 1) * sizes.panel_bytes;
+  }
+};
+
+// The end of a step for a strip and a pair of panels, whose sums are in memory: sums of integers
+// get their factors and are added to those of the steps before; at the end of K a row's slots are
+// added up, with the bias, and rounded once. A second panel that does not exist is left out.
+class PairEnd {
+ public:
+  PairEnd() = default;
+
+  // Sums that are complete. Without an arrangement each row has one slot.
+  PairEnd(const LinearTask& task, Sums& sums, const Arrangement* arrangement, int64_t first_row,
+          int64_t last_row, int64_t panel, int64_t last_panel)
+      : sums_(&sums),
+        arrangement_(arrangement),
+        first_row_(first_row),
+        rows_(last_row - first_row),
+        panel_(panel),
+        last_panel_(last_panel),
+        ends_(true) {
+    whole_ = panel + 2 <= last_panel && task.n >= (panel + 2) * kTileRows &&
+             task.out_dtype == Dtype::kBFloat16;
+    if (arrangement && rows_ > 0) {
+      first_slot_ = arrangement->place(first_row);
+      const int64_t last = last_row - 1;
+      plain_ = arrangement->place(last) + arrangement->slots(last) - first_slot_ == rows_;
+    }
+  }
+
+  // Sums of integers and, where not null, of bfloat16 numbers, yet to be added to `sums` or, where
+  // `begins`, to become them. Factors: of the strip's slots, and of the pair's columns. Not `ends`:
+  // there are more steps.
+  void add(const Sums& integers, const float* row_factors, const float* column_factors,
+           const Sums* floats, bool begins, bool ends) {
+    integers_ = &integers;
+    floats_ = floats;
+    row_factors_ = row_factors;
+    column_factors_ = column_factors;
+    begins_ = begins;
+    ends_ = ends;
+  }
+
+  // Brings the lines of rows [first, last) to L2: a store that waits for L3 holds up all others.
+  [[gnu::always_inline]] void fetch(const LinearTask& task, int64_t first, int64_t last) const {
+    last = last < rows_ ? last : rows_;
+    if (!whole_ || !ends_) return;
+    const uint16_t* out = at(task, first);
+    for (int64_t r = first; r < last; ++r, out += task.n) _mm_prefetch(out, _MM_HINT_T1);
+  }
+
+  // Slots or, at the end of K, rows [first, last) of the strip, those of them that exist.
+  [[gnu::always_inline]] void run(const LinearTask& task, int64_t first, int64_t last) const {
+    if (!sums_) return;
+    if (!integers_) return run_as<kSums>(task, first, last);
+    if (floats_) {
+      return begins_ ? run_as<kIntegers | kFloats>(task, first, last)
+                     : run_as<kIntegers | kFloats | kSums>(task, first, last);
+    }
+    return begins_ ? run_as<kIntegers>(task, first, last)
+                   : run_as<kIntegers | kSums>(task, first, last);
+  }
+
+ private:
+  static constexpr int kSums = 1, kIntegers = 2, kFloats = 4;
+
+  uint16_t* at(const LinearTask& task, int64_t row) const {
+    return static_cast<uint16_t*>(task.out) + (first_row_ + row) * task.n + panel_ * kTileRows;
+  }
+
+  // Where a slot's values for the first panel are among those of 2 x 2 tiles; those for the second
+  // are a tile on.
+  static int64_t of_slot(uint64_t slot) {
+    return static_cast<int64_t>((slot / kTileRows * 2 * kTileRows + slot % kTileRows) * kTileRows);
+  }
+
+  // Of one slot and one of the two panels.
+  template <int kTerms>
+  [[gnu::always_inline]] __m512 value(int64_t slot, int panel, __m512 column_factors) const {
+    const int64_t at = of_slot(slot) + panel * kTileRows * kTileRows;
+    const auto load_sum = [at](const Sums* sums) __attribute__((always_inline)) {
+      return _mm512_load_ps(sums->values[0][0] + at);
+    };
+    if constexpr (kTerms == kSums) return load_sum(sums_);
+    const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(integers_->values[0][0] + at));
+    const __m512 scaled = _mm512_mul_ps(sum, column_factors);
+    const __m512 factor = _mm512_set1_ps(row_factors_[slot]);
+    if constexpr (kTerms == kIntegers) return _mm512_mul_ps(scaled, factor);
+    __m512 rest = load_sum(kTerms & kSums ? sums_ : floats_);
+    if constexpr ((kTerms & kSums) && (kTerms & kFloats)) {
+      rest = _mm512_add_ps(rest, load_sum(floats_));
+    }
+    return _mm512_fmadd_ps(scaled, factor, rest);
+  }
+
+  // Of one row, by its number in the strip.
+  template <int kTerms, bool kPlain>
+  [[gnu::always_inline]] __m512 value_of_row(int64_t r, int panel, __m512 column_factors) const {
+    if (kPlain || !arrangement_) return value<kTerms>(r, panel, column_factors);
+    const int64_t row = first_row_ + r, slot = arrangement_->place(row) - first_slot_;
+    __m512 sum = value<kTerms>(slot, panel, column_factors);
+    for (int i = 1; i < arrangement_->slots(row); ++i) {
+      sum = _mm512_add_ps(sum, value<kTerms>(slot + i, panel, column_factors));
+    }
+    return sum;
+  }
+
+  template <int kTerms>
+  [[gnu::always_inline]] void run_as(const LinearTask& task, int64_t first, int64_t last) const {
+    __m512 factors[2] = {};
+    if (kTerms != kSums) {
+      factors[0] = _mm512_load_ps(column_factors_);
+      factors[1] = _mm512_load_ps(column_factors_ + kTileRows);
+    }
+    if (kTerms != kSums && !ends_) {
+      last = last < kStripRows ? last : kStripRows;
+      for (int64_t slot = first; slot < last; ++slot) {
+        float* const low = sums_->values[0][0] + of_slot(slot);
+        const __m512 high = value<kTerms>(slot, 1, factors[1]);
+        _mm512_store_ps(low, value<kTerms>(slot, 0, factors[0]));
+        _mm512_store_ps(low + kTileRows * kTileRows, high);
+      }
+      return;
+    }
+    last = last < rows_ ? last : rows_;
+    if (!whole_) return run_slow<kTerms>(task, first, last, factors);
+    if (plain_) return run_whole<kTerms, true>(task, first, last, factors);
+    run_whole<kTerms, false>(task, first, last, factors);
+  }
+
+  template <int kTerms, bool kPlain>
+  [[gnu::always_inline]] void run_whole(const LinearTask& task, int64_t first, int64_t last,
+                                        const __m512* factors) const {
+    const auto bias = [&](int c) {
+      const int64_t n = (panel_ + c) * kTileRows;
+      return task.bias ? load_floats(task.bias, task.bias_dtype, n, 0xFFFF) : _mm512_setzero_ps();
+    };
+    const __m512 bias0 = bias(0), bias1 = bias(1);
+    uint16_t* out = at(task, first);
+    for (int64_t r = first; r < last; ++r, out += task.n) {
+      const __m512 low = _mm512_add_ps(value_of_row<kTerms, kPlain>(r, 0, factors[0]), bias0);
+      const __m512 high = _mm512_add_ps(value_of_row<kTerms, kPlain>(r, 1, factors[1]), bias1);
+      _mm512_storeu_si512(out, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+    }
+  }
+
+  template <int kTerms>
+  [[gnu::noinline]] void run_slow(const LinearTask& task, int64_t first, int64_t last,
+                                  const __m512* factors) const {
+    for (int c = 0; c < 2 && panel_ + c < last_panel_; ++c) {
+      const __mmask16 columns = column_mask(task, panel_ + c);
+      for (int64_t r = first; r < last; ++r) {
+        finish(task, first_row_ + r, panel_ + c, columns,
+               value_of_row<kTerms, false>(r, c, factors[c]));
+      }
+    }
+  }
+
+  Sums* sums_ = nullptr;
+  const Sums *integers_ = nullptr, *floats_ = nullptr;
+  const Arrangement* arrangement_ = nullptr;
+  const float *row_factors_ = nullptr, *column_factors_ = nullptr;
+  int64_t first_row_ = 0, rows_ = 0, first_slot_ = 0, panel_ = 0, last_panel_ = 0;
+  bool whole_ = false, begins_ = false, ends_ = false, plain_ = true;
+};
+
+}  // namespace
+}  // namespace micromix::cpu::avx512
