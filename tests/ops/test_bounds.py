@@ -46,7 +46,7 @@ def check(isa: str) -> None:
     ops.set_cpu_isa(isa)
     quantize, linear = torch.ops.micromix.quantize, torch.ops.micromix.linear
     place, weight_only = torch.ops.micromix.place_weight, torch.ops.micromix.weight_only_linear
-    for counts in ((32, 0, 0), (0, 32, 0), (0, 0, 32), (64, 96, 32), (608, 32, 64)):
+    for counts in ((32, 0, 0), (0, 32, 0), (0, 0, 32), (64, 96, 32), (608, 32, 64), (1312, 0, 0)):
         for format6 in ("e2m3", "e3m2"):
             layout = MixedLayout(*counts, format6=format6)
             channels = layout.channels - 5

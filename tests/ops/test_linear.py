@@ -18,6 +18,16 @@ place = torch.ops.micromix.place_weight
 BAR = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 
 
+# On AMX a long MXFP4 segment is multiplied as integers, and K in steps: LONG has two of integers, the
+# last of them with half a tile, and one of bfloat16 numbers.
+SHORT, LONG = MixedLayout(64, 32, 32), MixedLayout(1312, 32, 32)
+SIZES = pytest.mark.parametrize(
+    ("m", "layout"),
+    [(1, SHORT), (40, SHORT), (140, LONG), (140, MixedLayout(320, 0, 0))],
+    ids=["1", "40", "140", "140-mxfp4"],
+)
+
+
 class Operands:
     """Packed activations and a packed weight, which a test may change before it calls `run`."""
 
@@ -92,7 +102,7 @@ def test_rounds_once(isa, m):
 
 
 @pytest.mark.parametrize("weights", ["match", "mxfp4"])
-@pytest.mark.parametrize("m", [1, 4, 40])
+@SIZES
 @pytest.mark.parametrize(
     ("activation_byte", "weight_byte"),
     [
@@ -105,21 +115,25 @@ def test_rounds_once(isa, m):
         (200, 127),
         (60, 190),
         (200, 20),
+        (0, 175),
+        (70, 175),
+        (254, 79),
+        (200, 79),
     ],
 )
-def test_ends_of_the_scale_range(isa, m, activation_byte, weight_byte, weights):
+def test_ends_of_the_scale_range(isa, m, layout, activation_byte, weight_byte, weights):
     """Scales whose product is an ordinary number though one of them is near 2^±127."""
-    operands = Operands(m, 24, MixedLayout(64, 32, 32), weights)
+    operands = Operands(m, 24, layout, weights)
     operands.scales.fill_(activation_byte)
     operands.weight_scales.fill_(weight_byte)
     operands.check()
 
 
-@pytest.mark.parametrize("m", [1, 40])
-def test_one_row_at_the_end_of_the_range(isa, m):
-    operands = Operands(m, 24, MixedLayout(64, 32, 32))
+@SIZES
+def test_one_row_at_the_end_of_the_range(isa, m, layout):
+    operands = Operands(m, 24, layout)
     operands.scales[m - 1] = 3
-    operands.scales[m - 1, 0] = 252
+    operands.scales[m - 1, 0] = 248
     actual, expected = operands.run(), operands.expected()
     for row in (0, m - 1):
         assert relative_error(actual[row], expected[row]) <= BAR[torch.float32]
@@ -140,9 +154,9 @@ def test_random_scales(isa):
     assert not actual[expected.abs() > largest].isfinite().any()
 
 
-@pytest.mark.parametrize("m", [1, 40])
-def test_nan_scales_spread_to_their_row_or_column_only(isa, m):
-    operands = Operands(m, 24, MixedLayout(64, 32, 32))
+@SIZES
+def test_nan_scales_spread_to_their_row_or_column_only(isa, m, layout):
+    operands = Operands(m, 24, layout)
     operands.scales[m // 2, 1] = 0xFF
     operands.weight_scales[5, 3] = 0xFF
     actual, expected = operands.run(), operands.expected()
@@ -159,10 +173,10 @@ def test_nan_elements(isa, m):
     assert torch.equal(operands.run().isnan(), operands.expected().isnan())
 
 
-@pytest.mark.parametrize("m", [1, 40])
-def test_zero_blocks(isa, m):
+@SIZES
+def test_zero_blocks(isa, m, layout):
     """A block of zeros has scale byte 0, which must not send the call out of the plain range."""
-    operands = Operands(m, 24, MixedLayout(64, 64, 64))
+    operands = Operands(m, 24, layout)
     for data, scales in (
         (operands.data, operands.scales),
         (operands.weight_data, operands.weight_scales),
@@ -172,6 +186,72 @@ def test_zero_blocks(isa, m):
     operands.check()
     operands.weight_data.zero_()
     assert (operands.run() == 0).all()
+
+
+def with_scales(operands, activations, weights, seed=0):
+    """Random scale bytes: of the first `activations` and `weights` values up from 2^-20."""
+    generator = torch.Generator().manual_seed(seed)
+    for scales, count in ((operands.scales, activations), (operands.weight_scales, weights)):
+        scales.copy_(107 + torch.randint(0, count, scales.shape, generator=generator))
+    return operands
+
+
+@pytest.mark.parametrize("m", [129, 200, 540])
+@pytest.mark.parametrize("weights", ["match", "mxfp4"])
+@pytest.mark.parametrize(
+    "counts", [(256, 0, 0), (480, 64, 32), (1312, 32, 32), (640, 704, 0)], ids=str
+)
+def test_steps_of_many_rows(isa, m, counts, weights):
+    bias = rows(1, 56, torch.float32, seed=9)[0]
+    operands = Operands(m, 56, MixedLayout(*counts), weights)
+    operands.check(torch.float32, bias)
+    operands.check(torch.bfloat16, bias)
+
+
+@pytest.mark.parametrize("counts", [(480, 32, 32), (1312, 0, 32), (1312, 0, 0)], ids=str)
+@pytest.mark.parametrize(
+    ("activations", "weights"), [(4, 4), (5, 1), (1, 5), (12, 9), (41, 1), (1, 41)]
+)
+def test_scales_of_several_bands(isa, counts, activations, weights):
+    """Scales of a row more than 2^3 apart: row by row and column by column, as large ones hide small ones."""
+    operands = Operands(150, 70, MixedLayout(*counts))
+    with_scales(operands, activations, weights)
+    actual, expected = operands.run().double(), operands.expected()
+    for dim in (0, 1):
+        errors = (actual - expected).norm(dim=dim) / expected.norm(dim=dim)
+        assert errors.max() <= BAR[torch.float32]
+
+
+def test_each_band_by_itself(isa):
+    """Row n of the weight is zero but for block n, so no larger block hides it."""
+    layout = MixedLayout(23 * 32, 0, 0)
+    operands = Operands(150, 23, layout)
+    operands.scales[:] = 175 - 4 * torch.arange(23)
+    operands.weight_data *= torch.eye(23, dtype=torch.uint8).repeat_interleave(16, dim=1)
+    actual, expected = operands.run().double(), operands.expected()
+    assert ((actual - expected).norm(dim=0) / expected.norm(dim=0)).max() <= BAR[torch.float32]
+
+
+@pytest.mark.parametrize(("activations", "weights"), [(4, 4), (7, 1), (1, 7), (6, 6)])
+def test_exact_sums(isa, activations, weights):
+    """Few elements that are not zero, all within 24 bits: float32 sums are exact in any order."""
+    operands = with_scales(Operands(150, 40, MixedLayout(1312, 0, 0)), activations, weights)
+    keep = torch.rand(operands.data.shape, generator=torch.Generator().manual_seed(3)) < 0.02
+    operands.data *= keep
+    expected = operands.expected()
+    assert torch.equal(expected, expected.float().double())
+    assert torch.equal(operands.run(), expected.float())
+
+
+def test_a_row_has_the_same_bits_whatever_the_others_hold(isa):
+    operands = with_scales(Operands(150, 40, MixedLayout(1312, 32, 0)), 6, 2)
+    before = operands.run()
+    others = torch.arange(150) % 7 != 3
+    operands.scales[others] = 107 + 8 * torch.randint(0, 9, operands.scales[others].shape).byte()
+    operands.scales[0, 0] = 0xFF
+    after = operands.run()
+    assert torch.equal(before[~others], after[~others])
+    assert not torch.equal(before[others], after[others])
 
 
 def test_threads_do_not_change_results(isa, threads):
