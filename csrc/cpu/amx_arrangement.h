@@ -17,13 +17,19 @@ namespace {
 
 constexpr int kStripRows = 2 * kTileRows;
 
-// Up to these rows all steps are of bfloat16 numbers, and rows are where they are.
-constexpr int64_t kStreamedRows = 128;
-
 // Tiles of a row tile that one step takes: these of 32 rows stay in L1.
 constexpr int64_t kMaxTiles = 18;
 // Blocks of MXFP4 that pay for sums of integers, which are brought to float32 at the end of a step.
 constexpr int64_t kLeastIntegerBlocks = 8;
+inline bool has_integers(const LinearTask& task) {
+  return !task.weight_only && task.layout.k4 / mx::kBlock >= kLeastIntegerBlocks;
+}
+
+// Up to so many rows there are no steps, integers or strips (amx_streamed.h).
+constexpr int64_t kStreamedRows = 64, kStreamedRowsOfIntegers = 48;
+inline bool is_streamed(const LinearTask& task) {
+  return task.m <= (has_integers(task) ? kStreamedRowsOfIntegers : kStreamedRows);
+}
 // A row with more bands is done again by the AVX-512 kernel.
 constexpr int kMostBands = 8;
 
@@ -37,9 +43,8 @@ struct Step {
 class Steps {
  public:
   explicit Steps(const LinearTask& task) : blocks_(task.layout.blocks()) {
-    const int64_t of_mxfp4 = task.layout.k4 / mx::kBlock;
-    const bool pays = of_mxfp4 >= kLeastIntegerBlocks && task.m > kStreamedRows;
-    integer_blocks_ = pays && !task.weight_only ? of_mxfp4 : 0;
+    const bool integers = has_integers(task) && !is_streamed(task);
+    integer_blocks_ = integers ? task.layout.k4 / mx::kBlock : 0;
   }
 
   // Of a row tile.

@@ -1,36 +1,31 @@
-// The AMX product of up to kStreamedRows rows, taken 64 at a time: sums stay in tiles over all of
-// K. Each block of the weight is decoded a few blocks before it is used, so that the two overlap.
-// Included only by files that are compiled for AMX.
+// The AMX product of up to 64 rows, whose sums stay in tiles over all of K. Each block of the
+// weight is decoded a few blocks before it is used, so that the two overlap. Included only by files
+// that are compiled for AMX.
 #pragma once
-
-#include <algorithm>
 
 #include "amx_products.h"
 
 namespace micromix::cpu::avx512 {
 namespace {
 
-constexpr int64_t kRowsAtOnce = 64;
 constexpr int64_t kAhead = 4;
 constexpr int64_t kRing = 8;
 
 // The end of 3 or 4 row tiles x 1.
-void finish_column(const LinearTask& task, const Sums& sums, int64_t first_row, int64_t panel) {
-  const int64_t rows = task.m - first_row < kRowsAtOnce ? task.m - first_row : kRowsAtOnce;
+void finish_column(const LinearTask& task, const Sums& sums, int64_t panel) {
   const __mmask16 columns = column_mask(task, panel);
-  for (int64_t r = 0; r < rows; ++r) {
+  for (int64_t r = 0; r < task.m; ++r) {
     const float* const row = sums.values[r / kTileRows][r % kTileRows];
-    finish(task, first_row + r, panel, columns, _mm512_load_ps(row));
+    finish(task, r, panel, columns, _mm512_load_ps(row));
   }
 }
 
-// Up to 64 rows, from first_row on.
 template <int kRowTiles>
-void run_streamed(const Context& context, int64_t first_row, int64_t first_panel) {
+void run_row_tiles(const Context& context, int64_t first_panel) {
   constexpr int kColumns = kColumnTiles<kRowTiles>;
   const LinearTask& task = context.task;
   const int64_t blocks = task.layout.blocks(), rows = blocks * kTileBytes;
-  const uint8_t* const a = context.prepared + first_row / kTileRows * rows;
+  const uint8_t* const a = context.prepared;
   const auto ring = [&](int64_t b) { return context.decoded + b % kRing * kColumns * kTileBytes; };
   for (int64_t p = first_panel; p < context.last_panel; p += kColumns) {
     const uint8_t* const panels[2] = {context.panel(p), context.panel(p + 1)};
@@ -52,23 +47,18 @@ void run_streamed(const Context& context, int64_t first_row, int64_t first_panel
     }
     store_sums(*context.sums);
     if constexpr (kColumns == 2) {
-      const int64_t last_row = std::min(first_row + kStripRows, task.m);
-      const PairEnd end(task, *context.sums, nullptr, first_row, last_row, p, context.last_panel);
-      end.run(task, 0, kStripRows);
+      PairEnd(task, *context.sums, nullptr, 0, task.m, p, context.last_panel).run(task, 0, task.m);
     } else {
-      finish_column(task, *context.sums, first_row, p);
+      finish_column(task, *context.sums, p);
     }
   }
 }
 
-inline void run_streamed(const Context& context, int64_t first_panel) {
-  using Streamed = void (*)(const Context&, int64_t, int64_t);
-  constexpr Streamed kStreamed[] = {run_streamed<1>, run_streamed<2>, run_streamed<3>,
-                                    run_streamed<4>};
-  for (int64_t r = 0; r < context.task.m; r += kRowsAtOnce) {
-    const int64_t rows = std::min(context.task.m - r, kRowsAtOnce);
-    kStreamed[(rows - 1) / kTileRows](context, r, first_panel);
-  }
+void run_streamed(const Context& context, int64_t first_panel) {
+  using RunRowTiles = void (*)(const Context&, int64_t);
+  constexpr RunRowTiles kRunRowTiles[] = {run_row_tiles<1>, run_row_tiles<2>, run_row_tiles<3>,
+                                          run_row_tiles<4>};
+  kRunRowTiles[(context.task.m - 1) / kTileRows](context, first_panel);
 }
 
 }  // namespace

@@ -1,11 +1,10 @@
 // The product for many rows, on AMX.
 //
-// Of a long MXFP4 segment integers are multiplied (integer_tiles.h). Of all else, and with up to
-// kStreamedRows rows, both operands are decoded to bfloat16 with their scales applied: an MX
-// element times its scale is a bfloat16 number, and no product or sum leaves the normal float32
-// range (AMX takes subnormal numbers for zero), while scales are in the plain range. A weight with
-// other scales never comes here; an activation row with other scales is done again by the AVX-512
-// kernel.
+// Of a long MXFP4 segment integers are multiplied (integer_tiles.h), where there are rows enough.
+// Otherwise both operands are decoded to bfloat16 with their scales applied: an MX element times
+// its scale is a bfloat16 number, and no product or sum leaves the normal float32 range (AMX takes
+// subnormal numbers for zero), while scales are in the plain range. A weight with other scales
+// never comes here; an activation row with other scales is done again by the AVX-512 kernel.
 #include "amx_blocked.h"
 #include "amx_streamed.h"
 
@@ -13,8 +12,6 @@ namespace micromix::cpu {
 namespace {
 
 using namespace avx512;
-
-bool is_streamed(const LinearTask& task) { return task.m <= kStreamedRows; }
 
 int64_t arranged_bytes(const LinearTask& task) {
   return is_streamed(task) ? 0 : Arrangement::bytes(task.m);

@@ -196,7 +196,7 @@ def with_scales(operands, activations, weights, seed=0):
     return operands
 
 
-@pytest.mark.parametrize("m", [129, 200, 540])
+@pytest.mark.parametrize("m", [49, 65, 200, 540])
 @pytest.mark.parametrize("weights", ["match", "mxfp4"])
 @pytest.mark.parametrize(
     "counts", [(256, 0, 0), (480, 64, 32), (1312, 32, 32), (640, 704, 0)], ids=str
