@@ -55,21 +55,23 @@ class Steps {
   // Where the tile of a block of bfloat16 numbers is, less the block.
   int64_t tiles_less_blocks() const { return integer_tiles() - integer_blocks_; }
 
-  // One step has all of K or, where that is too long, integers or bfloat16 numbers alone: a step of
-  // both stores twice as many sums.
-  int64_t count() const { return tiles() <= kMaxTiles ? 1 : integer_count() + other_count(); }
-  // The first steps, which have integers.
+  // One step has all of K or, where that is too long, bfloat16 numbers or integers alone: a step of
+  // both stores twice as many sums. Integers come last: their sums reach the end without being
+  // stored once more.
+  int64_t count() const { return tiles() <= kMaxTiles ? 1 : other_count() + integer_count(); }
   int64_t integer_count() const { return (integer_tiles() + kMaxTiles - 1) / kMaxTiles; }
+  int64_t first_integers() const { return count() - integer_count(); }
 
   Step operator[](int64_t i) const {
     int64_t first = 0, last = tiles();
-    if (count() > 1 && i < integer_count()) {
-      first = integer_tiles() * i / integer_count();
-      last = integer_tiles() * (i + 1) / integer_count();
+    if (count() > 1 && i >= first_integers()) {
+      const int64_t step = i - first_integers();
+      first = integer_tiles() * step / integer_count();
+      last = integer_tiles() * (step + 1) / integer_count();
     } else if (count() > 1) {
-      const int64_t others = tiles() - integer_tiles(), step = i - integer_count();
-      first = integer_tiles() + others * step / other_count();
-      last = integer_tiles() + others * (step + 1) / other_count();
+      const int64_t others = tiles() - integer_tiles();
+      first = integer_tiles() + others * i / other_count();
+      last = integer_tiles() + others * (i + 1) / other_count();
     }
     const auto block = [this](int64_t tile) {
       return tile < integer_tiles() ? 2 * tile : tile - tiles_less_blocks();
@@ -132,7 +134,7 @@ inline int bands_of_row(const LinearTask& task, const Steps& steps, int64_t row)
   const uint8_t* const scales = task.scales + row * task.layout.blocks();
   const uint8_t* const data = task.data + row * task.layout.row_bytes();
   int most = 1;
-  for (int64_t i = 0; i < steps.integer_count(); ++i) {
+  for (int64_t i = steps.first_integers(); i < steps.count(); ++i) {
     const Step step = steps[i];
     const int64_t blocks = step.integers_end - step.first_block;
     const __m512i bytes = row_scales(scales + step.first_block, blocks);

@@ -140,7 +140,9 @@ void multiply_range(const BlockedContext& context, const Range& range, const Dec
   for (int64_t s = range.s0; s < range.s1; ++s) {
     const uint8_t* const a = context.prepared + s * 2 * bytes + range.step.first_tile * kTileBytes;
     const float* const row_factors =
-        context.row_factors + (s * context.steps.integer_count() + range.number) * kStripRows;
+        context.row_factors +
+        (s * context.steps.integer_count() + range.number - context.steps.first_integers()) *
+            kStripRows;
     const int64_t first_row = context.arrangement.first_row(s);
     const int64_t last_row = context.arrangement.first_row(s + 1);
     for (int64_t slot = 0; slot < decoded.count; ++slot) {

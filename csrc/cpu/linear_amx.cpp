@@ -90,7 +90,7 @@ void prepare_bands(const LinearTask& task, const Prepared& sizes, int64_t row, i
   const uint8_t* const data = task.data + row * task.layout.row_bytes();
   const uint8_t* const scales = task.scales + row * task.layout.blocks();
   for (int64_t i = 0; i < sizes.steps.integer_count(); ++i) {
-    const Step step = sizes.steps[i];
+    const Step step = sizes.steps[sizes.steps.first_integers() + i];
     const int64_t blocks = step.integers_end - step.first_block;
     const __m512i bytes = row_scales(scales + step.first_block, blocks);
     __mmask64 left = _mm512_test_epi8_mask(bytes, bytes);
