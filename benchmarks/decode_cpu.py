@@ -136,8 +136,8 @@ def passes_off() -> Iterator[None]:
         lambda linears: [[x] for x in linears],
     )
     unfolded = mock.patch("micromix_compile.backend.fold_orders", lambda *_: Folds())
-    attention = mock.patch("micromix_compile.backend.ATTENTION_PASSES", ())
-    again = mock.patch("micromix_compile.backend.materialize_shared", lambda *_: 0)
+    attention = mock.patch("micromix_compile.passes.between_layers.ATTENTION", ())
+    again = mock.patch("micromix_compile.passes.between_layers.materialize_shared", lambda *_: 0)
     with alone, unfolded, attention, again:
         yield
 

@@ -25,16 +25,12 @@ from micromix_compile.packing import (
     placed_weight,
     refuse_released,
 )
+from micromix_compile.passes.between_layers import rewrite_between_layers
 from micromix_compile.passes.contiguous_cats import contiguous_cats
 from micromix_compile.passes.find_linears import Linear, find_linears
 from micromix_compile.passes.fold_order import Folds, fold_orders
-from micromix_compile.passes.group_queries import group_queries
-from micromix_compile.passes.lower_attention import lower_attention
 from micromix_compile.passes.lower_linears import Lowering
-from micromix_compile.passes.materialize_shared import materialize_shared
 from micromix_compile.runner import Runner
-
-ATTENTION_PASSES = (lower_attention, group_queries)
 
 
 def micromix(
@@ -60,7 +56,8 @@ def _compile(
     linears = find_linears(gm, example_inputs)
     if any(linear.reason is None for linear in linears):
         _check_inference(gm, example_inputs)
-        _lower_the_rest(gm.graph, linears, options, report)
+        nodes = [linear.node for linear in linears]
+        report.passes |= rewrite_between_layers(gm.graph, nodes, options.inductor)
     gm.recompile()
     chosen = choose(linears, options, report)
     folds = fold_orders({linear: plan for linear, _, plan, _ in chosen})
@@ -75,18 +72,6 @@ def _compile(
         parameters += [value for value in example_inputs if isinstance(value, torch.nn.Parameter)]
     record(report, parameters)
     return runner
-
-
-def _lower_the_rest(
-    graph: fx.Graph, linears: Sequence[Linear], options: Options, report: GraphReport
-) -> None:
-    """What stands between the layers. Without Inductor a graph's numbers stay those of the uncompiled model."""
-    for rewrite in ATTENTION_PASSES if options.inductor else (group_queries,):
-        if count := rewrite(graph):
-            report.passes[rewrite.__name__] = count
-    shared = options.inductor and materialize_shared(graph, [linear.node for linear in linears])
-    if shared:
-        report.passes["materialize_shared"] = shared
 
 
 def _pack(

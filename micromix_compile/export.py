@@ -28,11 +28,9 @@ from micromix_compile.checkpoint import pack_layer, plan_to_use
 from micromix_compile.errors import ExportError, GradientError
 from micromix_compile.files import atomically
 from micromix_compile.ops import ABI, build_id
+from micromix_compile.passes.between_layers import rewrite_between_layers
 from micromix_compile.passes.find_linears import find_linears
-from micromix_compile.passes.group_queries import group_queries
-from micromix_compile.passes.lower_attention import lower_attention
 from micromix_compile.passes.lower_linears import Lowering, lower_linears
-from micromix_compile.passes.materialize_shared import materialize_shared
 from micromix_compile.plan import ModelPlan
 from micromix_compile.quantized_linear import QuantizedLinear
 from micromix_compile.recipe import Recipe
@@ -150,7 +148,8 @@ def trace(
 
 
 def _lower(gm: fx.GraphModule) -> None:
-    """What torch.compile does to Dynamo's graph: lower attention, merge the packed layers that share an input."""
+    """What torch.compile does to Dynamo's graph: rewrite what stands between the packed layers, merge those that share an
+    input."""
     lowerings = [
         Lowering(linear.name, linear, linear.quantised.plan, None, linear.quantised.plan.order)
         for linear in find_linears(gm)
@@ -160,9 +159,7 @@ def _lower(gm: fx.GraphModule) -> None:
     def add_constant(name: str, tensor: Tensor) -> fx.Node:
         raise AssertionError(f"{name}: every layer is packed before it is exported")
 
-    lower_attention(gm.graph)
-    group_queries(gm.graph)
-    materialize_shared(gm.graph, [lowering.linear.node for lowering in lowerings])
+    rewrite_between_layers(gm.graph, [lowering.linear.node for lowering in lowerings])
     lower_linears(gm.graph, lowerings, add_constant)
     gm.graph.lint()
     gm.recompile()

@@ -128,5 +128,5 @@ def test_a_decoder_counts_them_and_gives_the_same_tokens(monkeypatch):
     tokens, passes = decode()
     assert passes["group_queries"] == model.config.num_hidden_layers
     torch.compiler.reset()
-    monkeypatch.setattr("micromix_compile.backend.ATTENTION_PASSES", ())
+    monkeypatch.setattr("micromix_compile.passes.between_layers.ATTENTION", ())
     assert decode()[0] == tokens

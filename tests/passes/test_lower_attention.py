@@ -173,6 +173,6 @@ def test_a_decoder_counts_them(monkeypatch):
     assert passes["lower_attention"] == model.config.num_hidden_layers
     assert "group_queries" not in passes
     assert "lower_attention" not in logits(inductor=False)[1]  # numbers as uncompiled
-    monkeypatch.setattr("micromix_compile.backend.ATTENTION_PASSES", ())
+    monkeypatch.setattr("micromix_compile.passes.between_layers.ATTENTION", ())
     torchs, _ = logits()
     assert (ours - torchs).norm() < 0.1 * torchs.norm()  # codes that round the other way

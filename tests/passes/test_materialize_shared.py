@@ -32,7 +32,7 @@ def test_rotary_embedding_and_mask_are_computed_once(monkeypatch):
     output, code, passes = run()
     assert passes["materialize_shared"] == 3
     assert code.count("cos(") <= 2  # vectorised, and the rest of a row
-    monkeypatch.setattr("micromix_compile.backend.materialize_shared", lambda *_: 0)
+    monkeypatch.setattr("micromix_compile.passes.between_layers.materialize_shared", lambda *_: 0)
     expected, code, passes = run()
     assert "materialize_shared" not in passes
     assert code.count("cos(") > 2
