@@ -118,13 +118,40 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b) {
   return c;
 }
 
-// E2M1 of eight bfloat16 numbers, pairs of channels i and i + 4, of a block with the scale `byte`,
-// from 1 to 253. With v = |x| over the scale, the code of v is min(2v, v + 2, v/2 + 4) rounded to
-// nearest even: the three lines count steps of a half, one and two, and each is below the others
-// where its step is the element's. From 128 to 255 a bfloat16 number is an integer, so a fused
-// multiply and add of x, the slope over the scale and the line's constant plus 128 rounds once, to
-// that code plus 128. Under every scale rule v is below 8, and a code of 8 saturates to 7.
-__device__ __forceinline__ uint32_t encode_e2m1_of_bfloat16(const uint32_t* x, int byte) {
+// What E2M1 codes are computed with, of the blocks of either half of a word, whose scales are from
+// 1 to 253: one and two times and half the inverse of the scale, as bfloat16. The half is subnormal
+// for the last scale. 255 spoils nothing in the other half.
+struct Slopes {
+  uint32_t one, two, half;
+
+  __device__ __forceinline__ explicit Slopes(uint32_t inverse_scales) : one(inverse_scales) {
+    const auto times = [&](uint32_t factor) {
+      constexpr uint32_t kMinusZero = 0x80008000;
+      uint32_t y;
+      asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(one), "r"(factor), "r"(kMinusZero));
+      return y;
+    };
+    two = times(0x40004000);
+    half = times(0x3F003F00);
+  }
+  static __device__ __forceinline__ Slopes of_block(int byte) {
+    const uint32_t inverse = (254 - byte) << 7;
+    return Slopes(permute_bytes<0x1010>(inverse, inverse));
+  }
+  static __device__ __forceinline__ Slopes of_blocks(int low, int high) {
+    return Slopes(permute_bytes<0x5410>((254 - low) << 7, (254 - high) << 7));
+  }
+};
+
+// E2M1 of eight bfloat16 numbers, pairs of channels i and i + 4 of a block, or of four channels of
+// two blocks: their codes are in the same half. With v = |x| over the scale, the code of v is
+// min(2v, v + 2, v/2 + 4) rounded to nearest even: the three lines count steps of a half, one and
+// two, and each is below the others where its step is the element's. From 128 to 255 a bfloat16
+// number is an integer, so a fused multiply and add of x, the slope over the scale and the line's
+// constant plus 128 rounds once, to that code plus 128. Under every scale rule v is below 8, and a
+// code of 8 saturates to 7.
+__device__ __forceinline__ uint32_t encode_e2m1_of_bfloat16(const uint32_t* x,
+                                                            const Slopes& slopes) {
   const auto both = [](uint32_t half) { return half | half << 16; };
   const auto line = [](uint32_t v, uint32_t slope, uint32_t constant) {
     uint32_t code;
@@ -137,15 +164,12 @@ __device__ __forceinline__ uint32_t encode_e2m1_of_bfloat16(const uint32_t* x, i
     return c;
   };
   constexpr uint32_t k128 = 0x4300;  // and the last bits of 128 + n are n
-  // One and two times and half the inverse of the scale; the half is subnormal for the last byte.
-  const uint32_t one = both((254 - byte) << 7), two = one + both(1 << 7);
-  const uint32_t half = byte == 253 ? both(1 << 6) : one - both(1 << 7);
   uint32_t code[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const uint32_t v = x[i] & 0x7FFF7FFF;
-    code[i] = smaller(smaller(line(v, two, both(k128)), line(v, one, both(k128 + 2))),
-                      line(v, half, both(k128 + 4)));
+    code[i] = smaller(smaller(line(v, slopes.two, both(k128)), line(v, slopes.one, both(k128 + 2))),
+                      line(v, slopes.half, both(k128 + 4)));
   }
   uint32_t codes =
       code[0] + 0x10 * code[1] + 0x100 * (code[2] + 0x10 * code[3]) - both(k128) * 0x1111;

@@ -1,6 +1,7 @@
 // The kernels of a row function, and the launch of one of them.
 #pragma once
 
+#include "paired_rows.cuh"
 #include "rows.cuh"
 #include "streamed_rows.cuh"
 
@@ -13,11 +14,18 @@ RowKernel kernel_of(const Rows& rows, const Launch& how) {
   if (how.placement == Placement::kDirect)
     return rows_kernel<kFunction, kTypes, Placement::kDirect>;
   if constexpr (is_narrow(kTypes)) {
+    constexpr bool kNorm = kFunction != RowFunction::kPointwise;
+    const bool ordered = rows.output.order != nullptr, two = rows.task.second.data != nullptr;
+    // The others are faster in the direct kernel: see rows.cpp.
+    if (how.placement == Placement::kPaired) {
+      if (!ordered && !two) return paired_rows_kernel<kFunction, kTypes, false, false>;
+      if (!kNorm || ordered)
+        return two ? paired_rows_kernel<kFunction, kTypes, true, true>
+                   : paired_rows_kernel<kFunction, kTypes, true, false>;
+      if constexpr (kNorm) return paired_rows_kernel<kFunction, kTypes, false, true>;
+    }
     if (how.placement == Placement::kStreamed) {
-      // Neither norm nor order: the direct kernel is faster.
-      constexpr bool kNorm = kFunction != RowFunction::kPointwise;
-      const bool two = rows.task.second.data != nullptr;
-      if (!kNorm || rows.output.order != nullptr)
+      if (!kNorm || ordered)
         return two ? streamed_rows_kernel<kFunction, kTypes, true, true>
                    : streamed_rows_kernel<kFunction, kTypes, true, false>;
       if constexpr (kNorm)

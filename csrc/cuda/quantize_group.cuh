@@ -19,12 +19,13 @@ __device__ __forceinline__ float block_amax(const Values<kGroup>& y) {
 }
 template <bool kBFloat16, int kGroup>
 __device__ __forceinline__ float block_amax(const Pairs<kGroup>& y) {
-  uint32_t amax = y.word[0] & 0x7FFF7FFF;
+  uint32_t amax = y.word[0];
 #pragma unroll
-  for (int i = 1; i < kGroup / 2; ++i) amax = largest_pair(amax, y.word[i] & 0x7FFF7FFF, kBFloat16);
+  for (int i = 1; i < kGroup / 2; ++i) amax = largest_pair(amax, y.word[i], kBFloat16);
 #pragma unroll
   for (int lanes = 1; lanes < mx::kBlock / kGroup; lanes *= 2)
     amax = largest_pair(amax, __shfl_xor_sync(kWarp, amax, lanes), kBFloat16);
+  amax &= 0x7FFF7FFF;
   const float2 halves = widen_pair(amax, kBFloat16);
   return largest(halves.x, halves.y);
 }
@@ -79,6 +80,16 @@ __device__ __forceinline__ void with_format(const Output& out, int block, Cast c
   }
 }
 
+// Stores eight bytes of a block of MXFP6 whose four threads have six bytes each: the first three
+// begin at bytes 0, 2 and 4 of theirs, and end with those of the `next`.
+__device__ __forceinline__ void store_mxfp6(void* to, int part, const Codes& codes,
+                                            const Codes& next) {
+  const uint64_t own = codes.low | static_cast<uint64_t>(codes.high) << 32;
+  const uint64_t after = next.low | static_cast<uint64_t>(next.high) << 32;
+  const uint64_t eight = own >> (16 * part) | after << (48 - 16 * part);
+  *static_cast<uint2*>(to) = {static_cast<uint32_t>(eight), static_cast<uint32_t>(eight >> 32)};
+}
+
 // Stores the codes of part of a block; the first part stores its scale too.
 template <int kGroup>
 __device__ __forceinline__ void store_part(const OutputRow& to, int group,
@@ -116,11 +127,7 @@ __device__ __forceinline__ void store_part(const OutputRow& to, int group,
   } else {
     auto* const at = reinterpret_cast<uint2*>(to.data + out.start6 + 24 * (block - out.end4));
     if constexpr (kGroup == 8) {
-      // Six bytes a thread: the first three threads begin at bytes 0, 2 and 4 of theirs.
-      const uint64_t own = codes[0].low | static_cast<uint64_t>(codes[0].high) << 32;
-      const uint64_t after = next.low | static_cast<uint64_t>(next.high) << 32;
-      const uint64_t eight = own >> (16 * part) | after << (48 - 16 * part);
-      if (part < 3) at[part] = {static_cast<uint32_t>(eight), static_cast<uint32_t>(eight >> 32)};
+      if (part < 3) store_mxfp6(at + part, part, codes[0], next);
     } else {
       const uint32_t middle = codes[0].high | codes[1].low << 16;
       const uint32_t last = codes[1].low >> 16 | codes[1].high << 16;
@@ -218,9 +225,10 @@ __device__ __forceinline__ void quantize_group(const OutputRow& to, int group,
     byte = mx::scale_byte(__float_as_uint(amax), increment, kFormat.emax);
     if constexpr (kFormat == mx::E2M1 && kBFloat16 && !MICROMIX_HAS_MX_CASTS) {
       if (byte != 0) [[likely]] {
+        const Slopes slopes = Slopes::of_block(byte);
 #pragma unroll
         for (int i = 0; i < kGroup / 8; ++i)
-          codes[i] = {encode_e2m1_of_bfloat16(y.word + 4 * i, byte), 0};
+          codes[i] = {encode_e2m1_of_bfloat16(y.word + 4 * i, slopes), 0};
         return;
       }
     }

@@ -12,6 +12,7 @@
 namespace micromix::cuda {
 namespace {
 
+constexpr int64_t kThreadsOf64Registers = 1024;      // that a multiprocessor has at once
 constexpr int64_t kMostChannels = int64_t{1} << 24;  // positions are 32-bit, with room for sums
 
 bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
@@ -77,19 +78,38 @@ struct Limits {
   }
 };
 
-// Many regular rows of a norm or an order, with enough for every thread block to go on with.
-bool streams(const RowTask& task, Types types, int64_t count, const RowOutput& output,
-             const Limits& limits) {
+// Many regular rows of a 16-bit type, with enough for every thread block that stays to go on with.
+bool are_many(const RowTask& task, Types types, int64_t count, const Limits& limits) {
   const auto of_type = [&](const RowInput& vector) {
     return vector.data == nullptr || vector.dtype == task.dtype;
   };
-  return limits.architecture >= 90 && is_narrow(types) && task.kept == nullptr &&
-         of_type(task.weight) && of_type(task.bias) &&
-         (output.order != nullptr || task.row_function != RowFunction::kPointwise) &&
+  return is_narrow(types) && task.kept == nullptr && of_type(task.weight) && of_type(task.bias) &&
          count >= 4 * limits.multiprocessors;
 }
+// Neither a norm nor an order: of long rows, or of two operands, the direct kernel is faster.
+bool is_plain(const RowTask& task, const RowOutput& output) {
+  return output.order == nullptr && task.row_function == RowFunction::kPointwise;
+}
 
-// Without threads where a row does not fit.
+// Without threads where two rows at a time are too many channels, or the rows too many.
+Launch paired(const RowTask& task, Types types, int64_t count, const RowOutput& output,
+              const Limits& limits) {
+  const int64_t groups =
+      (std::max(task.k, output.layout.channels()) + kPairedGroup - 1) / kPairedGroup;
+  const int64_t threads = (groups + 31) / 32 * 32;
+  Launch launch{};
+  if (is_plain(task, output) && task.second.data != nullptr) return launch;
+  if (threads > kPairedThreads || count > std::numeric_limits<int32_t>::max() / 2) return launch;
+  launch.types = types;
+  launch.placement = Placement::kPaired;
+  launch.threads = static_cast<int>(threads);
+  launch.bytes = output.order == nullptr ? 0 : paired_bytes(launch.threads);
+  launch.blocks = static_cast<int>(
+      std::min(limits.multiprocessors * (kThreadsOf64Registers / threads), (count + 1) / 2));
+  return launch;
+}
+
+// Without threads where a row does not fit, or the device cannot.
 Launch streamed(const RowTask& task, Types types, int64_t count, const RowOutput& output,
                 const Limits& limits) {
   const int64_t groups =
@@ -108,6 +128,7 @@ Launch streamed(const RowTask& task, Types types, int64_t count, const RowOutput
                      std::max<int64_t>(count / (3 * limits.multiprocessors), 1)});
   };
   Launch launch{};
+  if (is_plain(task, output) || limits.architecture < 90) return launch;
   if (threads > kStreamedThreads || bytes(kLeastStages) > limits.shared_bytes) return launch;
   // Beside the parameters that an order gathers, two rows at first. More stages help a thread block
   // that is alone.
@@ -130,9 +151,11 @@ Launch streamed(const RowTask& task, Types types, int64_t count, const RowOutput
 Launch choose(const RowTask& task, int64_t count, const RowOutput& output, const Limits& limits) {
   Launch launch{};
   launch.types = types_of(task, output);
-  if (streams(task, launch.types, count, output, limits)) {
-    const Launch stays = streamed(task, launch.types, count, output, limits);
-    if (stays.threads > 0) return stays;
+  if (are_many(task, launch.types, count, limits)) {
+    const Launch pairs = paired(task, launch.types, count, output, limits);
+    if (pairs.threads > 0) return pairs;
+    const Launch stream = streamed(task, launch.types, count, output, limits);
+    if (stream.threads > 0) return stream;
   }
   launch.placement = output.order == nullptr ? Placement::kDirect : Placement::kStaged;
   const bool direct = launch.placement == Placement::kDirect;

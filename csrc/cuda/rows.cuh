@@ -165,7 +165,7 @@ struct Block {
     sum = block_sum(sum);
     const float inverse_k = 1.0f / static_cast<float>(k);
     if constexpr (kFunction == RowFunction::kRmsNorm) {
-      return {0.0f, inverse_root(sum * inverse_k, task.eps)};
+      return {inverse_root(sum * inverse_k, task.eps)};
     } else {
       const float mean = sum * inverse_k;
       float squares = 0.0f;
@@ -175,7 +175,7 @@ struct Block {
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) squares += (x.v[i] - mean) * (x.v[i] - mean);
       }
-      return {mean, inverse_root(block_sum(squares) * inverse_k, task.eps)};
+      return layer_statistics(mean, block_sum(squares) * inverse_k, task.eps);
     }
   }
 

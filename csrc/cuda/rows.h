@@ -41,8 +41,9 @@ constexpr bool is_narrow(Types types) {
 
 // Where the result waits to be quantised: in registers, for an output without an order; in shared
 // memory; or nowhere, where a row does not fit there: it is computed again as an order wants it. Or
-// in registers of thread blocks that stay for many rows, the operands in shared memory.
-enum class Placement { kDirect, kStaged, kRecomputed, kStreamed };
+// in thread blocks that stay for many rows: two short rows at a time, or longer ones, whose
+// operands are streamed through shared memory.
+enum class Placement { kDirect, kStaged, kRecomputed, kPaired, kStreamed };
 
 // Shared memory holds channel c at slot kFirstSlot + c, a zero before channel
 // 0, which is what the order's -1 reads, and a NaN behind the last one. Any other channel that is
@@ -74,6 +75,12 @@ constexpr int64_t streamed_bytes(int64_t k, int operands, int stages, int thread
                               : ring > of_threads ? ring
                                                   : of_threads);
 }
+
+// The paired kernel's threads, of eight channels each, and its shared memory: two rows of results,
+// behind two zeros, which are what the order's -1 reads, and two NaNs for what is not there.
+constexpr int kPairedGroup = 8, kPairedThreads = 512;
+constexpr int kPairedZero = 0, kPairedNan = 8, kPairedEnd = 16;
+constexpr int paired_bytes(int threads) { return kPairedEnd + 4 * kPairedGroup * threads; }
 
 constexpr int kOtherSharedBytes = 2048;  // at most, that a row kernel uses beside the staged rows
 

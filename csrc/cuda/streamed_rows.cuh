@@ -1,5 +1,5 @@
-// The row kernel for many regular rows of a 16-bit type, on sm_90 and later: thread blocks that
-// stay.
+// The row kernel for many long regular rows of a 16-bit type, on sm_90 and later: thread blocks
+// that stay.
 //
 // A thread block takes every n-th row. Bulk copies of its next rows to a ring in shared memory run
 // behind its work, so memory is not idle for a norm's sums or an order's gathers, as it is where a
@@ -14,111 +14,11 @@
 // others.
 #pragma once
 
+#include "bulk_copies.cuh"
 #include "quantize_group.cuh"
 #include "row_functions.cuh"
 
 namespace micromix::cuda {
-
-// Shared memory by its own 32-bit addresses.
-__device__ __forceinline__ void make_barrier(uint32_t barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-// What the warp did before is done, to those who wait for the barrier. One lane says so for all,
-// after __syncwarp. compute-sanitizer's racecheck does not follow that: for it, built with
-// MICROMIX_RACECHECK, each lane speaks for itself.
-#if defined(MICROMIX_RACECHECK)
-constexpr int kArrivalsOfWarp = 32;
-#else
-constexpr int kArrivalsOfWarp = 1;
-#endif
-__device__ __forceinline__ void arrive_as_warp(uint32_t barrier) {
-  __syncwarp();
-  if (threadIdx.x % 32 < kArrivalsOfWarp)
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// One thread: the barrier's phase ends when so many bytes have come.
-__device__ __forceinline__ void expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes,
-                                          uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(to),
-      "l"(from), "r"(bytes), "r"(barrier)
-      : "memory");
-}
-// Of other bytes to where this thread wrote.
-__device__ __forceinline__ void before_bulk_copies() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again%=:\n"
-      "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
-      "@!done bra again%=;\n"
-      "}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-__device__ __forceinline__ Narrow<8> load_shared(uint32_t from) {
-  Narrow<8> x;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
-               : "r"(from));
-  return x;
-}
-// Zeros unless `there`.
-__device__ __forceinline__ Narrow<8> load_shared_if(bool there, uint32_t from) {
-  Narrow<8> x{};
-  asm volatile(
-      "{\n"
-      ".reg .pred there;\n"
-      "setp.ne.u32 there, %5, 0;\n"
-      "@there ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-      "}"
-      : "+r"(x.word[0]), "+r"(x.word[1]), "+r"(x.word[2]), "+r"(x.word[3])
-      : "r"(from), "r"(static_cast<uint32_t>(there)));
-  return x;
-}
-__device__ __forceinline__ void store_shared(uint32_t to, const uint32_t (&words)[4]) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]), "r"(words[1]),
-               "r"(words[2]), "r"(words[3])
-               : "memory");
-}
-__device__ __forceinline__ uint32_t load_shared_half(uint32_t from) {
-  uint16_t x;
-  asm volatile("ld.shared.b16 %0, [%1];" : "=h"(x) : "r"(from));
-  return x;
-}
-
-// Adds, in float32, 16 x 8 sums of products: of 16 rows of values, `low` of the first eight and
-// `high` of the others, and of eight columns. A word is two neighbours; four lanes have a row or a
-// column.
-__device__ __forceinline__ void add_products(float (&sums)[4], uint32_t low, uint32_t high,
-                                             uint32_t columns, bool bfloat16) {
-  if (bfloat16) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(low), "r"(high), "r"(columns));
-  } else {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(low), "r"(high), "r"(columns));
-  }
-}
-
-// Issued where it stands.
-__device__ __forceinline__ void load_words_now(const void* from, uint32_t (&words)[4]) {
-  asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "l"(from));
-}
 
 // Parts of a row's sum and sum of squares, eight of each warp.
 struct Parts {
@@ -324,9 +224,7 @@ struct Stream {
                 barrier);
   }
   // A warp's part of a row's statistics, of the pieces that its threads have: the sum, where it
-  // counts, and the sum of squares. Adds the residual first, where there is one. Matrix
-  // instructions sum up: of the products of a row's values with themselves, the diagonal is of
-  // squares; their products with ones are the values.
+  // counts, and the sum of squares. Adds the residual first, where there is one.
   __device__ __forceinline__ void statistics_of_warp(int64_t row, uint32_t x, Parts& to) {
     Narrow<8> bits[kPieces];
     uint32_t place[kPieces];
@@ -349,25 +247,16 @@ struct Stream {
                     bits[i].word);
       }
     }
-    constexpr uint32_t kOnes = kBFloat16 ? 0x3F803F80 : 0x3C003C00;
+    uint32_t words[4 * kPieces];
+#pragma unroll
+    for (int i = 0; i < 4 * kPieces; ++i) words[i] = bits[i / 4].word[i % 4];
+    constexpr bool kSum = kFunction == RowFunction::kLayerNorm;
+    const Products products = products_of_lanes<kSum>(words, kBFloat16);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float even[4] = {}, odd[4] = {}, ones[4] = {};
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      const uint32_t (&w)[4] = bits[i].word;
-#pragma unroll
-      for (int j = 0; j < 4; j += 2) {
-        add_products(even, w[j], w[j + 1], w[j], kBFloat16);
-        add_products(odd, w[j], w[j + 1], w[j + 1], kBFloat16);
-        if constexpr (kFunction == RowFunction::kLayerNorm)
-          add_products(ones, w[j], w[j + 1], kOnes, kBFloat16);
-      }
-    }
-    // A lane has columns 2 * (lane % 4) and the next of rows lane / 4 and 8 + lane / 4.
-    const int part = Parts::kOfWarp * warp + lane / 4;
     if (lane % 4 == lane / 8) {
-      to.squares[part] = lane / 4 % 2 ? even[1] + odd[3] : even[0] + odd[2];
-      if constexpr (kFunction == RowFunction::kLayerNorm) to.sum[part] = ones[0] + ones[2];
+      const int part = Parts::kOfWarp * warp + lane / 4;
+      to.squares[part] = products.squares;
+      if constexpr (kSum) to.sum[part] = products.sum;
     }
   }
   // The sum of the parts that are this lane's to add.
@@ -393,7 +282,7 @@ struct Stream {
   __device__ __forceinline__ Statistics statistics(uint32_t x, const PartsOfLane& of_lane,
                                                    Parts& parts) const {
     if constexpr (kFunction == RowFunction::kRmsNorm) {
-      return {0.0f, inverse_root(warp_sum(of_lane.squares) * inverse_k, task.eps)};
+      return {inverse_root(warp_sum(of_lane.squares) * inverse_k, task.eps)};
     } else {
       float sum = of_lane.sum, squares = of_lane.squares;
 #pragma unroll
@@ -405,8 +294,8 @@ struct Stream {
       float variance = squares * inverse_k - mean * mean;
       // What the difference loses is below the rounding of the sums where the mean is small. Where
       // it is not, or nothing is left, the squares of the distances from it are summed up.
-      if (!(mean * mean <= variance)) variance = distant(x, mean, parts);
-      return {mean, inverse_root(variance, task.eps)};
+      if (!is_near_zero(mean, variance)) variance = distant(x, mean, parts);
+      return layer_statistics(mean, variance, task.eps);
     }
   }
   // Every thread of the thread block, or none, comes here.
@@ -547,7 +436,7 @@ struct Stream {
         const Values<8> b = unpack(parameter(1, i), kBFloat16);
 #pragma unroll
         for (int j = 0; j < 8; ++j)
-          v.v[j] = __fadd_rn(__fmul_rn((v.v[j] - of_row.mean) * of_row.factor, w.v[j]), b.v[j]);
+          v.v[j] = fmaf(fmaf(v.v[j] - of_row.from, of_row.factor, of_row.plus), w.v[j], b.v[j]);
         return pack_pairs(v, kBFloat16);
       });
     }

@@ -56,13 +56,24 @@ __device__ __forceinline__ float largest(float a, float b) {  // NaN if one of t
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
   return c;
 }
-// The larger of two magnitudes in either half; NaN where one is.
+// In either half, the larger of two magnitudes, under any sign; NaN where one is.
 __device__ __forceinline__ uint32_t largest_pair(uint32_t a, uint32_t b, bool bfloat16) {
+#if __CUDA_ARCH__ >= 860
+  uint32_t c;
+  if (bfloat16) {
+    asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  } else {
+    asm("max.NaN.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  }
+  return c;
+#else
+  a &= 0x7FFF7FFF, b &= 0x7FFF7FFF;
   if (bfloat16)
     return bits_of(__hmax2_nan(*reinterpret_cast<const __nv_bfloat162*>(&a),
                                *reinterpret_cast<const __nv_bfloat162*>(&b)));
   return bits_of(
       __hmax2_nan(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b)));
+#endif
 }
 
 // Values in a 16-bit type.
@@ -142,20 +153,20 @@ __device__ __forceinline__ Pairs<kCount> pack_pairs(const Values<kCount>& x, boo
   }
   return pairs;
 }
-// The products, rounded once: of 16-bit values they are exact in float32, so this is that product
-// rounded to the type.
+// The products of two values in either half, rounded once: of 16-bit values they are exact in
+// float32, so this is that product rounded to the type.
+__device__ __forceinline__ uint32_t product_of_pairs(uint32_t a, uint32_t b, bool bfloat16) {
+  return bfloat16 ? bits_of(__hmul2_rn(*reinterpret_cast<const __nv_bfloat162*>(&a),
+                                       *reinterpret_cast<const __nv_bfloat162*>(&b)))
+                  : bits_of(__hmul2_rn(*reinterpret_cast<const __half2*>(&a),
+                                       *reinterpret_cast<const __half2*>(&b)));
+}
 template <int kCount>
 __device__ __forceinline__ Pairs<kCount> product(const Pairs<kCount>& x, const Pairs<kCount>& y,
                                                  bool bfloat16) {
   Pairs<kCount> z;
 #pragma unroll
-  for (int i = 0; i < kCount / 2; ++i) {
-    const uint32_t a = x.word[i], b = y.word[i];
-    z.word[i] = bfloat16 ? bits_of(__hmul2_rn(*reinterpret_cast<const __nv_bfloat162*>(&a),
-                                              *reinterpret_cast<const __nv_bfloat162*>(&b)))
-                         : bits_of(__hmul2_rn(*reinterpret_cast<const __half2*>(&a),
-                                              *reinterpret_cast<const __half2*>(&b)));
-  }
+  for (int i = 0; i < kCount / 2; ++i) z.word[i] = product_of_pairs(x.word[i], y.word[i], bfloat16);
   return z;
 }
 
@@ -206,12 +217,26 @@ __device__ __forceinline__ void load_words(const void* from, uint32_t (&words)[k
     words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
   }
 }
+// 16 bytes; issued where it stands.
+__device__ __forceinline__ void load_words_now(const void* from, uint32_t (&words)[4]) {
+  asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "l"(from));
+}
+
 template <int kWords>
 __device__ __forceinline__ void store_words(void* to, const uint32_t (&words)[kWords]) {
 #pragma unroll
   for (int i = 0; i < kWords / 4; ++i)
     static_cast<uint4*>(to)[i] = {words[4 * i], words[4 * i + 1], words[4 * i + 2],
                                   words[4 * i + 3]};
+}
+
+// To shared memory, by its own addresses.
+__device__ __forceinline__ void store_shared(uint32_t to, const uint32_t (&words)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]), "r"(words[1]),
+               "r"(words[2]), "r"(words[3])
+               : "memory");
 }
 
 __device__ __forceinline__ const void* element(const void* data, Dtype dtype, int64_t i) {

@@ -64,6 +64,15 @@ def check_quantised(y, quantised, order, layout) -> None:
     assert_same(quantised, mx.quantize(y, layout, order))
 
 
+def check_kept(x: torch.Tensor, layout: MixedLayout, order: torch.Tensor | None = None) -> None:
+    """The same by the kernels that also keep the value: they are those of few rows."""
+    y, *quantised = micromix.pointwise_quantize(
+        x, None, Pointwise.CAST, x.dtype, True, order, *arguments(layout)
+    )
+    assert torch.equal(y.view(torch.uint8), x.view(torch.uint8))
+    check_quantised(x, quantised, order, layout)
+
+
 def with_and_without_order(k: int, **extra):
     """Two quantises of k channels, the second one without an order, in another layout."""
     first, second = mixed(k), mixed(k, "e3m2", **extra)
@@ -86,8 +95,9 @@ def test_random_bits(name, rule, dtype):
     x = x.to(integer).view(dtype)
     usual = torch.randn(2048, k, generator=generator, device="cuda")
     x[2048:] = (usual * torch.rand(2048, 1, generator=generator, device="cuda")).to(dtype)
-    check(x, layout)
-    check(x, layout, random_order(k, layout))
+    for order in (None, random_order(k, layout)):
+        check(x, layout, order)
+        check_kept(x, layout, order)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -99,7 +109,9 @@ def test_every_bfloat16_as_amax(name, rule):
     fractions = torch.linspace(-1, 1, 64)
     for x in (amax[:, None].float() * fractions, amax[:, None].float() / 2 ** (fractions * 8)):
         for dtype in DTYPES:
-            check(x.to(dtype).cuda(), layout)
+            for order in (None, torch.randperm(64).int().cuda()):
+                check(x.to(dtype).cuda(), layout, order)
+                check_kept(x.to(dtype).cuda(), layout, order)
 
 
 @pytest.mark.parametrize("layout", MIXES, ids=mix_name)
@@ -155,7 +167,7 @@ ROTATED = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ROTATED, ids=lambda l: f"{mix_name(l)}-{l.hadamard}")
 def test_rotated_blocks(layout, dtype):
-    """In registers, staged, with padding, with rows that begin anywhere, and streamed."""
+    """In registers, staged, with padding, with rows that begin anywhere, and in pairs."""
     k = layout.channels
     for count, channels in ((5, k), (5, k - 7), (700, k)):
         x = rows(count, channels, dtype)
@@ -329,7 +341,7 @@ def test_types_in_any_mix(x_dtype, other_dtype, dtype):
 
 
 def many_rows() -> int:
-    """Enough for the streamed kernel, and not the same number for every thread block."""
+    """Enough for the kernels whose thread blocks stay, and not the same number for every thread block."""
     return 4 * torch.cuda.get_device_properties(0).multi_processor_count + 37
 
 
@@ -340,8 +352,11 @@ def kernels_of(function) -> set[str]:
     return {event.name for event in profile.events()}
 
 
-def assert_streamed(function) -> None:
-    if torch.cuda.get_device_capability()[0] >= 9:
+def assert_stays(function, channels: int) -> None:
+    """The paired kernel runs, or for long rows the streamed one."""
+    if channels <= 4096:
+        assert any("paired_rows_kernel" in name for name in kernels_of(function))
+    elif torch.cuda.get_device_capability()[0] >= 9:
         assert any("streamed_rows_kernel" in name for name in kernels_of(function))
 
 
@@ -352,11 +367,14 @@ def exact_rows(k: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     return torch.cat((half, -half), 1).to(dtype).cuda()
 
 
-STREAMED = [  # channels, and blocks of padding
+MANY = [  # channels, and blocks of padding
+    (32, 0),
     (64, 0),
     (576, 1),
     (1008, 0),
+    (4064, 1),
     (4096, 0),
+    (4112, 0),
     (11008, 2),
     (16384, 0),
 ]
@@ -364,9 +382,9 @@ STREAMED = [  # channels, and blocks of padding
 
 @pytest.mark.parametrize("ordered", (True, False), ids=("ordered", "plain"))
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("k, extra", STREAMED)
-def test_streamed_norms(k, extra, dtype, ordered):
-    """The streamed kernel gives what the staged one gives, which keeps the norm's own value."""
+@pytest.mark.parametrize("k, extra", MANY)
+def test_norms_of_many_rows(k, extra, dtype, ordered):
+    """What the staged kernel gives, which keeps the norm's own value."""
     layout = mixed(k, "e3m2", extra)
     order = random_order(k, layout) if ordered else None
     x, residual = exact_rows(k, dtype), exact_rows(k, dtype, 1)
@@ -381,12 +399,12 @@ def test_streamed_norms(k, extra, dtype, ordered):
             assert_as_staged(*norm, dtype, order, layout, fits)
 
 
-def assert_as_staged(op, args, dtype, order, layout, streams=True) -> None:
+def assert_as_staged(op, args, dtype, order, layout, stays=True) -> None:
     def run(keep: bool):
         return op(*args, dtype, keep, order, *arguments(layout))
 
-    if streams:
-        assert_streamed(lambda: run(False))
+    if stays:
+        assert_stays(lambda: run(False), layout.channels)
     *total, y, data, scales = run(True)
     *found, _, found_data, found_scales = run(False)
     assert_same((*found, found_data, found_scales), (*total, data, scales))
@@ -394,22 +412,24 @@ def assert_as_staged(op, args, dtype, order, layout, streams=True) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("k, extra", STREAMED)
-def test_streamed_activations(k, extra, dtype):
+@pytest.mark.parametrize("k, extra", MANY)
+def test_activations_of_many_rows(k, extra, dtype):
     layout = mixed(k, "e2m3", extra)
     order = random_order(k, layout)
     x, other = (rows(many_rows(), k, dtype, seed).cuda() for seed in (1, 2))
-    assert_streamed(lambda: check(x, layout, order))
+    assert_stays(lambda: check(x, layout, order), layout.channels)
     check(x[:, : k // 32 * 32], layout, order.clamp_max(k // 32 * 32 - 1))  # rows with a stride
     for function in Pointwise:
         assert_as_staged(micromix.pointwise_quantize, (x, other, function), dtype, order, layout)
         if function != Pointwise.ADD:
-            assert_as_staged(micromix.pointwise_quantize, (x, None, function), dtype, order, layout)
+            one = (micromix.pointwise_quantize, (x, None, function), dtype)
+            assert_as_staged(*one, order, layout)
+            assert_as_staged(*one, None, layout, layout.channels <= 4096)
 
 
-def test_streamed_norms_of_random_rows():
+@pytest.mark.parametrize("k", [4096, 8192])
+def test_norms_of_many_random_rows(k):
     """Sums in another order: a code differs now and then, by a rounding of the norm's value."""
-    k = 4096
     layout = mixed(k)
     x, weight = rows(many_rows(), k, torch.bfloat16).cuda(), rows(1, k, torch.bfloat16, 3)[0].cuda()
     x += 3 * weight
@@ -427,8 +447,8 @@ def test_streamed_norms_of_random_rows():
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("k", [64, 4096, 16384])
-def test_streamed_layer_norm_of_rows_with_a_mean(k, dtype):
+@pytest.mark.parametrize("k", [64, 576, 4096, 16384])
+def test_layer_norm_of_many_rows_with_a_mean(k, dtype):
     """Their squares are summed up from the mean: as exact as without one."""
     layout = mixed(k)
     x = exact_rows(k, dtype)
@@ -439,10 +459,11 @@ def test_streamed_layer_norm_of_rows_with_a_mean(k, dtype):
         assert_as_staged(op, (x, None, weight, bias, EPS), dtype, order, layout)
 
 
-def test_reads_what_the_kernel_before_wrote():
+@pytest.mark.parametrize("k", [4096, 8192])
+def test_reads_what_the_kernel_before_wrote(k):
     """Kernels start before the one before them ends: operands, weights and orders made just before, and results
     that the next one reads, are those of a run with waits between."""
-    k, count = 4096, many_rows()
+    count = many_rows()
     layout = mixed(k)
     source, weights = rows(count, k, torch.bfloat16).cuda(), rows(8, k, torch.bfloat16, 3).cuda()
     orders = torch.stack([random_order(k, layout, seed) for seed in range(8)])
@@ -469,11 +490,12 @@ def test_reads_what_the_kernel_before_wrote():
         assert_same(run(lambda: None), expected)
 
 
-def test_streamed_order_out_of_range_is_nan():
-    k, layout = 64, MixedLayout(32, 0, 32)
+@pytest.mark.parametrize("k", [64, 4160])
+def test_order_out_of_range_is_nan_in_many_rows(k):
+    layout = MixedLayout(32, 0, k - 32)
     x = rows(many_rows(), k, torch.bfloat16).cuda()
-    order = torch.arange(64, dtype=torch.int32)
-    order[3], order[40] = 64, -2
+    order = torch.arange(k, dtype=torch.int32)
+    order[3], order[40::32] = k, -2
     _, scales = micromix.quantize(x, order.cuda(), *arguments(layout))
     assert (scales == mx.NAN_SCALE).all()
 
