@@ -214,7 +214,11 @@ def draw(results: list[dict], limits: dict[str, float], path: Path) -> None:
     if limits.get("AMX TFLOP/s"):
         peak = limits["AMX TFLOP/s"]
         axes.axhline(
-            peak * 1e3, color="k", ls="--", lw=1, label=f"AMX bf16 from registers: {peak:.1f} TFLOP/s"
+            peak * 1e3,
+            color="k",
+            ls="--",
+            lw=1,
+            label=f"AMX bf16 from registers: {peak:.1f} TFLOP/s",
         )
     axes.set(xscale="log", yscale="log", xlabel="operations per byte of weight", ylabel="GFLOP/s")
     threads = torch.get_num_threads()
