@@ -10,6 +10,7 @@
 // Included only by files that are compiled for AVX-512.
 #pragma once
 
+#include <bit>
 #include <type_traits>
 
 #include "amx.h"
