@@ -124,10 +124,10 @@ std::tuple<Tensor, Tensor> unplace_weight(Tensor weight, int64_t n, int64_t k4, 
 // Runs `count` products that share their activations and their kernel.
 void launch(const cpu::LinearKernel& kernel, cpu::LinearTask* tasks, size_t count) {
   cpu::LinearTask any = tasks[0];
-  const bool arranges = kernel.arrange != nullptr;
-  cpu::ThreadBuffer arranged(cpu::Buffer::kArranged, arranges ? kernel.arranged_bytes(any) : 0);
+  cpu::ThreadBuffer arranged(cpu::Buffer::kArranged,
+                             kernel.arrange ? kernel.arranged_bytes(any) : 0);
   any.arranged = arranged.data();
-  if (arranges) kernel.arrange(any, arranged.data());
+  if (kernel.arrange) kernel.arrange(any, arranged.data());
   cpu::ThreadBuffer prepared(cpu::Buffer::kPrepared, kernel.prepared_bytes(any));
   const int64_t row_grain = 1 + kernel.grain_channels / (any.layout.channels() + 1);
   parallel(any.m, row_grain,

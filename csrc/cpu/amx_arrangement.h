@@ -20,6 +20,9 @@ constexpr int kStripRows = 2 * kTileRows;
 
 // Tiles of a row tile that one step takes: these of 32 rows stay in L1.
 constexpr int64_t kMaxTiles = 18;
+static_assert(2 * kMaxTiles <= 64, "row_scales takes no more blocks");
+static_assert(2 * kMaxTiles * mx::kBlock * kLargestInteger * kLargestInteger <= 1 << 24,
+              "float32 holds a step's sums of integers");
 // Blocks of MXFP4 that pay for sums of integers, which are brought to float32 at the end of a step.
 constexpr int64_t kLeastIntegerBlocks = 8;
 inline bool has_integers(const LinearTask& task) {
@@ -62,6 +65,12 @@ class Steps {
   int64_t count() const { return tiles() <= kMaxTiles ? 1 : other_count() + integer_count(); }
   int64_t integer_count() const { return (integer_tiles() + kMaxTiles - 1) / kMaxTiles; }
   int64_t first_integers() const { return count() - integer_count(); }
+
+  // Where the factor of a slot in step i, of integers, is among those of all strips.
+  int64_t factor(int64_t slot, int64_t i) const {
+    const int64_t of_strip = slot / kStripRows * integer_count() + i - first_integers();
+    return of_strip * kStripRows + slot % kStripRows;
+  }
 
   Step operator[](int64_t i) const {
     int64_t first = 0, last = tiles();

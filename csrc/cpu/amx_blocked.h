@@ -12,6 +12,7 @@ namespace {
 
 // Pairs of panels and strips at once.
 constexpr int64_t kMaxPairs = 16;
+static_assert(kMaxPairs <= 32, "a bit each");
 constexpr int64_t kMaxStrips = 16;
 constexpr int64_t kPairColumns = 2 * kTileRows;
 
@@ -55,14 +56,28 @@ void decode_bfloat16(const BlockedContext& context, const Step& step, int64_t p,
                  });
 }
 
+// A band of a panel in a step.
+PanelBand band_of_panel(const BlockedContext& context, const Step& step, int64_t p, int band) {
+  __m128i limit = _mm_set1_epi8(-1);
+  for (int i = 0;; ++i) {
+    const PanelBand own = panel_band(context.panel(p), step.first_block, step.integers_end, limit);
+    if (i == band) return own;
+    limit = below_band(own.largest);
+  }
+}
+
+// How many there are.
+int bands_of_panel(const BlockedContext& context, const Step& step, int64_t p) {
+  int bands = 1;
+  while (!band_of_panel(context, step, p, bands - 1).last) ++bands;
+  return bands;
+}
+
 // A band of a panel's blocks that are multiplied as integers, and the factors of its rows.
 void decode_band(const BlockedContext& context, const Step& step, int64_t p, int band, uint8_t* out,
                  float* factors) {
   const uint8_t *const panel = context.panel(p), *const next = context.panel(p + 1);
-  PanelBand own = panel_band(panel, step.first_block, step.integers_end, _mm_set1_epi8(-1));
-  for (int i = 0; i < band; ++i) {
-    own = panel_band(panel, step.first_block, step.integers_end, below_band(own.largest));
-  }
+  const PanelBand own = band_of_panel(context, step, p, band);
   alignas(16) uint8_t largest[kTileRows];
   _mm_store_si128(reinterpret_cast<__m128i*>(largest), own.largest);
   for (int n = 0; n < kTileRows; ++n) factors[n] = band_factor(largest[n]);
@@ -81,16 +96,6 @@ void decode_band(const BlockedContext& context, const Step& step, int64_t p, int
       __builtin_prefetch(half + 4 * kTileBytes + line * kLine, 1);
     }
     decode_integers(panel + tile, panel + b * kTileRows, own.largest, half);
-  }
-}
-
-// The bands that a panel has in a step.
-int bands_of_panel(const BlockedContext& context, const Step& step, int64_t p) {
-  __m128i limit = _mm_set1_epi8(-1);
-  for (int bands = 1;; ++bands) {
-    const PanelBand band = panel_band(context.panel(p), step.first_block, step.integers_end, limit);
-    if (band.last) return bands;
-    limit = below_band(band.largest);
   }
 }
 
@@ -140,9 +145,8 @@ void multiply_range(const BlockedContext& context, const Range& range, const Dec
   for (int64_t s = range.s0; s < range.s1; ++s) {
     const uint8_t* const a = context.prepared + s * 2 * bytes + range.step.first_tile * kTileBytes;
     const float* const row_factors =
-        context.row_factors +
-        (s * context.steps.integer_count() + range.number - context.steps.first_integers()) *
-            kStripRows;
+        kIntegers ? context.row_factors + context.steps.factor(s * kStripRows, range.number)
+                  : nullptr;
     const int64_t first_row = context.arrangement.first_row(s);
     const int64_t last_row = context.arrangement.first_row(s + 1);
     for (int64_t slot = 0; slot < decoded.count; ++slot) {

@@ -32,6 +32,7 @@ constexpr Table<int8_t> integer_table() {
   return table;
 }
 constexpr Table<int8_t> kIntegers = integer_table();
+constexpr int kLargestInteger = kIntegers.values[7];
 
 // What an integer of a band with this largest scale byte is to be multiplied by.
 constexpr int kIntegerExponent = mx::E2M1.mantissa_bits + kBandScales - 1;

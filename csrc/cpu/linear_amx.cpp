@@ -38,19 +38,12 @@ struct Prepared {
     bytes = tiles_bytes + factors_bytes + task.m;
   }
 
-  uint8_t* slot(uint8_t* prepared, int64_t slot) const {
-    return prepared + slot / kTileRows * steps.bytes() + slot % kTileRows * kLine;
+  // Where things are.
+  int64_t slot(int64_t slot) const {
+    return slot / kTileRows * steps.bytes() + slot % kTileRows * kLine;
   }
-  float* factors(uint8_t* prepared) const {
-    return reinterpret_cast<float*>(prepared + tiles_bytes);
-  }
-  // The factor of a slot in a step of integers.
-  float& factor(uint8_t* prepared, int64_t slot, int64_t step) const {
-    const int64_t strip = slot / kStripRows;
-    return factors(
-        prepared)[(strip * steps.integer_count() + step) * kStripRows + slot % kStripRows];
-  }
-  uint8_t* done_again(uint8_t* prepared) const { return prepared + tiles_bytes + factors_bytes; }
+  int64_t factors() const { return tiles_bytes; }
+  int64_t done_again() const { return tiles_bytes + factors_bytes; }
 };
 
 int64_t prepared_bytes(const LinearTask& task) { return Prepared(task).bytes; }
@@ -89,22 +82,23 @@ void prepare_bands(const LinearTask& task, const Prepared& sizes, int64_t row, i
                    int slots, uint8_t* prepared) {
   const uint8_t* const data = task.data + row * task.layout.row_bytes();
   const uint8_t* const scales = task.scales + row * task.layout.blocks();
-  for (int64_t i = 0; i < sizes.steps.integer_count(); ++i) {
-    const Step step = sizes.steps[sizes.steps.first_integers() + i];
+  auto* const factors = reinterpret_cast<float*>(prepared + sizes.factors());
+  for (int64_t i = sizes.steps.first_integers(); i < sizes.steps.count(); ++i) {
+    const Step step = sizes.steps[i];
     const int64_t blocks = step.integers_end - step.first_block;
     const __m512i bytes = row_scales(scales + step.first_block, blocks);
     __mmask64 left = _mm512_test_epi8_mask(bytes, bytes);
     for (int64_t slot = first_slot; slot < first_slot + slots; ++slot) {
       const RowBand band = next_band(bytes, left);
-      sizes.factor(prepared, slot, i) = band_factor(band.largest);
+      factors[sizes.steps.factor(slot, i)] = band_factor(band.largest);
       prepare_integers(data + step.first_block * mx::kBlock / 2, bytes, blocks, band,
-                       sizes.slot(prepared, slot) + step.first_tile * kTileBytes);
+                       prepared + sizes.slot(slot) + step.first_tile * kTileBytes);
     }
   }
   // Their other numbers are the first slot's.
   for (int64_t slot = first_slot + 1; slot < first_slot + slots; ++slot) {
     for (int64_t tile = sizes.steps.integer_tiles(); tile < sizes.steps.tiles(); ++tile) {
-      _mm512_store_si512(sizes.slot(prepared, slot) + tile * kTileBytes, _mm512_setzero_si512());
+      _mm512_store_si512(prepared + sizes.slot(slot) + tile * kTileBytes, _mm512_setzero_si512());
     }
   }
 }
@@ -115,12 +109,12 @@ void prepare(const LinearTask& task, int64_t first_row, int64_t last_row, uint8_
   const Arrangement arrangement(task.arranged, task.m);
   for (int64_t r = first_row; r < last_row; ++r) {
     const int64_t slot = streamed ? r : arrangement.place(r);
-    uint8_t* const out = sizes.slot(prepared, slot);
+    uint8_t* const out = prepared + sizes.slot(slot);
     bool again = !streamed && arrangement.is_done_again(r);
     again |= task.weight_only ? prepare_floats(task, r, out)
                               : prepare_bfloat16(task, sizes.steps, r, out);
     if (!streamed) prepare_bands(task, sizes, r, slot, arrangement.slots(r), prepared);
-    sizes.done_again(prepared)[r] = again;
+    prepared[sizes.done_again() + r] = again;
   }
 }
 
@@ -158,7 +152,6 @@ void run(const LinearTask& task, const uint8_t* prepared, int64_t first_panel, i
   uint8_t* const decoded = static_cast<uint8_t*>(scratch);
   uint8_t* const factors = decoded + parts.decoded;
   uint8_t* const sums = factors + parts.factors;
-  uint8_t* const activations = const_cast<uint8_t*>(prepared);
   const Context context{task,    PlacedLayout(task.layout, task.n), prepared,
                         decoded, reinterpret_cast<Sums*>(sums),     last_panel};
   {
@@ -167,12 +160,13 @@ void run(const LinearTask& task, const uint8_t* prepared, int64_t first_panel, i
       run_streamed(context, first_panel);
     } else {
       run_blocked({context, sizes.steps, Arrangement(task.arranged, task.m),
-                   sizes.factors(activations), reinterpret_cast<float*>(factors)},
+                   reinterpret_cast<const float*>(prepared + sizes.factors()),
+                   reinterpret_cast<float*>(factors)},
                   first_panel);
     }
   }
 
-  const uint8_t* const done_again = sizes.done_again(activations);
+  const uint8_t* const done_again = prepared + sizes.done_again();
   for (int64_t r = 0; r < task.m; ++r) {
     if (!done_again[r]) continue;
     const LinearTask one = task.of_row(r);

@@ -1,8 +1,7 @@
-// Barriers and bulk copies in shared memory, which has 32-bit addresses of its own; sm_90 and
-// later.
+// Barriers in shared memory, and bulk copies to it; sm_90 and later.
 #pragma once
 
-#include "vectors.cuh"
+#include <cstdint>
 
 namespace micromix::cuda {
 
@@ -49,31 +48,6 @@ __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
       "}" ::"r"(barrier),
       "r"(parity)
       : "memory");
-}
-__device__ __forceinline__ Narrow<8> load_shared(uint32_t from) {
-  Narrow<8> x;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
-               : "r"(from));
-  return x;
-}
-// Zeros unless `there`.
-__device__ __forceinline__ Narrow<8> load_shared_if(bool there, uint32_t from) {
-  Narrow<8> x{};
-  asm volatile(
-      "{\n"
-      ".reg .pred there;\n"
-      "setp.ne.u32 there, %5, 0;\n"
-      "@there ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-      "}"
-      : "+r"(x.word[0]), "+r"(x.word[1]), "+r"(x.word[2]), "+r"(x.word[3])
-      : "r"(from), "r"(static_cast<uint32_t>(there)));
-  return x;
-}
-__device__ __forceinline__ uint32_t load_shared_half(uint32_t from) {
-  uint16_t x;
-  asm volatile("ld.shared.b16 %0, [%1];" : "=h"(x) : "r"(from));
-  return x;
 }
 
 }  // namespace micromix::cuda

@@ -18,7 +18,8 @@ struct PairedRows {
   static constexpr bool kNorm = kFunction != RowFunction::kPointwise;
   static constexpr bool kLayerNorm = kFunction == RowFunction::kLayerNorm;
   static constexpr bool kBFloat16 = kTypes == Types::kBFloat16;
-  static constexpr int kRows = 2, kGroup = 8, kWords = kGroup / 2, kWarps = kPairedThreads / 32;
+  static constexpr int kRows = 2, kGroup = kPairedGroup, kWords = kGroup / 2,
+                       kWarps = kPairedThreads / 32;
   static constexpr uint32_t kNoChannel = 0xFFFFFFFF;
   static_assert(is_narrow(kTypes) && kWarps == 16);
   using Words = uint32_t[kRows][kWords];

@@ -232,7 +232,32 @@ __device__ __forceinline__ void store_words(void* to, const uint32_t (&words)[kW
                                   words[4 * i + 3]};
 }
 
-// To shared memory, by its own addresses.
+// From and to shared memory, by its own 32-bit addresses.
+__device__ __forceinline__ Narrow<8> load_shared(uint32_t from) {
+  Narrow<8> x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
+               : "r"(from));
+  return x;
+}
+// Zeros unless `there`.
+__device__ __forceinline__ Narrow<8> load_shared_if(bool there, uint32_t from) {
+  Narrow<8> x{};
+  asm volatile(
+      "{\n"
+      ".reg .pred there;\n"
+      "setp.ne.u32 there, %5, 0;\n"
+      "@there ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+      "}"
+      : "+r"(x.word[0]), "+r"(x.word[1]), "+r"(x.word[2]), "+r"(x.word[3])
+      : "r"(from), "r"(static_cast<uint32_t>(there)));
+  return x;
+}
+__device__ __forceinline__ uint32_t load_shared_half(uint32_t from) {
+  uint16_t x;
+  asm volatile("ld.shared.b16 %0, [%1];" : "=h"(x) : "r"(from));
+  return x;
+}
 __device__ __forceinline__ void store_shared(uint32_t to, const uint32_t (&words)[4]) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]), "r"(words[1]),
                "r"(words[2]), "r"(words[3])
