@@ -8,3 +8,11 @@ def fresh_compiler():
     torch.compiler.reset()
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M in bfloat16 and its tokenizer, read once, as reading takes long: tests leave them as they are."""
+    from micromix_compile import models  # brings transformers, which most tests do without
+
+    return models.load("smollm2")

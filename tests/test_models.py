@@ -22,8 +22,8 @@ def test_local_directory(tmp_path):
     assert tokenizer(text).input_ids == tiny_tokenizer()(text).input_ids
 
 
-def test_smollm2():
-    model, tokenizer = models.load("smollm2")
+def test_smollm2(smollm2):
+    model, tokenizer = smollm2
     assert (model.config.num_hidden_layers, model.config.hidden_size) == (30, 576)
     assert model.dtype is torch.bfloat16
     # Plain dense layers: nothing of the file's own quantisation is left in the modules.
