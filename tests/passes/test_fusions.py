@@ -12,7 +12,7 @@ from architectures import build, inputs
 from micromix_compile import Recipe, calibrate, explain
 from micromix_compile.passes import manager
 
-LAYERS = 3
+LAYERS = 2  # of every tiny model
 RECIPE = Recipe(split=(0.5, 0.25, 0.25))
 
 
@@ -35,17 +35,6 @@ FUSIONS = {
 }
 
 
-def deeper(name: str) -> torch.nn.Module:
-    """The tiny model with LAYERS layers."""
-    model = build(name)
-    config = model.config
-    config.num_hidden_layers = LAYERS
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:1] * LAYERS
-    torch.manual_seed(0)
-    return type(model)(config).eval()
-
-
 def run(model, arguments, **options):
     compiled = torch.compile(
         model, backend="micromix", dynamic=True, fullgraph=True, options=options
@@ -60,7 +49,7 @@ def calls(graph: str) -> collections.Counter[str]:
 
 @pytest.mark.parametrize("name", FUSIONS)
 def test_counts_graph_and_numbers(name, tmp_path, monkeypatch):
-    model = deeper(name)
+    model = build(name)
     shapes = [inputs(name, 2, 13), inputs(name, 3, 7)]
     plan = calibrate(model).run(shapes).plan(RECIPE)
     eager, _ = run(model, shapes, plan=plan, inductor=False)
