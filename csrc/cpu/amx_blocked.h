@@ -13,7 +13,7 @@ namespace {
 // Pairs of panels and strips at once.
 constexpr int64_t kMaxPairs = 16;
 static_assert(kMaxPairs <= 32, "a bit each");
-constexpr int64_t kMaxStrips = 16;
+constexpr int64_t kMaxStrips = 64;
 constexpr int64_t kPairColumns = 2 * kTileRows;
 
 struct BlockedContext : Context {
@@ -46,38 +46,49 @@ void decode_bfloat16(const BlockedContext& context, const Step& step, int64_t p,
                    // The same block of the next panel, which no hardware would foresee, and the
                    // place of the block after the next one.
                    for (int line = 0; line < kFormat.bits; ++line) {
-                     _mm_prefetch(next + tile + line * kLine, _MM_HINT_T0);
+                     _mm_prefetch(next + tile + line * kLine, _MM_HINT_T1);
                    }
                    for (int line = 0; line < kTileRows; ++line) {
-                     __builtin_prefetch(out + 4 * kTileBytes + line * kLine, 1);
+                     __builtin_prefetch(out + 2 * kTileBytes + line * kLine, 1);
                    }
                    decode_tile<kFormat>(panel + tile, panel + b * kTileRows, out);
                    out += 2 * kTileBytes;
                  });
 }
 
-// A band of a panel in a step.
-PanelBand band_of_panel(const BlockedContext& context, const Step& step, int64_t p, int band) {
-  __m128i limit = _mm_set1_epi8(-1);
-  for (int i = 0;; ++i) {
-    const PanelBand own = panel_band(context.panel(p), step.first_block, step.integers_end, limit);
-    if (i == band) return own;
-    limit = below_band(own.largest);
+// The bands of a pair of panels in a step: how many, and the first of each panel.
+struct PairBands {
+  int count = 1;
+  PanelBand first[2];
+};
+
+// A band of a panel in a step, after the first.
+PanelBand later_band(const BlockedContext& context, const Step& step, int64_t p, PanelBand band,
+                     int number) {
+  for (; number > 0; --number) {
+    band =
+        panel_band(context.panel(p), step.first_block, step.integers_end, below_band(band.largest));
   }
+  return band;
 }
 
-// How many there are.
-int bands_of_panel(const BlockedContext& context, const Step& step, int64_t p) {
-  int bands = 1;
-  while (!band_of_panel(context, step, p, bands - 1).last) ++bands;
+PairBands bands_of_pair(const BlockedContext& context, const Step& step, int64_t p) {
+  PairBands bands;
+  for (int c = 0; c < 2; ++c) {
+    PanelBand band =
+        panel_band(context.panel(p + c), step.first_block, step.integers_end, _mm_set1_epi8(-1));
+    bands.first[c] = band;
+    for (int count = 1; !band.last; bands.count = std::max(bands.count, ++count)) {
+      band = later_band(context, step, p + c, band, 1);
+    }
+  }
   return bands;
 }
 
 // A band of a panel's blocks that are multiplied as integers, and the factors of its rows.
-void decode_band(const BlockedContext& context, const Step& step, int64_t p, int band, uint8_t* out,
-                 float* factors) {
+void decode_band(const BlockedContext& context, const Step& step, int64_t p, const PanelBand& own,
+                 uint8_t* out, float* factors) {
   const uint8_t *const panel = context.panel(p), *const next = context.panel(p + 1);
-  const PanelBand own = band_of_panel(context, step, p, band);
   alignas(16) uint8_t largest[kTileRows];
   _mm_store_si128(reinterpret_cast<__m128i*>(largest), own.largest);
   for (int n = 0; n < kTileRows; ++n) factors[n] = band_factor(largest[n]);
@@ -90,27 +101,31 @@ void decode_band(const BlockedContext& context, const Step& step, int64_t p, int
     }
     const int64_t tile = context.sizes.scale_bytes + b * tile_bytes(mx::E2M1);
     for (int line = 0; line < mx::E2M1.bits; ++line) {
-      _mm_prefetch(next + tile + line * kLine, _MM_HINT_T0);
+      _mm_prefetch(next + tile + line * kLine, _MM_HINT_T1);
     }
     for (int line = 0; line < kTileRows / 2; ++line) {
-      __builtin_prefetch(half + 4 * kTileBytes + line * kLine, 1);
+      __builtin_prefetch(half + 2 * kTileBytes + line * kLine, 1);
     }
     decode_integers(panel + tile, panel + b * kTileRows, own.largest, half);
   }
 }
 
 // Decodes a band of the pairs of panels that have it; with the first, which all have, what is
-// multiplied as bfloat16 numbers. `bands` says how many each pair has.
-Decoded decode(const BlockedContext& context, const Range& range, const int* bands, int band) {
+// multiplied as bfloat16 numbers.
+Decoded decode(const BlockedContext& context, const Range& range, const PairBands* bands,
+               int band) {
   const Step& step = range.step;
   Decoded decoded;
   for (int64_t pair = 0; pair < range.pairs(); ++pair) {
-    if (bands[pair] <= band) continue;
+    if (bands[pair].count <= band) continue;
     for (int c = 0; c < 2; ++c) {
       const int64_t p = range.p0 + 2 * pair + c;
       uint8_t* const out = context.decoded + decoded.count * range.pair_bytes() + c * kTileBytes;
       float* const factors = context.column_factors + decoded.count * kPairColumns + c * kTileRows;
-      if (step.integer_tiles > 0) decode_band(context, step, p, band, out, factors);
+      if (step.integer_tiles > 0) {
+        decode_band(context, step, p, later_band(context, step, p, bands[pair].first[c], band), out,
+                    factors);
+      }
       if (band == 0) decode_bfloat16(context, step, p, out + step.integer_tiles * 2 * kTileBytes);
     }
     decoded.pairs[decoded.count++] = static_cast<uint8_t>(pair);
@@ -154,10 +169,13 @@ void multiply_range(const BlockedContext& context, const Range& range, const Dec
       Sums* const sums = all_sums + (s - range.s0) * pairs + pair;
       const bool begins = !(begun >> pair & 1);
       const uint8_t* const b = context.decoded + slot * range.pair_bytes();
-      // Each of the first eight pairs fetches a quarter of a row tile of the next strip to L2;
-      // where the next sums go to tiles, which wait for them, they are fetched to L1.
-      const uint8_t* const next = a + (2 + slot / 4) * bytes + slot % 4 * (tiles * kTileBytes / 4);
-      const bool fetches = slot < 8, fetches_sums = !kIntegers && !(begins && ends);
+      // The next strip is fetched to L2 in parts, one beside each of the first pairs; where the
+      // next sums go to tiles, which wait for them, they are fetched to L1.
+      const int64_t parts = decoded.count < kMaxPairs ? kMaxPairs / 4 : kMaxPairs / 2;
+      const int64_t part_bytes = slot < 2 * parts ? kTileBytes / parts : 0;
+      const uint8_t* const next =
+          a + (2 + slot / parts) * bytes + slot % parts * tiles * part_bytes;
+      const bool fetches_sums = !kIntegers && !(begins && ends);
       const uint8_t* const next_sums = reinterpret_cast<const uint8_t*>(sums + 1);
       PairEnd next_end;
       if (kIntegers || ends) {
@@ -169,12 +187,11 @@ void multiply_range(const BlockedContext& context, const Range& range, const Dec
                      mixed ? &floats : nullptr, begins, ends);
       }
       const auto multiply_part = [&]<bool kPartIsIntegers>(
-                                     int64_t first, int64_t last,
-                                     bool is_first) __attribute__((always_inline)) {
+                                     int64_t first, int64_t last, const auto& end_of_rows,
+                                     PairEnd::Lines lines) __attribute__((always_inline)) {
         for (int64_t i = first; i < last; ++i) {
-#pragma GCC unroll 4
-          for (int line = 0; line < 4; ++line) {
-            if (fetches) _mm_prefetch(next + i * kTileBytes / 4 + line * kLine, _MM_HINT_T1);
+          for (int64_t byte = 0; byte < part_bytes; byte += kLine) {
+            _mm_prefetch(next + i * part_bytes + byte, _MM_HINT_T1);
           }
           if (fetches_sums) {
 #pragma GCC unroll 4
@@ -183,30 +200,40 @@ void multiply_range(const BlockedContext& context, const Range& range, const Dec
             }
           }
           const int64_t row = (i - first) * end_rows;
-          if (is_first) next_end.fetch(task, row, row + end_rows);
+          for (int64_t r = row; r < std::min(row + end_rows, lines.rows); ++r) {
+            _mm_prefetch(lines.first + r * lines.stride, _MM_HINT_T1);
+          }
           multiply<2, true, kPartIsIntegers>(a + i * kTileBytes, bytes, b + i * 2 * kTileBytes);
-          if (is_first) end.run(task, row, row + end_rows);
+          end_of_rows(row, row + end_rows);
         }
       };
+      const auto multiply_first = [&]<bool kPartIsIntegers>(int64_t first, int64_t last) {
+        end.visit(task, [&](const auto& end_of_rows) __attribute__((always_inline)) {
+          multiply_part.template operator()<kPartIsIntegers>(first, last, end_of_rows,
+                                                             next_end.lines(task));
+        });
+      };
       if constexpr (kIntegers) {
-        if (mixed && !integers_first) {
-          multiply_part.template operator()<false>(integer_tiles, tiles, true);
+        if (!integers_first) {
+          multiply_first.template operator()<false>(integer_tiles, tiles);
           exchange_sums(floats, nullptr);
+          multiply_part.template operator()<true>(0, integer_tiles, PairEnd::kNothing, {});
+        } else {
+          multiply_first.template operator()<true>(0, integer_tiles);
         }
-        multiply_part.template operator()<true>(0, integer_tiles, integers_first);
         exchange_sums(integers, nullptr);
         if (mixed && integers_first) {
-          multiply_part.template operator()<false>(integer_tiles, tiles, false);
+          multiply_part.template operator()<false>(integer_tiles, tiles, PairEnd::kNothing, {});
           exchange_sums(floats, nullptr);
         }
       } else {
-        multiply_part.template operator()<false>(0, tiles, true);
+        multiply_first.template operator()<false>(0, tiles);
         exchange_sums(ends ? floats : *sums, begins ? nullptr : sums + 1);
       }
       end = next_end;
     }
   }
-  end.run(task, 0, kStripRows);
+  end.visit(task, [](const auto& end_of_rows) { end_of_rows(0, kStripRows); });
 }
 
 // One step of K. What `decoded` has of the strips before serves these too.
@@ -214,11 +241,11 @@ void run_step(const BlockedContext& context, const Range& range, Decoded& decode
   const Step& step = range.step;
   const bool ends = range.number + 1 == context.steps.count();
   uint32_t begun = range.number == 0 ? 0 : ~0u;
-  int bands[kMaxPairs], most = 1;
-  for (int64_t pair = 0; pair < range.pairs(); ++pair) {
-    const int64_t p = range.p0 + 2 * pair;
-    bands[pair] = std::max(bands_of_panel(context, step, p), bands_of_panel(context, step, p + 1));
-    most = std::max(most, bands[pair]);
+  PairBands bands[kMaxPairs];
+  int most = 1;
+  for (int64_t pair = 0; pair < range.pairs() && step.integer_tiles > 0; ++pair) {
+    bands[pair] = bands_of_pair(context, step, range.p0 + 2 * pair);
+    most = std::max(most, bands[pair].count);
   }
   for (int band = most - 1; band >= 0; --band) {  // all pairs have the first
     if (decoded.count == 0) decoded = decode(context, range, bands, band);

@@ -161,25 +161,29 @@ class PairEnd {
     ends_ = ends;
   }
 
-  // Brings the lines of rows [first, last) to L2: a store that waits for L3 holds up all others.
-  [[gnu::always_inline]] void fetch(const LinearTask& task, int64_t first, int64_t last) const {
-    last = last < rows_ ? last : rows_;
-    if (!whole_ || !ends_) return;
-    const uint16_t* out = at(task, first);
-    for (int64_t r = first; r < last; ++r, out += task.n) _mm_prefetch(out, _MM_HINT_T1);
+  // The lines of the result that this is to write: those of `rows` rows, `stride` numbers apart. A
+  // store that waits for L3 holds up all others, so they are brought to L2 before.
+  struct Lines {
+    const uint16_t* first;
+    int64_t stride, rows;
+  };
+  Lines lines(const LinearTask& task) const {
+    return {at(task, 0), task.n, whole_ && ends_ ? rows_ : 0};
   }
 
-  // Slots or, at the end of K, rows [first, last) of the strip, those of them that exist.
-  [[gnu::always_inline]] void run(const LinearTask& task, int64_t first, int64_t last) const {
-    if (!sums_) return;
-    if (!integers_) return run_as<kSums>(task, first, last);
+  // Calls f with a function that does slots or, at the end of K, rows [first, last) of the strip,
+  // those of them that exist. f is compiled for each kind of end: a loop in it makes no choices.
+  template <typename F>
+  [[gnu::always_inline]] void visit(const LinearTask& task, const F& f) const {
+    if (!sums_) return f(kNothing);
+    if (!integers_) return visit_as<kSums>(task, f);
     if (floats_) {
-      return begins_ ? run_as<kIntegers | kFloats>(task, first, last)
-                     : run_as<kIntegers | kFloats | kSums>(task, first, last);
+      return begins_ ? visit_as<kIntegers | kFloats>(task, f)
+                     : visit_as<kIntegers | kFloats | kSums>(task, f);
     }
-    return begins_ ? run_as<kIntegers>(task, first, last)
-                   : run_as<kIntegers | kSums>(task, first, last);
+    return begins_ ? visit_as<kIntegers>(task, f) : visit_as<kIntegers | kSums>(task, f);
   }
+  static constexpr auto kNothing = [](int64_t, int64_t) {};
 
  private:
   static constexpr int kSums = 1, kIntegers = 2, kFloats = 4;
@@ -214,9 +218,9 @@ class PairEnd {
   }
 
   // Of one row, by its number in the strip.
-  template <int kTerms, bool kPlain>
+  template <int kTerms>
   [[gnu::always_inline]] __m512 value_of_row(int64_t r, int panel, __m512 column_factors) const {
-    if (kPlain || !arrangement_) return value<kTerms>(r, panel, column_factors);
+    if (!arrangement_) return value<kTerms>(r, panel, column_factors);
     const int64_t row = first_row_ + r, slot = arrangement_->place(row) - first_slot_;
     __m512 sum = value<kTerms>(slot, panel, column_factors);
     for (int i = 1; i < arrangement_->slots(row); ++i) {
@@ -225,53 +229,61 @@ class PairEnd {
     return sum;
   }
 
-  template <int kTerms>
-  [[gnu::always_inline]] void run_as(const LinearTask& task, int64_t first, int64_t last) const {
-    __m512 factors[2] = {};
+  template <int kTerms, typename F>
+  [[gnu::always_inline]] void visit_as(const LinearTask& task, const F& f) const {
+    __m512 low = {}, high = {};
     if (kTerms != kSums) {
-      factors[0] = _mm512_load_ps(column_factors_);
-      factors[1] = _mm512_load_ps(column_factors_ + kTileRows);
+      low = _mm512_load_ps(column_factors_);
+      high = _mm512_load_ps(column_factors_ + kTileRows);
     }
-    if (kTerms != kSums && !ends_) {
-      last = last < kStripRows ? last : kStripRows;
-      for (int64_t slot = first; slot < last; ++slot) {
-        float* const low = sums_->values[0][0] + of_slot(slot);
-        const __m512 high = value<kTerms>(slot, 1, factors[1]);
-        _mm512_store_ps(low, value<kTerms>(slot, 0, factors[0]));
-        _mm512_store_ps(low + kTileRows * kTileRows, high);
-      }
-      return;
-    }
-    last = last < rows_ ? last : rows_;
-    if (!whole_) return run_slow<kTerms>(task, first, last, factors);
-    if (plain_) return run_whole<kTerms, true>(task, first, last, factors);
-    run_whole<kTerms, false>(task, first, last, factors);
-  }
-
-  template <int kTerms, bool kPlain>
-  [[gnu::always_inline]] void run_whole(const LinearTask& task, int64_t first, int64_t last,
-                                        const __m512* factors) const {
-    const auto bias = [&](int c) {
-      const int64_t n = (panel_ + c) * kTileRows;
-      return task.bias ? load_floats(task.bias, task.bias_dtype, n, 0xFFFF) : _mm512_setzero_ps();
-    };
-    const __m512 bias0 = bias(0), bias1 = bias(1);
-    uint16_t* out = at(task, first);
-    for (int64_t r = first; r < last; ++r, out += task.n) {
-      const __m512 low = _mm512_add_ps(value_of_row<kTerms, kPlain>(r, 0, factors[0]), bias0);
-      const __m512 high = _mm512_add_ps(value_of_row<kTerms, kPlain>(r, 1, factors[1]), bias1);
-      _mm512_storeu_si512(out, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+    if (!ends_) {
+      f([this, low, high](int64_t first, int64_t last) __attribute__((always_inline)) {
+        if constexpr (kTerms != kSums) add_up<kTerms>(first, last, low, high);
+      });
+    } else if (whole_ && plain_) {
+      const auto bias = [&](int panel) {
+        const int64_t n = (panel_ + panel) * kTileRows;
+        return task.bias ? load_floats(task.bias, task.bias_dtype, n, 0xFFFF) : _mm512_setzero_ps();
+      };
+      f([this, low, high, low_bias = bias(0), high_bias = bias(1), out = at(task, 0), n = task.n](
+            int64_t first, int64_t last) __attribute__((always_inline)) {
+        last = last < rows_ ? last : rows_;
+        for (int64_t r = first; r < last; ++r) {
+          store_pair(out + r * n, _mm512_add_ps(value<kTerms>(r, 0, low), low_bias),
+                     _mm512_add_ps(value<kTerms>(r, 1, high), high_bias));
+        }
+      });
+    } else {
+      f([this, &task, low, high](int64_t first, int64_t last)
+            __attribute__((always_inline)) { finish_rows<kTerms>(task, first, last, low, high); });
     }
   }
 
   template <int kTerms>
-  [[gnu::noinline]] void run_slow(const LinearTask& task, int64_t first, int64_t last,
-                                  const __m512* factors) const {
+  [[gnu::always_inline]] void add_up(int64_t first, int64_t last, __m512 low, __m512 high) const {
+    last = last < kStripRows ? last : kStripRows;
+    for (int64_t slot = first; slot < last; ++slot) {
+      float* const sums = sums_->values[0][0] + of_slot(slot);
+      const __m512 second = value<kTerms>(slot, 1, high);
+      _mm512_store_ps(sums, value<kTerms>(slot, 0, low));
+      _mm512_store_ps(sums + kTileRows * kTileRows, second);
+    }
+  }
+
+  [[gnu::always_inline]] static void store_pair(uint16_t* out, __m512 low, __m512 high) {
+    _mm512_storeu_si512(out, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+  }
+
+  // Rows of several slots, or results that are no whole lines of bfloat16.
+  template <int kTerms>
+  [[gnu::noinline]] void finish_rows(const LinearTask& task, int64_t first, int64_t last,
+                                     __m512 low_factors, __m512 high_factors) const {
+    last = last < rows_ ? last : rows_;
     for (int c = 0; c < 2 && panel_ + c < last_panel_; ++c) {
       const __mmask16 columns = column_mask(task, panel_ + c);
       for (int64_t r = first; r < last; ++r) {
         finish(task, first_row_ + r, panel_ + c, columns,
-               value_of_row<kTerms, false>(r, c, factors[c]));
+               value_of_row<kTerms>(r, c, c == 0 ? low_factors : high_factors));
       }
     }
   }

@@ -47,7 +47,8 @@ void run_row_tiles(const Context& context, int64_t first_panel) {
     }
     store_sums(*context.sums);
     if constexpr (kColumns == 2) {
-      PairEnd(task, *context.sums, nullptr, 0, task.m, p, context.last_panel).run(task, 0, task.m);
+      PairEnd(task, *context.sums, nullptr, 0, task.m, p, context.last_panel)
+          .visit(task, [&](const auto& finish_rows) { finish_rows(0, task.m); });
     } else {
       finish_column(task, *context.sums, p);
     }

@@ -149,6 +149,7 @@ template <mx::ElementFormat kFormat>
     }
     wide |= !plain && !nan && _mm512_test_epi16_mask(values, _mm512_set1_epi16(0x7FFF)) != 0;
     if (nan) values = _mm512_set1_epi16(0x7FC0);
+    __builtin_prefetch(out + b * kTileBytes + kLine, 1);  // the next row's
     _mm512_store_si512(out + b * kTileBytes, values);
     packed += kFormat.bits * 4;
   }

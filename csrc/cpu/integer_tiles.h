@@ -155,6 +155,7 @@ struct RowBand {
     const __mmask64 there = (band.blocks >> b & 1 ? 0xFFFFFFFFull : 0) |
                             (band.blocks >> b & 2 ? 0xFFFFFFFFull << 32 : 0);
     const __m512i index = _mm512_ternarylogic_epi64(low, codes, base, 0xEA);
+    __builtin_prefetch(out + kLine, 1);  // the next row's: tiles are rarely in a cache
     _mm512_store_si512(out, _mm512_maskz_permutexvar_epi8(there, index, table));
     pair = _mm512_add_epi8(pair, _mm512_set1_epi8(2));
   }
