@@ -17,10 +17,14 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]  # by Dtype
 GUARD = 64  # elements behind a result that must stay as they are
 
 
-def compile_simulator(sources: Path, library: Path, level: str = "-O1") -> None:
-    """Compiles csrc/ at ``sources``. Raises CalledProcessError with g++'s message."""
+def compile_simulator(sources: Path, library: Path, few: bool = False) -> None:
+    """Compiles csrc/ at ``sources``. Raises CalledProcessError with g++'s message.
+
+    ``few``: soon compiled, and only with one of FORMATS for each of TILES, in their order.
+    """
     source = sources / "cutlass" / "simulator" / "simulator.cpp"
-    flags = ["-std=c++20", level, "-shared", "-fPIC", "-DMICROMIX_SIMULATOR", "-w"]
+    flags = ["-std=c++20", "-shared", "-fPIC", "-DMICROMIX_SIMULATOR", "-w"]
+    flags += ["-O0", "-DMICROMIX_SIMULATOR_FEW"] if few else ["-O1"]
     compiler = os.environ.get("CXX", "g++")
     subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
 

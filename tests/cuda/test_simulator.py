@@ -241,8 +241,9 @@ def cases() -> list[tuple[Product, dict]]:
     return battery()
 
 
-def test_the_battery_passes_what_is_right(simulator, cases):
-    assert survives(Path(simulator._library._name), cases)
+def test_the_battery_passes_what_is_right(tmp_path, cases):
+    compile_simulator(SOURCES, tmp_path / "libsimulator.so", few=True)
+    assert survives(tmp_path / "libsimulator.so", cases)
 
 
 @pytest.mark.parametrize("fault", MUTANTS)
@@ -255,5 +256,5 @@ def test_a_planted_fault_is_caught(tmp_path, cases, fault):
     source = kernel.read_text()
     assert source.count(before) == 1, "the text is not in the kernel once"
     kernel.write_text(source.replace(before, after))
-    compile_simulator(tmp_path, tmp_path / "libmutant.so", "-O0")
+    compile_simulator(tmp_path, tmp_path / "libmutant.so", few=True)
     assert not survives(tmp_path / "libmutant.so", cases)

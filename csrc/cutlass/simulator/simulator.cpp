@@ -204,14 +204,29 @@ void launch(int threads, const int (&grid)[3], int shared_bytes, const Options& 
 
 namespace {
 
+// All tiles have all formats; or each has its own, which is soon compiled and enough for mutants.
+template <typename T, typename F>
+constexpr bool is_compiled() {
+#ifdef MICROMIX_SIMULATOR_FEW
+  constexpr bool kE3M2 = F::a(1) == Element::kE3M2, kMxfp4 = F::b(2) == Element::kE2M1;
+  return T::kM == (kE3M2 ? (kMxfp4 ? 128 : 64) : (kMxfp4 ? 32 : 16));
+#else
+  return true;
+#endif
+}
+
 template <typename F>
 void run(TileId id, const LinearArguments& arguments, int column_tiles,
          const simulator::Options& options) {
   with_tile(id, [&](auto tile) {
     using T = decltype(tile);
     const int grid[3] = {column_tiles, (arguments.m + T::kM - 1) / T::kM, arguments.splits};
-    simulator::launch(T::kThreads, grid, T::kSharedBytes, options,
-                      [&] { linear_block<T, F>(arguments, 0); });
+    if constexpr (is_compiled<T, F>()) {
+      simulator::launch(T::kThreads, grid, T::kSharedBytes, options,
+                        [&] { linear_block<T, F>(arguments, 0); });
+    } else {
+      simulator::failure = "the tile was not compiled for these formats";
+    }
   });
 }
 
