@@ -206,6 +206,25 @@ def test_strided_rows_are_read_where_they_are(isa):
     assert not torch.equal(expected[0], want[0])
 
 
+def test_threads_do_not_change_results(isa, threads):
+    layout = MIXES[0]
+    k = layout.channels
+    x, other = rows(600, k, torch.bfloat16), rows(600, k, torch.bfloat16, 2)
+    weight = rows(1, k, torch.bfloat16, 3)[0]
+    rest = (torch.bfloat16, True, *ordered(layout))
+    results = []
+    for count in (1, 2):
+        threads(count)
+        results.append(
+            [
+                *micromix.rms_norm_quantize(x, other, weight, EPS, 1, *rest),
+                *micromix.layer_norm_quantize(x, other, weight, weight, EPS, *rest),
+                *micromix.pointwise_quantize(x, other, Pointwise.SILU, *rest),
+            ]
+        )
+    assert all(map(torch.equal, *results))
+
+
 def test_no_rows():
     layout = MIXES[0]
     x = torch.empty(2, 0, layout.channels)
