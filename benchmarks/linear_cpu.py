@@ -8,7 +8,8 @@ All contenders run in one process, in turn; a figure is the median of its runs, 
 of the same rounds. With one thread the time is that thread's CPU time, so that other work on the
 machine is not counted; with more it is the clock's. "rotated": each run takes another copy of the
 weight, more copies than the caches hold; "hot": five runs in a row on one, after one that is not
-counted. micromix is the time of quantise and linear together, weight-only that of its one operator.
+counted. micromix is the time of quantise and linear together, weight-only that of its one operator,
+reading that of a loop that only reads the same weights' bytes.
 The memory of every contender is in huge pages where the system gives them. Prints a table; writes it
 as JSON, and a roofline picture.
 """
@@ -48,7 +49,25 @@ def mix(name: str, k: int) -> MixedLayout:
     return MixedLayout(k - k6 - k8, k6, k8)
 
 
-def machine_limits(directory: Path) -> dict[str, float]:
+def built_probe(directory: Path) -> ctypes.CDLL | None:
+    """machine_limits.cpp; None where g++ cannot build it."""
+    library = directory / "machine_limits.so"
+    code = Path(__file__).with_name("machine_limits.cpp")
+    command = ["g++", "-O3", "-mavx2", "-shared", "-fPIC", "-std=c++17", code, "-o", library]
+    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        return None
+    probe = ctypes.CDLL(str(library))
+    probe.read_rate.restype = probe.amx_rate.restype = ctypes.c_double
+    return probe
+
+
+def read_rate(probe: ctypes.CDLL, memory: torch.Tensor) -> float:
+    """Bytes a second of one pass over a tensor."""
+    words = ctypes.c_int64(memory.nbytes // 8)
+    return probe.read_rate(ctypes.c_void_p(memory.data_ptr()), words)
+
+
+def machine_limits(probe: ctypes.CDLL | None) -> dict[str, float]:
     """GB/s read by one thread, GB/s moved by torch's copy, TFLOP/s of AMX from registers."""
     source = torch.ones(1 << 27, dtype=torch.int64)  # 1 GiB
     target = torch.empty_like(source)
@@ -60,37 +79,36 @@ def machine_limits(directory: Path) -> dict[str, float]:
         target.copy_(source)
         seconds.append(time.thread_time() - start)
     limits["copy GB/s"] = 2 * source.nbytes / min(seconds) / 1e9
-    library = directory / "machine_limits.so"
-    code = Path(__file__).with_name("machine_limits.cpp")
-    command = [
-        "g++",
-        "-O3",
-        "-mavx2",
-        "-shared",
-        "-fPIC",
-        "-std=c++17",
-        str(code),
-        "-o",
-        str(library),
-    ]
-    if subprocess.run(command, capture_output=True, check=False).returncode == 0:
-        probe = ctypes.CDLL(str(library))
-        probe.read_rate.restype = probe.amx_rate.restype = ctypes.c_double
-        words = ctypes.c_int64(source.numel())
-        address = ctypes.c_void_p(source.data_ptr())
-        limits["read GB/s"] = max(probe.read_rate(address, words) for _ in range(5)) / 1e9
+    if probe is not None:
+        limits["read GB/s"] = max(read_rate(probe, source) for _ in range(5)) / 1e9
         limits["AMX TFLOP/s"] = probe.amx_rate() / 1e12
     return limits
 
 
+def placed_weights(weights: list[torch.Tensor], layout: MixedLayout) -> list[torch.Tensor]:
+    counts = (layout.k4, layout.k6, layout.k8, layout.code)
+    data, scales = torch.ops.micromix.quantize.default(weights[0], None, *counts)
+    return [torch.ops.micromix.place_weight(data, scales, *counts) for _ in weights]
+
+
+def reading(probe: ctypes.CDLL, placed: list[torch.Tensor]) -> list[peers.Product]:
+    """Loops that only read the placed weights: what the memory allows a product with one row."""
+    # Not in the order of the products, whose weight of this round may be in a cache.
+    half = len(placed) // 2
+    return [
+        lambda memory=memory: read_rate(probe, memory) for memory in placed[half:] + placed[:half]
+    ]
+
+
 def micromix(
-    weights, x: torch.Tensor, layout: MixedLayout, weight_only: bool = False
+    placed: list[torch.Tensor],
+    n: int,
+    x: torch.Tensor,
+    layout: MixedLayout,
+    weight_only: bool = False,
 ) -> list[peers.Product]:
     counts = (layout.k4, layout.k6, layout.k8, layout.code)
     quantize, linear = torch.ops.micromix.quantize.default, torch.ops.micromix.linear.default
-    n = weights[0].shape[0]
-    data, scales = quantize(weights[0], None, *counts)
-    placed = [torch.ops.micromix.place_weight(data, scales, *counts) for _ in weights]
 
     def product(weight: torch.Tensor) -> torch.Tensor:
         return linear(*quantize(x, None, *counts), weight, None, n, *counts, torch.bfloat16)
@@ -130,7 +148,7 @@ def run_times(
     return times
 
 
-def measure(arguments: argparse.Namespace) -> list[dict]:
+def measure(arguments: argparse.Namespace, probe: ctypes.CDLL | None) -> list[dict]:
     results = []
     for shape, rows, hot in itertools.product(
         arguments.shapes, arguments.rows, (False, True) if arguments.hot else (False,)
@@ -142,14 +160,16 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
         copies = min(copies, 2 if rows > 16 else 400)
         weight = (torch.randn(n, k) * 0.02).bfloat16()
         weights = [weight] + [weight.clone() for _ in range(copies - 1)]
-        contenders = {
-            f"micromix {name}": micromix(weights, x, mix(name, k)) for name in arguments.mixes
-        }
-        if arguments.weight_only:
-            contenders |= {
-                f"weight-only {name}": micromix(weights, x, mix(name, k), weight_only=True)
-                for name in arguments.mixes
-            }
+        contenders: dict[str, list[peers.Product]] = {}
+        for name in arguments.mixes:
+            placed = placed_weights(weights, mix(name, k))
+            contenders[f"micromix {name}"] = micromix(placed, n, x, mix(name, k))
+            if arguments.weight_only:
+                contenders[f"weight-only {name}"] = micromix(
+                    placed, n, x, mix(name, k), weight_only=True
+                )
+            if rows == 1 and probe is not None and arguments.threads == 1:
+                contenders[f"reading {name}"] = reading(probe, placed)
         for name, make in arguments.peers.items():
             # A compiled graph for every copy takes minutes: compiled peers get a few copies.
             few = 4 if name in ("inductor bf16", "torchao int8", "openvino int4") else 64
@@ -157,7 +177,8 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
         rounds = max(5, min(arguments.rounds, int(arguments.rounds * 64 / (rows + 63))))
         for name, times in run_times(contenders, rounds, hot).items():
             seconds = statistics.median(times)
-            if name.startswith(("micromix", "weight-only")):
+            reads_only = name.startswith("reading")
+            if name.startswith(("micromix", "weight-only", "reading")):
                 stored = n * k * mix(name.split()[1], k).total_bits / 8
             else:
                 bits = peers.PEERS[name].bits
@@ -170,7 +191,7 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
                     "name": name,
                     "microseconds": seconds * 1e6,
                     "GB/s": stored / seconds / 1e9,
-                    "GFLOP/s": 2 * rows * n * k / seconds / 1e9,
+                    "GFLOP/s": 0 if reads_only else 2 * rows * n * k / seconds / 1e9,
                     "flop/byte": 2 * rows * n * k / stored,
                 }
             )
@@ -198,6 +219,7 @@ def draw(results: list[dict], limits: dict[str, float], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 6))
+    results = [r for r in results if r["GFLOP/s"]]  # not those that only read
     names = sorted({r["name"] for r in results})
     for marker, name in zip(itertools.cycle("osv^D*PX"), names, strict=False):
         points = [r for r in results if r["name"] == name]
@@ -255,13 +277,14 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(arguments.threads)
 
     with tempfile.TemporaryDirectory() as directory:
-        limits = machine_limits(Path(directory))
+        probe = built_probe(Path(directory))
+    limits = machine_limits(probe)
     print(f"{ops.kernel_name('cpu')}, {arguments.threads} thread(s), torch {torch.__version__}")
     print(
         "one thread's limits:", ", ".join(f"{name} {value:.1f}" for name, value in limits.items())
     )
     arguments.peers = peers.available(arguments.peers)
-    results = measure(arguments)
+    results = measure(arguments, probe)
     document = {"kernel": ops.kernel_name("cpu"), "limits": limits, "results": results}
     arguments.output.with_suffix(".json").write_text(json.dumps(document, indent=1))
     draw(results, limits, arguments.output.with_suffix(".png"))
