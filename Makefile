@@ -21,8 +21,10 @@ install: $(STAMPS)/built
 demo: install
 	$(BIN)/micromix demo $(DEMO_ARGS)
 
+# A process for each core, up to 4, on one thread each: threads that outnumber the cores wait for each other.
 test: install $(STAMPS)/test
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 \
+	  --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 # The CUDA kernels, with the compiler from PyPI; needs no GPU. CUDACXX and MICROMIX_CUDA_ARCHITECTURES: see setup.py.
 cuda: $(STAMPS)/cuda-built
