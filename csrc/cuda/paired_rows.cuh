@@ -251,9 +251,13 @@ struct PairedRows {
       store_shared(results, ends);
     }
     let_the_next_kernel_start();
-    wait_for_the_kernel_before();
     const int step = kRows * gridDim.x;
     int row = kRows * blockIdx.x;
+    for (int r = row; r < min(row + kRows, count); ++r) {
+      fetch_row<kTypes>(task.x, r, k);
+      if constexpr (kTwo) fetch_row<kTypes>(task.second, r, k);
+    }
+    wait_for_the_kernel_before();
     Words x, second{};
     load(task.x, row, x);
     if constexpr (kTwo) load(task.second, row, second);

@@ -187,6 +187,7 @@ void launch(const OnDevice& device, const Limits& limits, const RowTask& task, i
   rows.output = output_of(output);
   Launch launch = choose(task, count, output, limits);
   rows.stages = launch.stages;
+  rows.fetched = limits.multiprocessors;  // more get in the way of those that run
   launch.stream = device.stream;
   launch.early = limits.architecture >= 90;
   const auto function = task.row_function == RowFunction::kRmsNorm     ? launch_rms_norm

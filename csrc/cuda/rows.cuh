@@ -383,6 +383,12 @@ __global__ void __launch_bounds__(max_threads(kPlacement),
     rows_kernel(const __grid_constant__ Rows rows) {
   extern __shared__ uint4 shared[];
   let_the_next_kernel_start();
+  if constexpr (kTypes != Types::kAny) {
+    if (blockIdx.x < rows.fetched) {
+      fetch_row<kTypes>(rows.task.x, blockIdx.x, rows.k);
+      fetch_row<kTypes>(rows.task.second, blockIdx.x, rows.k);
+    }
+  }
   wait_for_the_kernel_before();
   Block<kFunction, kTypes, kPlacement>(rows, shared).compute();
 }

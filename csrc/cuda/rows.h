@@ -27,6 +27,7 @@ struct Rows {
   RowTask task;
   int32_t k, count;  // channels and rows
   int32_t stages;    // of the streamed kernel
+  uint32_t fetched;  // of the direct kernel: rows that are fetched before the kernel before ends
   Output output;
 };
 

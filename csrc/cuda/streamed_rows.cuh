@@ -33,6 +33,7 @@ struct Stream {
   static constexpr bool kBFloat16 = kTypes == Types::kBFloat16;
   static constexpr int kGroup = kStreamedGroup, kPieces = kGroup / 8;
   static_assert(is_narrow(kTypes));
+  static constexpr int kFetchedRows = 2;  // before the kernel before ends
   using Block = Pairs<kGroup>;
 
   const Rows& rows;
@@ -461,6 +462,10 @@ struct Stream {
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     let_the_next_kernel_start();
+    for (int i = 0; i < kFetchedRows && after(row, i) < rows.count; ++i) {
+      fetch_row<kTypes>(task.x, after(row, i), rows.k);
+      if constexpr (kTwo) fetch_row<kTypes>(task.second, after(row, i), rows.k);
+    }
     wait_for_the_kernel_before();
     // What is waited for first, first.
     const Channels order = read_order();

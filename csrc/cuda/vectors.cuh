@@ -11,8 +11,8 @@ namespace micromix::cuda {
 
 constexpr unsigned kWarp = 0xFFFFFFFF;  // all of its threads
 
-// A kernel may start before the one before it in its stream ends: it touches no memory of the
-// device until that one's results are there. It lets the next kernel start as soon as it runs.
+// A kernel may start before the one before it in its stream ends: it reads and writes no memory of
+// the device until that one's results are there. It lets the next kernel start as soon as it runs.
 __device__ __forceinline__ void wait_for_the_kernel_before() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -21,6 +21,20 @@ __device__ __forceinline__ void wait_for_the_kernel_before() {
 __device__ __forceinline__ void let_the_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Asks for a row in the second-level cache. That reads nothing, so it may come before the wait:
+// what the kernel before still writes goes to the same cache.
+template <Types kTypes>
+__device__ __forceinline__ void fetch_row(const RowInput& from, int64_t row, int k) {
+#if __CUDA_ARCH__ >= 900
+  static_assert(kTypes != Types::kAny);
+  constexpr int kLine = 128, kBytes = is_narrow(kTypes) ? 2 : 4;
+  if (from.data == nullptr) return;
+  const char* const start = static_cast<const char*>(from.data) + row * from.stride * kBytes;
+  for (int at = kLine * threadIdx.x; at < k * kBytes; at += kLine * blockDim.x)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(start + at));
 #endif
 }
 
