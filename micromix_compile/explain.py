@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import weakref
 from collections import Counter
@@ -154,6 +155,7 @@ def explain(compiled: Any) -> Explanation:
         raise TypeError(
             f"explain wants a torch.nn.Module, compiled or not, or one of its methods; this is a {type(compiled).__name__}"
         )
+    gc.collect()  # graphs that nothing holds any more, as after torch.compiler.reset(), are not counted
     tensors = [*module.parameters(), *module.buffers()]
     found = {report for tensor in tensors for report in _reports.get(tensor, ())}
     graphs = sorted(found, key=lambda report: report.number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import subprocess
 import sys
 import warnings
@@ -483,6 +484,22 @@ def test_explain_forgets_what_a_reset_threw_away(block):
     assert explain(compiled).graphs == 1
     torch.compiler.reset()
     assert explain(block).graphs == 0
+
+
+def test_graphs_that_are_gone_are_not_explained(block):
+    x = torch.randn(4, 96)
+    gc.disable()
+    try:
+        run(block, x)
+        reports = sys.modules["micromix_compile.explain"]._reports[block.up.weight]
+        ring = [*reports]  # Dynamo leaves rings, and collects young ones only
+        ring.append(ring)
+        gc.collect()
+        del ring, reports
+        torch.compiler.reset()
+        assert explain(run(block, x)[1]).graphs == 1
+    finally:
+        gc.enable()
 
 
 def test_a_plan_attached_later_is_followed(block):
