@@ -8,6 +8,10 @@ namespace micromix::cuda {
 __device__ __forceinline__ void make_barrier(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
+// To the copies, by the thread that made them.
+__device__ __forceinline__ void show_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 // What the warp did before is done, to those who wait for the barrier. One lane says so for all,
 // after __syncwarp. compute-sanitizer's racecheck does not follow that: for it, built with
 // MICROMIX_RACECHECK, each lane speaks for itself.

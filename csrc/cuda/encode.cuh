@@ -58,9 +58,11 @@ __device__ __forceinline__ uint32_t pack6(uint32_t bytes) {
   const uint32_t pairs = (bytes & 0x003F003F) | ((bytes >> 2) & 0x0FC00FC0);
   return (pairs & 0xFFF) | (pairs >> 4 & 0xFFF000);
 }
+__device__ __forceinline__ Codes join_24_bits(uint32_t first, uint32_t last) {
+  return {first | last << 24, last >> 8};
+}
 __device__ __forceinline__ Codes join6(uint32_t first, uint32_t last) {
-  const uint32_t a = pack6(first), b = pack6(last);
-  return {a | b << 24, b >> 8};
+  return join_24_bits(pack6(first), pack6(last));
 }
 
 // By integer arithmetic, where the hardware has no cast.
@@ -118,65 +120,106 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b) {
   return c;
 }
 
-// What E2M1 codes are computed with, of the blocks of either half of a word, whose scales are from
-// 1 to 253: one and two times and half the inverse of the scale, as bfloat16. The half is subnormal
-// for the last scale. 255 spoils nothing in the other half.
-struct Slopes {
-  uint32_t one, two, half;
+// E2M1 and E2M3 of bfloat16 numbers, of two at once. With v = |x| over the scale and M bits of
+// mantissa, the code of v is the least of 2^M v, 2^(M-1) v + 2^M and 2^(M-2) v + 2^(M+1), rounded
+// to nearest even: the three lines count the steps of the subnormal and first normal numbers, of
+// the next and of the last, and each is below the others where its step is the element's. From 128
+// to 255 a bfloat16 number is an integer, so a fused multiply and add of |x|, the slope over the
+// scale and the line's constant plus 128 rounds once, to that code plus 128. Under every scale rule
+// v is below 8, and so the code at most 2^(M+2), one more than the largest.
+template <int kMantissa>
+struct Lines {
+  static constexpr uint32_t k128 = 0x4300;  // and the last bits of 128 + n are n
+  static constexpr uint32_t both(uint32_t half) { return half | half << 16; }
 
-  __device__ __forceinline__ explicit Slopes(uint32_t inverse_scales) : one(inverse_scales) {
-    const auto times = [&](uint32_t factor) {
+  // The steep slope over smaller scales is beyond the type.
+  static constexpr int kLeastScale = kMantissa;
+
+  // The slopes over the scales of two blocks, or twice of one, in either half of a word. The last
+  // is subnormal for E2M1 and the largest scale.
+  uint32_t steep, middle, flat;
+
+  // Of scales whose steep slope is finite; 255 spoils nothing in the other half.
+  __device__ __forceinline__ explicit Lines(uint32_t inverse_scales) {
+    const auto times = [&](int power) {
+      if (power == 0) return inverse_scales;
       constexpr uint32_t kMinusZero = 0x80008000;
       uint32_t y;
-      asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(one), "r"(factor), "r"(kMinusZero));
+      asm("fma.rn.bf16x2 %0, %1, %2, %3;"
+          : "=r"(y)
+          : "r"(inverse_scales), "r"(both(static_cast<uint32_t>(127 + power) << 7)),
+            "r"(kMinusZero));
       return y;
     };
-    two = times(0x40004000);
-    half = times(0x3F003F00);
+    steep = times(kMantissa);
+    middle = times(kMantissa - 1);
+    flat = times(kMantissa - 2);
   }
-  static __device__ __forceinline__ Slopes of_block(int byte) {
+  static __device__ __forceinline__ Lines of_block(int byte) {
     const uint32_t inverse = (254 - byte) << 7;
-    return Slopes(permute_bytes<0x1010>(inverse, inverse));
+    return Lines(permute_bytes<0x1010>(inverse, inverse));
   }
-  static __device__ __forceinline__ Slopes of_blocks(int low, int high) {
-    return Slopes(permute_bytes<0x5410>((254 - low) << 7, (254 - high) << 7));
+
+  // 128 and the code, as bfloat16.
+  __device__ __forceinline__ uint32_t operator()(uint32_t x) const {
+    const uint32_t v = x & 0x7FFF7FFF;
+    const auto line = [&](uint32_t slope, uint32_t constant) {
+      uint32_t code;
+      asm("fma.rn.bf16x2 %0, %1, %2, %3;"
+          : "=r"(code)
+          : "r"(v), "r"(slope), "r"(both(k128 + constant)));
+      return code;
+    };
+    const auto smaller = [](uint32_t a, uint32_t b) {
+      uint32_t c;
+      asm("min.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+      return c;
+    };
+    return smaller(smaller(line(steep, 0), line(middle, 1 << kMantissa)),
+                   line(flat, 2 << kMantissa));
   }
 };
 
-// E2M1 of eight bfloat16 numbers, pairs of channels i and i + 4 of a block, or of four channels of
-// two blocks: their codes are in the same half. With v = |x| over the scale, the code of v is
-// min(2v, v + 2, v/2 + 4) rounded to nearest even: the three lines count steps of a half, one and
-// two, and each is below the others where its step is the element's. From 128 to 255 a bfloat16
-// number is an integer, so a fused multiply and add of x, the slope over the scale and the line's
-// constant plus 128 rounds once, to that code plus 128. Under every scale rule v is below 8, and a
-// code of 8 saturates to 7.
+// E2M1 of eight numbers: pairs of channels i and i + 4 of a block, or four channels of two blocks;
+// their codes are in the same half.
 __device__ __forceinline__ uint32_t encode_e2m1_of_bfloat16(const uint32_t* x,
-                                                            const Slopes& slopes) {
-  const auto both = [](uint32_t half) { return half | half << 16; };
-  const auto line = [](uint32_t v, uint32_t slope, uint32_t constant) {
-    uint32_t code;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(code) : "r"(v), "r"(slope), "r"(constant));
-    return code;
-  };
-  const auto smaller = [](uint32_t a, uint32_t b) {
-    uint32_t c;
-    asm("min.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
-    return c;
-  };
-  constexpr uint32_t k128 = 0x4300;  // and the last bits of 128 + n are n
+                                                            const Lines<1>& lines) {
   uint32_t code[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t v = x[i] & 0x7FFF7FFF;
-    code[i] = smaller(smaller(line(v, slopes.two, both(k128)), line(v, slopes.one, both(k128 + 2))),
-                      line(v, slopes.half, both(k128 + 4)));
-  }
-  uint32_t codes =
-      code[0] + 0x10 * code[1] + 0x100 * (code[2] + 0x10 * code[3]) - both(k128) * 0x1111;
-  codes -= codes >> 3 & 0x11111111;
+  for (int i = 0; i < 4; ++i) code[i] = lines(x[i]);
+  uint32_t codes = code[0] + 0x10 * code[1] + 0x100 * (code[2] + 0x10 * code[3]) -
+                   Lines<1>::both(Lines<1>::k128) * 0x1111;
+  codes -= codes >> 3 & 0x11111111;  // a code of 8 saturates to 7
   // Selectors from 8 on repeat a byte's sign bit.
   return codes | (permute_bytes<0xFBD9>(x[0], x[2]) & 0x08080808) |
          (permute_bytes<0xFBD9>(x[1], x[3]) & 0x80808080);
+}
+// E2M3 of two neighbouring channels, in either half of a word: 12 bits each.
+__device__ __forceinline__ uint32_t encode_two_e2m3_of_bfloat16(uint32_t first, uint32_t second,
+                                                                const Lines<3>& lines) {
+  uint32_t codes = lines(first) + 0x40 * lines(second) - Lines<3>::both(Lines<3>::k128) * 0x41;
+  codes -= codes >> 5 & 0x00410041;  // a code of 32 saturates to 31
+  return codes | (first >> 10 & 0x00200020) | (second >> 4 & 0x08000800);
+}
+// Of a half of four channels, the first two and the other two.
+template <int kHalf>
+__device__ __forceinline__ uint32_t join_two_and_two(uint32_t first, uint32_t last) {
+  const uint32_t both = permute_bytes<kHalf == 0 ? 0x5410 : 0x7632>(first, last);
+  return (both & 0xFFF) | (both >> 4 & 0xFFF000);
+}
+// E2M3 of eight channels of two blocks; and of one, pairs of channels i and i + 4.
+__device__ __forceinline__ void encode_e2m3_of_bfloat16(const uint32_t (&x)[8],
+                                                        const Lines<3>& lines, Codes (&codes)[2]) {
+  uint32_t two[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) two[i] = encode_two_e2m3_of_bfloat16(x[2 * i], x[2 * i + 1], lines);
+  codes[0] = join_24_bits(join_two_and_two<0>(two[0], two[1]), join_two_and_two<0>(two[2], two[3]));
+  codes[1] = join_24_bits(join_two_and_two<1>(two[0], two[1]), join_two_and_two<1>(two[2], two[3]));
+}
+__device__ __forceinline__ Codes encode_e2m3_of_bfloat16(const uint32_t* x, const Lines<3>& lines) {
+  const uint32_t first = encode_two_e2m3_of_bfloat16(x[0], x[1], lines);
+  const uint32_t last = encode_two_e2m3_of_bfloat16(x[2], x[3], lines);
+  return join_24_bits(join_two_and_two<0>(first, last), join_two_and_two<1>(first, last));
 }
 
 // The codes of eight values of a block with the scale `byte` (not NaN) and the largest magnitude

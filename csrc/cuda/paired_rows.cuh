@@ -1,13 +1,19 @@
 // The row kernel for many short regular rows of a 16-bit type: thread blocks that stay, and take
 // two rows at a time.
 //
-// A thread has eight channels of both rows, which it loads while the two rows before them are
-// worked on. A norm's sums, a row function's values and their rounding happen in registers, the
-// channels in their order. For an order the results go to shared memory side by side, the two
-// values of a channel in a word, and come back from there by one gather for both rows. Then they
-// are quantised together, one row in either half of a word.
+// A thread has eight channels of both rows. A norm's sums, a row function's values and their
+// rounding happen in registers, the channels in their order. For an order the results go to shared
+// memory side by side, the two values of a channel in a word, and come back from there by one
+// gather for both rows. Then they are quantised together, one row in either half of a word, while
+// the next two rows are on their way.
+//
+// Half of what this kernel takes is instructions: what stays the same from turn to turn (addresses
+// in shared memory, parameters, limits) stays in registers. The other half is the start, where
+// every thread block waits for its first rows, and the last turns of the warps that have the most
+// to do.
 #pragma once
 
+#include "bulk_copies.cuh"
 #include "quantize_pair.cuh"
 #include "row_functions.cuh"
 
@@ -23,116 +29,215 @@ struct PairedRows {
   static constexpr uint32_t kNoChannel = 0xFFFFFFFF;
   static_assert(is_narrow(kTypes) && kWarps == 16);
   using Words = uint32_t[kRows][kWords];
-  // Where the compiler has registers for it, the next rows are loaded ahead, and a weight stays.
+  // Where the compiler has registers for it: what stays the same from turn to turn stays in them.
 #if __CUDA_ARCH__ == 900
-  static constexpr bool kAhead = kBFloat16 && !(kLayerNorm && kTwo);
+  static constexpr bool kKeeps = kBFloat16;
 #else
-  static constexpr bool kAhead = false;
+  static constexpr bool kKeeps = false;
 #endif
-  static constexpr bool kSecondAhead = kAhead && kTwo && !kNorm;
-  static constexpr bool kKeepsVectors = kFunction == RowFunction::kRmsNorm && kBFloat16;
+  // How the next rows come: two operands by bulk copies to shared memory, a turn or two ahead; one
+  // to registers, while this turn's are there, or for an order, which needs them, as soon as it
+  // may.
+#if __CUDA_ARCH__ == 900
+  static constexpr bool kStreams = kTwo;
+#else
+  static constexpr bool kStreams = false;
+#endif
+  static constexpr bool kAhead = kKeeps && !kOrdered && !kTwo;
 
-  // The warps' sums of the rows of this turn and of the next, which some warps may have begun.
-  struct Parts {
-    float squares[2][kRows][kWarps], sums[kLayerNorm ? 2 : 1][kRows][kWarps];
+  // The warps' sums: of each row its values, for a LayerNorm, and their squares; behind them is
+  // what lanes without a sum store. Without an order there are two, of this turn and of the next,
+  // which some warps may have begun: their addresses differ in one bit.
+  static constexpr int kSums = kLayerNorm ? 2 : 1;
+  static constexpr uint32_t kPartsOfTurn = 2 * sizeof(float) * kRows * kSums * kWarps;
+  struct alignas(2 * kPartsOfTurn) Shared {
+    float parts[kOrdered ? 1 : 2][2 * kRows * kSums][kWarps];
+    float distant[kRows][kWarps];
+    uint64_t full[kPairedStages];  // barriers
   };
 
+  const Rows& rows;
   const RowTask& task;
-  const Output& out;
-  Parts& parts;
-  const int k, count;
-  const uint32_t results;                  // in shared memory
-  const bool own;                          // there are channels at this thread's place
-  uint32_t places[kOrdered ? kGroup : 1];  // of the channels that it wants
+  Shared& shared;
+  const int count;
+  const uint32_t lane, warp;
+  const int rows_of_x;   // that have channels at this thread's place
+  uint32_t part, parts;  // where this lane stores a sum, and from where it reads two
+  // In shared memory: this thread's eight channels of the first row of the stages, its weight, its
+  // first four results, and what lies before all results.
+  uint32_t stages, vectors, own_results, results;
+  // Of the channels that it wants: addresses, or where registers are few two distances in a word.
+  static constexpr int kInWord = kKeeps ? 1 : 2;
+  uint32_t places[kOrdered ? kGroup / kInWord : 1];
 
-  __device__ PairedRows(const Rows& rows, void* shared, Parts& parts)
-      : task(rows.task),
-        out(rows.output),
-        parts(parts),
-        k(rows.k),
+  __device__ PairedRows(const Rows& rows, void* areas, Shared& shared)
+      : rows(rows),
+        task(rows.task),
+        shared(shared),
         count(rows.count),
-        results(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-        own(kGroup * static_cast<int>(threadIdx.x) < rows.k) {}
+        lane(threadIdx.x % 32),
+        warp(threadIdx.x / 32),
+        rows_of_x(kept_in_register<kKeeps>(
+            kGroup * static_cast<int>(threadIdx.x) < rows.k ? rows.count : 0)) {
+    if constexpr (kNorm) {
+      // As `add_statistics` leaves them in the lanes.
+      const uint32_t row = lane % 2, of_four = lane % 4, eighth = lane / 8;
+      float* to = shared.parts[0][kRows * kSums];
+      if (of_four == eighth) to = &shared.parts[0][kSums * row + kSums - 1][warp];
+      if (kLayerNorm && (of_four ^ 1) == eighth) to = &shared.parts[0][kSums * row][warp];
+      part = address(to);
+      parts = address(&shared.parts[0][0][0]) + 8 * (lane % (8 * kRows * kSums));
+    }
+    const uint32_t own = address(areas) + 2 * kGroup * threadIdx.x;
+    if constexpr (kStreams) stages = kept_in_register<kKeeps>(own);
+    constexpr int kOfStages = kStreams ? 2 * kPairedStages : 0;
+    if constexpr (kNorm) vectors = kept_in_register<kKeeps>(own + kOfStages * area());
+    results = address(areas) + (kOfStages + kNorm) * area();
+    own_results = results + kPairedEnd + place_of(kGroup * threadIdx.x);
+  }
+  static __device__ __forceinline__ uint32_t area() { return kPairedArea * blockDim.x; }
+  static __device__ __forceinline__ uint32_t address(const void* x) {  // in shared memory
+    return kept_in_register<kKeeps>(static_cast<uint32_t>(__cvta_generic_to_shared(x)));
+  }
 
-  // Zeros where there is nothing.
-  __device__ __forceinline__ void load(const RowInput& from, int row, Words& x) const {
+  // This thread's channels of an operand.
+  struct Channels {
+    const char* at;  // of row 0
+    uint32_t row_bytes;
+    __device__ __forceinline__ explicit Channels(const RowInput& from)
+        : at(kept_in_register<kKeeps>(static_cast<const char*>(from.data) +
+                                      2 * kGroup * threadIdx.x)),
+          row_bytes(static_cast<uint32_t>(2 * from.stride)) {}
+    __device__ __forceinline__ const char* of(int row) const {
+      return at + uint64_t{static_cast<uint32_t>(row)} * row_bytes;
+    }
+  };
+  // Two rows. Leaves x as it is where there is nothing.
+  __device__ __forceinline__ void load(const Channels& from, int row, Words& x) const {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) load_words_if(row + i < rows_of_x, from.of(row + i), x[i]);
+  }
+  // The same of a stage.
+  __device__ __forceinline__ uint32_t place_of_row(int stage, int operand, int row) const {
+    return stages + (2 * stage + operand) * area() + row * (area() / 2);
+  }
+  __device__ __forceinline__ void load(int stage, int operand, Words& x) const {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
+      const Narrow<kGroup> row = load_shared(place_of_row(stage, operand, i));
 #pragma unroll
-      for (int j = 0; j < kWords; ++j) x[i][j] = 0;
-      if (own && row + i < count)
-        load_words_now(static_cast<const uint16_t*>(from.data) + (row + i) * from.stride +
-                           kGroup * threadIdx.x,
-                       x[i]);
+      for (int j = 0; j < kWords; ++j) x[i][j] = row.word[j];
     }
   }
-  static __device__ __forceinline__ void copy(const Words& from, Words& to) {
+  __device__ __forceinline__ uint32_t full(int stage) const {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(&shared.full[stage]));
+  }
+  // One thread's: two rows of both operands to a stage.
+  __device__ __forceinline__ void copy(int row, int stage) const {
+    if (threadIdx.x != 0 || row >= count) return;
+    const uint32_t bytes = 2 * rows.k, barrier = full(stage);
+    expect(barrier, min(kRows, count - row) * 2 * bytes);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (row + i >= count) break;
+      const auto copy_row = [&](const RowInput& from, int operand) {
+        copy_bulk(place_of_row(stage, operand, i),
+                  static_cast<const uint16_t*>(from.data) + (row + i) * from.stride, bytes,
+                  barrier);
+      };
+      copy_row(task.x, 0);
+      copy_row(task.second, 1);
+    }
+  }
+  // Asks for the first two rows in the second-level cache: see fetch_row.
+  __device__ __forceinline__ void fetch(const RowInput& from, int row) const {
+    constexpr int kLine = 128;
+    if (kLine * static_cast<int>(threadIdx.x) >= 2 * rows.k) return;
+    const char* const line = static_cast<const char*>(from.data) + kLine * threadIdx.x;
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
-#pragma unroll
-      for (int j = 0; j < kWords; ++j) to[i][j] = from[i][j];
+      if (row + i < count) fetch_line(line + (row + i) * 2 * from.stride);
   }
-  // Where there is none, what changes nothing.
+  // Without one, what changes nothing.
   __device__ __forceinline__ void load_vector(const RowInput& from, uint32_t otherwise,
                                               uint32_t (&x)[kWords]) const {
 #pragma unroll
     for (int j = 0; j < kWords; ++j) x[j] = otherwise;
-    if (own && from.data != nullptr)
-      load_words_now(static_cast<const uint16_t*>(from.data) + kGroup * threadIdx.x, x);
+    load_words_if(rows_of_x > 0 && from.data != nullptr,
+                  static_cast<const uint16_t*>(from.data) + kGroup * threadIdx.x, x);
   }
 
-  // Of every eight channels, four are in each half of the results. A zero where there is no
-  // channel, and a NaN for one that is not there.
-  __device__ __forceinline__ uint32_t own_place(int half) const {
-    return results + kPairedEnd + 16 * (half * blockDim.x + threadIdx.x);
+  // The results: 16 bytes are free after every 32 channels, so that eight neighbouring threads
+  // store to all banks at once.
+  static __device__ __forceinline__ uint32_t place_of(uint32_t channel) {
+    return 4 * channel + 16 * (channel / 32);
   }
-  __device__ __forceinline__ void read_order() {
+  // A zero where there is no channel, and a NaN for one that is not there.
+  using Order = uint32_t[kGroup];
+  __device__ __forceinline__ void read_order(Order& channels) const {
+    const Output& out = rows.output;
+    // Threads without a block gather what others do.
+    const int last = kGroup * (4 * out.blocks - 1);
+    const int32_t* const order = out.order + min(kGroup * static_cast<int>(threadIdx.x), last);
+    load_words_now(order, reinterpret_cast<uint32_t (&)[4]>(channels));
+    load_words_now(order + 4, reinterpret_cast<uint32_t (&)[4]>(channels[4]));
+  }
+  __device__ __forceinline__ void find_places(const Order& channels) {
+    uint32_t most = 0, place[kGroup];
 #pragma unroll
-    for (int i = 0; i < kGroup; i += 4) {
-      uint32_t four[4] = {kNoChannel, kNoChannel, kNoChannel, kNoChannel};
-      if (kGroup * static_cast<int>(threadIdx.x) < mx::kBlock * out.blocks)
-        load_words_now(out.order + kGroup * threadIdx.x + i, four);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const uint32_t c = four[j];
-        places[i + j] = results + kPairedEnd + 16 * (c / 4 % 2 * blockDim.x + c / 8) + 4 * (c % 4);
-        if (c >= static_cast<uint32_t>(k))
-          places[i + j] = results + (c == kNoChannel ? kPairedZero : kPairedNan);
-      }
+    for (int i = 0; i < kGroup; ++i) {
+      most = max(most, channels[i]);
+      place[i] = kPairedEnd + place_of(channels[i]);
     }
+    const auto k = static_cast<uint32_t>(rows.k);
+    if (most >= k) [[unlikely]] {
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i)
+        if (channels[i] >= k) place[i] = channels[i] == kNoChannel ? kPairedZero : kPairedNan;
+    }
+#pragma unroll
+    for (int i = 0; i < kGroup; i += kInWord)
+      places[i / kInWord] = kKeeps ? results + place[i] : place[i] | place[i + kInWord - 1] << 16;
+  }
+  __device__ __forceinline__ uint32_t place(int i) const {
+    if constexpr (kKeeps) return places[i];
+    uint32_t distance;  // volatile, or it would leave the loop
+    asm volatile("bfe.u32 %0, %1, %2, 16;"
+                 : "=r"(distance)
+                 : "r"(places[i / kInWord]), "r"(16 * (i % kInWord)));
+    return results + distance;
   }
 
-  // The sums over the warp of both rows' values of the eight lanes whose number modulo 4 is its
-  // eighth, of row lane % 2 in each of these.
-  static __device__ __forceinline__ float sum_of_lanes(float first, float second) {
-    const bool odd = threadIdx.x & 1;
+  // The warp's sums of the squares of both rows, and of their values, to the warps' parts.
+  __device__ __forceinline__ void add_statistics(const Words& x, const Roles& roles) const {
+    Products of_row[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) of_row[i] = products_of_lanes<kLayerNorm>(x[i], kBFloat16);
+    // Squares are in every fourth lane, another one in each eight of them; the lane beside it may
+    // as well have the values. So the same three exchanges add up both, and of the rows one in the
+    // even and the other in the odd lanes.
+    const bool odd = roles(Roles::kOdd), squares = roles(Roles::kSquares);
+    const auto part_of = [&](const Products& p) {
+      return kLayerNorm && !squares ? p.sum : p.squares;
+    };
+    const float first = part_of(of_row[0]), second = part_of(of_row[1]);
     float sum = (odd ? second : first) + __shfl_xor_sync(kWarp, odd ? first : second, 9);
     sum += __shfl_xor_sync(kWarp, sum, 18);
-    return sum + __shfl_xor_sync(kWarp, sum, 4);
+    sum += __shfl_xor_sync(kWarp, sum, 4);
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(part), "f"(sum) : "memory");
   }
-  __device__ __forceinline__ void add_statistics(const Words& x, int turn) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const Products first = products_of_lanes<kLayerNorm>(x[0], kBFloat16);
-    const Products second = products_of_lanes<kLayerNorm>(x[1], kBFloat16);
-    const float squares = sum_of_lanes(first.squares, second.squares);
-    const float sum = kLayerNorm ? sum_of_lanes(first.sum, second.sum) : 0.0f;
-    if (lane % 4 == lane / 8) {
-      parts.squares[turn][lane % 2][warp] = squares;
-      if constexpr (kLayerNorm) parts.sums[turn][lane % 2][warp] = sum;
-    }
-  }
-  // The sum of the warps' parts, of row lane / 16.
-  static __device__ __forceinline__ float sum_of_warps(const float (&parts)[kRows][kWarps]) {
-    const int lane = threadIdx.x % 32;
-    float sum = lane % 16 < static_cast<int>(blockDim.x) / 32 ? parts[lane / 16][lane % 16] : 0.0f;
+  // All warps' of the row and the sum that are this lane's: eight neighbouring lanes have the same.
+  __device__ __forceinline__ float sum_of_warps() const {
+    float two[2];
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(two[0]), "=f"(two[1]) : "r"(parts));
+    float sum = two[0] + two[1];
 #pragma unroll
-    for (int lanes = 8; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kWarp, sum, lanes);
+    for (int lanes = 4; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kWarp, sum, lanes);
     return sum;
   }
   // Every thread of the thread block, or none, comes here: the mean squares of the distances from
-  // the means.
+  // the means, of row lane / 16.
   __device__ __forceinline__ float distant(const Words& x, float mean, float inverse_k) const {
-    __shared__ float far[kRows][kWarps];
     float squares[kRows] = {};
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -141,81 +246,101 @@ struct PairedRows {
       for (int j = 0; j < kWords; ++j) {
         const float2 v = widen_pair(x[i][j], kBFloat16);
         const float low = v.x - of_row, high = v.y - of_row;
-        if (own) squares[i] += low * low + high * high;
+        if (rows_of_x > 0) squares[i] += low * low + high * high;
       }
       squares[i] = warp_sum(squares[i]);
-      if (threadIdx.x % 32 == 0) far[i][threadIdx.x / 32] = squares[i];
+      if (lane == 0) shared.distant[i][warp] = squares[i];
     }
     __syncthreads();
-    const float mean_square = sum_of_warps(far) * inverse_k;
+    float sum = shared.distant[lane / 16][lane % 16];
+#pragma unroll
+    for (int lanes = 8; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kWarp, sum, lanes);
     __syncthreads();
-    return mean_square;
-  }
-  // Of row lane / 16.
-  __device__ __forceinline__ Statistics statistics(const Words& x, int turn) const {
-    const float inverse_k = 1.0f / static_cast<float>(k);
-    const float mean_square = sum_of_warps(parts.squares[turn]) * inverse_k;
-    if constexpr (kLayerNorm) {
-      const float mean = sum_of_warps(parts.sums[turn]) * inverse_k;
-      float variance = mean_square - mean * mean;
-      const bool near = is_near_zero(mean, variance);
-      if (!__all_sync(kWarp, near)) {
-        const float exact = distant(x, mean, inverse_k);
-        if (!near) variance = exact;
-      }
-      return layer_statistics(mean, variance, task.eps);
-    } else {
-      return {inverse_root(mean_square, task.eps)};
-    }
+    return sum * inverse_k;
   }
 
   struct Vectors {
-    uint32_t weight[kWords], bias[kWords];
+    Narrow<kGroup> weight, bias;
   };
-  __device__ __forceinline__ Vectors load_vectors() const {
+  __device__ __forceinline__ Vectors read_vectors() const {
     constexpr uint32_t kOnes = kBFloat16 ? 0x3F803F80 : 0x3C003C00, kMinusZeros = 0x80008000;
     const bool added = kFunction == RowFunction::kRmsNorm && task.form == RmsForm::kOnePlusWeight;
-    Vectors vectors{};
-    load_vector(task.weight, added ? kMinusZeros : kOnes, vectors.weight);
-    if constexpr (kLayerNorm) load_vector(task.bias, kMinusZeros, vectors.bias);
-    return vectors;
+    Vectors of_thread{};
+    load_vector(task.weight, added ? kMinusZeros : kOnes, of_thread.weight.word);
+    if constexpr (kLayerNorm) load_vector(task.bias, kMinusZeros, of_thread.bias.word);
+    return of_thread;
   }
-  __device__ __forceinline__ void normalise(Words& x, const Vectors& vectors,
-                                            const Statistics& of_lane) const {
-    const uint32_t (&weight)[kWords] = vectors.weight, (&bias)[kWords] = vectors.bias;
-    const auto each = [&](auto f) {
+  __device__ __forceinline__ void keep_vectors(const Vectors& of_thread) const {
+    store_shared(vectors, of_thread.weight.word);
+    if constexpr (kLayerNorm) store_shared(vectors + area() / 2, of_thread.bias.word);
+  }
+  __device__ __forceinline__ Vectors load_vectors() const {
+    Vectors of_thread{};
+    of_thread.weight = load_shared(vectors);
+    if constexpr (kLayerNorm) of_thread.bias = load_shared(vectors + area() / 2);
+    return of_thread;
+  }
+  // x becomes what `f` makes of a value, the weight and the bias of its channel, and its row.
+  template <typename F>
+  __device__ __forceinline__ void each(Words& x, const Vectors& vectors, F f) const {
+#pragma unroll
+    for (int j = 0; j < kWords; ++j) {
+      const float2 w = widen_pair(vectors.weight.word[j], kBFloat16);
+      const float2 b = widen_pair(kLayerNorm ? vectors.bias.word[j] : 0u, kBFloat16);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const float2 v = widen_pair(x[i][j], kBFloat16);
+        x[i][j] = narrow_pair(f(v.x, w.x, b.x, i), f(v.y, w.y, b.y, i), kBFloat16);
+      }
+    }
+  }
+  __device__ __forceinline__ void rms_norm(Words& x, float inverse_k) const {
+    const Vectors vectors = load_vectors();
+    const float of_lane = inverse_root(sum_of_warps() * inverse_k, task.eps);
+    float factor[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) factor[i] = __shfl_sync(kWarp, of_lane, 8 * i);
+    if (task.form == RmsForm::kWeightAfterCast) {
+      each(x, vectors, [&](float v, float, float, int i) { return v * factor[i]; });
 #pragma unroll
       for (int i = 0; i < kRows; ++i)
 #pragma unroll
-        for (int j = 0; j < kWords; ++j) {
-          const float2 v = widen_pair(x[i][j], kBFloat16), w = widen_pair(weight[j], kBFloat16);
-          const float2 b = widen_pair(kLayerNorm ? bias[j] : 0u, kBFloat16);
-          x[i][j] = narrow_pair(f(v.x, w.x, b.x, i), f(v.y, w.y, b.y, i), kBFloat16);
-        }
-    };
-    float factor[kRows];
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) factor[i] = __shfl_sync(kWarp, of_lane.factor, 16 * i);
-    if constexpr (kFunction == RowFunction::kRmsNorm) {
-      if (task.form == RmsForm::kWeightAfterCast) {
-        each([&](float v, float, float, int i) { return v * factor[i]; });
-#pragma unroll
-        for (int i = 0; i < kRows; ++i)
-#pragma unroll
-          for (int j = 0; j < kWords; ++j)
-            x[i][j] = product_of_pairs(x[i][j], weight[j], kBFloat16);
-      } else {
-        const float more = task.form == RmsForm::kOnePlusWeight ? 1.0f : -0.0f;
-        each([&](float v, float w, float, int i) { return v * factor[i] * (w + more); });
-      }
+        for (int j = 0; j < kWords; ++j)
+          x[i][j] = product_of_pairs(x[i][j], vectors.weight.word[j], kBFloat16);
     } else {
-      float from[kRows], plus[kRows];
+      const float more = task.form == RmsForm::kOnePlusWeight ? 1.0f : -0.0f;
+      each(x, vectors, [&](float v, float w, float, int i) { return v * factor[i] * (w + more); });
+    }
+  }
+  __device__ __forceinline__ void layer_norm(Words& x, float inverse_k) const {
+    // Eight lanes have the sum of the first row's values, the next eight that of their squares, the
+    // others the second row's.
+    const float own = sum_of_warps(), other = __shfl_xor_sync(kWarp, own, 8);
+    const bool squares = lane & 8;
+    const float mean = (squares ? other : own) * inverse_k;
+    float variance = (squares ? own : other) * inverse_k - mean * mean;
+    const bool near = is_near_zero(mean, variance), all_near = __all_sync(kWarp, near);
+    if (!all_near) {
+      const float exact = distant(x, mean, inverse_k);
+      if (!near) variance = exact;
+    }
+    const Statistics of_lane = layer_statistics(mean, variance, task.eps);
+    float factor[kRows], plus[kRows];
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        from[i] = __shfl_sync(kWarp, of_lane.from, 16 * i);
-        plus[i] = __shfl_sync(kWarp, of_lane.plus, 16 * i);
-      }
-      each([&](float v, float w, float b, int i) {
+    for (int i = 0; i < kRows; ++i) {
+      factor[i] = __shfl_sync(kWarp, of_lane.factor, 16 * i);
+      plus[i] = __shfl_sync(kWarp, of_lane.plus, 16 * i);
+    }
+    const Vectors vectors = load_vectors();
+    if (all_near) {
+      each(x, vectors, [&](float v, float w, float b, int i) {
+        return fmaf(fmaf(v, factor[i], plus[i]), w, b);
+      });
+    } else {
+      float from[kRows];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) from[i] = __shfl_sync(kWarp, of_lane.from, 16 * i);
+      each(x, vectors, [&](float v, float w, float b, int i) {
         return fmaf(fmaf(v - from[i], factor[i], plus[i]), w, b);
       });
     }
@@ -245,31 +370,79 @@ struct PairedRows {
       each([](uint32_t a, uint32_t b) { return product_of_pairs(a, b, kBFloat16); });
   }
 
-  __device__ __forceinline__ void compute() {
+  __device__ __forceinline__ void prepare_shared() {
+    if constexpr (kStreams) {
+      if (threadIdx.x == 0) {
+#pragma unroll
+        for (int i = 0; i < kPairedStages; ++i) make_barrier(full(i), 1);
+        show_barriers();
+      }
+      if (rows_of_x == 0) {
+#pragma unroll 1
+        for (int i = 0; i < 2 * kPairedStages * kRows; ++i)
+          store_shared(stages + i * (area() / 2), {0, 0, 0, 0});
+      }
+      __syncthreads();
+    }
+    if (kNorm && blockDim.x < kPairedThreads) {  // the sums of warps that are not there
+      constexpr int kSumsOfAll = offsetof(Shared, full) / sizeof(float);
+      for (int i = threadIdx.x; i < kSumsOfAll; i += blockDim.x)
+        reinterpret_cast<float*>(&shared)[i] = 0.0f;
+      __syncthreads();
+    }
     if (kOrdered && threadIdx.x == 0) {
       const uint32_t ends[4] = {0, 0, 0x7FFF7FFF, 0x7FFF7FFF};  // a NaN of any type
       store_shared(results, ends);
     }
+  }
+
+  __device__ __forceinline__ void compute() {
     let_the_next_kernel_start();
     const int step = kRows * gridDim.x;
     int row = kRows * blockIdx.x;
-    for (int r = row; r < min(row + kRows, count); ++r) {
-      fetch_row<kTypes>(task.x, r, k);
-      if constexpr (kTwo) fetch_row<kTypes>(task.second, r, k);
-    }
+    fetch(task.x, row);
+    if constexpr (kTwo) fetch(task.second, row);
+    prepare_shared();
+    Words x{}, second{};
+    const Channels x_from(task.x), second_from(task.second);
+    const PairOutput<kKeeps> to(rows.output, count);
     wait_for_the_kernel_before();
-    Words x, second{};
-    load(task.x, row, x);
-    if constexpr (kTwo) load(task.second, row, second);
-    if constexpr (kOrdered) read_order();
-    Vectors vectors;
-    if constexpr (kKeepsVectors) vectors = load_vectors();
-    PairOutput to(out, row, step);
+    if constexpr (kStreams) {
+#pragma unroll 1
+      for (int i = 0; i < kPairedStages; ++i) copy(row + i * step, i);
+    }
+    // What comes from the second-level cache first: loads end in their order.
+    Order channels;
+    if constexpr (kOrdered) read_order(channels);
+    Vectors of_thread;
+    if constexpr (kNorm) of_thread = read_vectors();
+    __syncwarp();
+    if constexpr (!kTwo) load(x_from, row, x);
+    __syncwarp();
+    if constexpr (kOrdered) find_places(channels);
+    if constexpr (kNorm) keep_vectors(of_thread);
 
-    for (int turn = 0; row < count; row += step, turn ^= 1) {
-      Words next, next_second;
-      if constexpr (kAhead) load(task.x, row + step, next);
-      if constexpr (kSecondAhead) load(task.second, row + step, next_second);
+    int stage = 0;
+    uint32_t phase = 0;
+    for (int next; row < count; row = next) {
+      next = row + step;
+      if constexpr (kStreams) {
+        wait(full(stage), phase);
+        load(stage, 0, x);
+        load(stage, 1, second);
+      } else if constexpr (kTwo) {
+        load(x_from, row, x);
+        load(second_from, row, second);
+      }
+      Words ahead{};
+      if constexpr (kAhead) load(x_from, next, ahead);
+      const auto copy_next = [&] {  // all have this turn's rows
+        if constexpr (kStreams) {
+          copy(row + kPairedStages * step, stage);
+          stage ^= 1;
+          phase ^= stage == 0;
+        }
+      };
       if constexpr (kNorm) {
         if constexpr (kTwo) {
 #pragma unroll
@@ -277,20 +450,25 @@ struct PairedRows {
 #pragma unroll
             for (int j = 0; j < kWords; ++j)
               x[i][j] = sum_of_pairs(x[i][j], second[i][j], kBFloat16);
-            if (own && row + i < count)
-              store_words(
-                  static_cast<uint16_t*>(task.sum) + int64_t{row + i} * k + kGroup * threadIdx.x,
-                  x[i]);
+            if (row + i < rows_of_x)
+              store_words(static_cast<uint16_t*>(task.sum) + int64_t{row + i} * rows.k +
+                              kGroup * threadIdx.x,
+                          x[i]);
           }
         }
-        add_statistics(x, turn);
+        add_statistics(x, to.roles);
         __syncthreads();  // and the results of the turn before have been read
-        const Statistics of_lane = statistics(x, turn);
-        if constexpr (!kKeepsVectors) vectors = load_vectors();
-        normalise(x, vectors, of_lane);
+        copy_next();
+        if constexpr (kLayerNorm) {
+          layer_norm(x, rows.inverse_k);
+        } else {
+          rms_norm(x, rows.inverse_k);
+        }
+        if constexpr (!kOrdered) part ^= kPartsOfTurn, parts ^= kPartsOfTurn;
       } else {
         compute(x, second);
-        if constexpr (kOrdered) __syncthreads();  // as above
+        if constexpr (kOrdered || kStreams) __syncthreads();  // as above
+        copy_next();
       }
       RowPair y;
 #pragma unroll
@@ -298,28 +476,21 @@ struct PairedRows {
         y[2 * j] = permute_bytes<0x5410>(x[0][j], x[1][j]);
         y[2 * j + 1] = permute_bytes<0x7632>(x[0][j], x[1][j]);
       }
+      if constexpr (!kAhead && !kTwo) load(x_from, next, x);
       if constexpr (kOrdered) {
-        if (own) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i)
-            store_shared(own_place(i), {y[4 * i], y[4 * i + 1], y[4 * i + 2], y[4 * i + 3]});
-        }
+        store_shared(own_results, {y[0], y[1], y[2], y[3]});
+        store_shared(own_results + 16, {y[4], y[5], y[6], y[7]});
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < kGroup; ++i)
-          asm volatile("ld.shared.b32 %0, [%1];" : "=r"(y[i]) : "r"(places[i]) : "memory");
+          asm volatile("ld.shared.b32 %0, [%1];" : "=r"(y[i]) : "r"(place(i)) : "memory");
       }
-      quantize_pair<kBFloat16>(to, row, min(kRows, count - row), y);
-      to.advance();
+      quantize_pair<kBFloat16>(to, row, count, y);
       if constexpr (kAhead) {
-        copy(next, x);
-      } else {
-        load(task.x, row + step, x);
-      }
-      if constexpr (kSecondAhead) {
-        copy(next_second, second);
-      } else if constexpr (kTwo) {
-        load(task.second, row + step, second);
+#pragma unroll
+        for (int i = 0; i < kRows; ++i)
+#pragma unroll
+          for (int j = 0; j < kWords; ++j) x[i][j] = ahead[i][j];
       }
     }
   }
@@ -328,10 +499,17 @@ struct PairedRows {
 template <RowFunction kFunction, Types kTypes, bool kOrdered, bool kTwo>
 __global__ void __launch_bounds__(kPairedThreads, 1024 / kPairedThreads)
     paired_rows_kernel(const __grid_constant__ Rows rows) {
-  extern __shared__ uint4 shared[];
-  using Kernel = PairedRows<kFunction, kTypes, kOrdered, kTwo>;
-  __shared__ typename Kernel::Parts parts;
-  Kernel(rows, shared, parts).compute();
+#if __CUDA_ARCH__ < 900
+  constexpr bool kBuilt = paired_everywhere(kFunction, kOrdered, kTwo);
+#else
+  constexpr bool kBuilt = true;
+#endif
+  if constexpr (kBuilt) {
+    extern __shared__ __align__(128) uint4 areas[];
+    using Kernel = PairedRows<kFunction, kTypes, kOrdered, kTwo>;
+    __shared__ typename Kernel::Shared shared;
+    Kernel(rows, areas, shared).compute();
+  }
 }
 
 }  // namespace micromix::cuda

@@ -84,10 +84,20 @@ __device__ __forceinline__ void with_format(const Output& out, int block, Cast c
 // begin at bytes 0, 2 and 4 of theirs, and end with those of the `next`.
 __device__ __forceinline__ void store_mxfp6(void* to, int part, const Codes& codes,
                                             const Codes& next) {
-  const uint64_t own = codes.low | static_cast<uint64_t>(codes.high) << 32;
-  const uint64_t after = next.low | static_cast<uint64_t>(next.high) << 32;
-  const uint64_t eight = own >> (16 * part) | after << (48 - 16 * part);
-  *static_cast<uint2*>(to) = {static_cast<uint32_t>(eight), static_cast<uint32_t>(eight >> 32)};
+  const auto permute = [](uint32_t a, uint32_t b, uint32_t selector) {
+    return __byte_perm(a, b, selector);
+  };
+  constexpr uint32_t kFirst = 0x3210, kMiddle = 0x5432, kEnds = 0x5410;  // of two words
+  const bool first = part == 0, last = part == 2;
+  const uint32_t begin = permute(last ? codes.high : codes.low, last ? next.low : codes.high,
+                                 first  ? kFirst
+                                 : last ? kEnds
+                                        : kMiddle);
+  const uint32_t end = permute(first ? codes.high : next.low, first ? next.low : next.high,
+                               first  ? kEnds
+                               : last ? kMiddle
+                                      : kFirst);
+  *static_cast<uint2*>(to) = {begin, end};
 }
 
 // Stores the codes of part of a block; the first part stores its scale too.
@@ -224,11 +234,20 @@ __device__ __forceinline__ void quantize_group(const OutputRow& to, int group,
   with_format(to.out, block, [&]<mx::ElementFormat kFormat>(uint32_t increment) {
     byte = mx::scale_byte(__float_as_uint(amax), increment, kFormat.emax);
     if constexpr (kFormat == mx::E2M1 && kBFloat16 && !MICROMIX_HAS_MX_CASTS) {
-      if (byte != 0) [[likely]] {
-        const Slopes slopes = Slopes::of_block(byte);
+      if (byte >= Lines<1>::kLeastScale) [[likely]] {
+        const auto lines = Lines<1>::of_block(byte);
 #pragma unroll
         for (int i = 0; i < kGroup / 8; ++i)
-          codes[i] = {encode_e2m1_of_bfloat16(y.word + 4 * i, slopes), 0};
+          codes[i] = {encode_e2m1_of_bfloat16(y.word + 4 * i, lines), 0};
+        return;
+      }
+    }
+    if constexpr (kFormat == mx::E2M3 && kBFloat16 && !MICROMIX_HAS_MX_CASTS) {
+      if (byte >= Lines<3>::kLeastScale) [[likely]] {
+        const auto lines = Lines<3>::of_block(byte);
+#pragma unroll
+        for (int i = 0; i < kGroup / 8; ++i)
+          codes[i] = encode_e2m3_of_bfloat16(y.word + 4 * i, lines);
         return;
       }
     }

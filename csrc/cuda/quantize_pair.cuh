@@ -8,90 +8,113 @@ namespace micromix::cuda {
 
 using RowPair = uint32_t[8];
 
-// Where a thread's codes of two rows go, and a scale of the first or the second row in the first
-// two threads of a block.
-struct PairOutput {
-  const Output& out;
-  const int group, block, part;
-  const bool exchanges;  // codes between the threads of the warp
-  const uint32_t data_step, scale_step;
-  uint8_t* data;
-  uint8_t* scale;
-
-  // `step` rows from one pair to the next.
-  __device__ __forceinline__ PairOutput(const Output& out, int row, int step)
-      : out(out),
-        group(threadIdx.x),
-        block(group / 4),
-        part(group % 4),
-        exchanges(group / 32 * 8 < out.end6 && group / 32 * 8 + 8 > out.end4),
-        data_step(static_cast<uint32_t>(step * out.row_bytes)),
-        scale_step(static_cast<uint32_t>(step * out.blocks)) {
-    const int at = block < out.end4    ? 4 * group
-                   : block >= out.end6 ? out.start8 + 8 * (group - 4 * out.end6)
-                                       : out.start6 + 24 * (block - out.end4) + 8 * part;
-    data = out.data + row * out.row_bytes + at;
-    scale = out.scales + (int64_t{row} + part) * out.blocks + block;
-  }
-  __device__ __forceinline__ void advance() {
-    data += data_step;
-    scale += scale_step;
-  }
-
-  // Of the first `count` rows. All threads of a warp call it.
-  __device__ __forceinline__ void store(const Codes (&codes)[2], uint32_t bytes, int count) const {
-    Codes next[2] = {};  // of the next thread: see store_part
-    if (exchanges) {
+// The values of the first or the second row.
+template <bool kBFloat16>
+__device__ __forceinline__ Values<8> values_of_row(const RowPair& y, int row) {
+  Values<8> v;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        next[i].low = __shfl_down_sync(kWarp, codes[i].low, 1);
-        next[i].high = __shfl_down_sync(kWarp, codes[i].high, 1);
-      }
-    }
-    if (block >= out.blocks) return;
-    if (part < count) *scale = static_cast<uint8_t>(bytes >> 16 * (part % 2));
-    const auto each = [&](auto store) {
-      if (count > 0) store(data, 0);
-      if (count > 1) store(data + out.row_bytes, 1);
-    };
-    if (block < out.end4) {
-      each([&](uint8_t* at, int i) { *reinterpret_cast<uint32_t*>(at) = codes[i].low; });
-    } else if (block >= out.end6) {
-      each([&](uint8_t* at, int i) {
-        *reinterpret_cast<uint2*>(at) = {codes[i].low, codes[i].high};
-      });
-    } else if (part < 3) {
-      each([&](uint8_t* at, int i) { store_mxfp6(at, part, codes[i], next[i]); });
-    }
+  for (int i = 0; i < 8; ++i) {
+    const float2 both = widen_pair(y[i], kBFloat16);
+    v.v[i] = row == 0 ? both.x : both.y;
+  }
+  return v;
+}
+
+// What a thread is to do, which does not change from row to row, a bit each in one register. The
+// first five bits are how far its row's scale lies in those of both rows.
+struct Roles {
+  static constexpr uint32_t kSquares = 0x200, kExchanges = 0x400, kMxfp4 = 0x800;
+  static constexpr uint32_t kOdd = 0x80000000;
+  uint32_t bits;
+  __device__ __forceinline__ bool operator()(uint32_t role) const {
+    return role == kOdd ? static_cast<int32_t>(bits) < 0 : bits & role;
   }
 };
 
-// The scales of two MXFP4 blocks of bfloat16 values, one in either half, and their inverses as
-// bfloat16.
+// Where a thread's codes of two rows go, and in the first two threads of a block the scale of the
+// first and of the second row. A limit is of rows, less the thread's part for the scale, that are
+// this thread's to store.
+template <bool kKept>
+struct PairOutput {
+  const Output& out;
+  Roles roles;
+  int rows_of_codes, rows_of_scale;
+  uint8_t* data;    // of row 0
+  uint8_t* scales;  // of row 0, or of row 1 in the second thread of a block
+
+  __device__ __forceinline__ PairOutput(const Output& out, int count) : out(out) {
+    const int group = threadIdx.x, first = threadIdx.x / 32 * 8;  // block of the warp
+    const int at = block() < out.end4    ? 4 * group
+                   : block() >= out.end6 ? out.start8 + 8 * (group - 4 * out.end6)
+                                         : out.start6 + 24 * (block() - out.end4) + 8 * part();
+    data = kept_in_register<kKept>(out.data + at);
+    scales = kept_in_register<kKept>(out.scales + part() * out.blocks + block());
+    // Codes between the threads of a warp, where it has a block of MXFP6.
+    const bool exchanges = first < out.end6 && first + 8 > out.end4;
+    const int codes = block() < out.blocks ? count : 0;
+    rows_of_codes = kept_in_register<kKept>(codes);
+    rows_of_scale = kept_in_register<kKept>(part() < 2 ? codes - part() : 0);
+    const uint32_t lane = threadIdx.x % 32;
+    roles.bits = kept_in_register<kKept>((part() & 1 ? 16u : 0u) | (lane & 1 ? Roles::kOdd : 0u) |
+                                         (lane % 4 == lane / 8 ? Roles::kSquares : 0u) |
+                                         (exchanges ? Roles::kExchanges : 0u) |
+                                         (block() < out.end4 ? Roles::kMxfp4 : 0u));
+  }
+  static __device__ __forceinline__ int block() { return threadIdx.x / 4; }
+  static __device__ __forceinline__ int part() { return threadIdx.x % 4; }  // of a block
+
+  __device__ __forceinline__ void store_scale(uint32_t bytes, int row) const {
+    if (row < rows_of_scale)
+      scales[uint64_t{static_cast<uint32_t>(row)} * static_cast<uint32_t>(out.blocks)] =
+          static_cast<uint8_t>(__funnelshift_r(bytes, 0, roles.bits));
+  }
+  // Calls `store` with the place of this thread's codes and the number of the row.
+  template <typename Store>
+  __device__ __forceinline__ void each_row(int row, Store store) const {
+    const auto row_bytes = static_cast<uint32_t>(out.row_bytes);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (row + i < rows_of_codes)
+        store(data + uint64_t{static_cast<uint32_t>(row + i)} * row_bytes, i);
+  }
+  __device__ __forceinline__ void store4(const Codes (&codes)[2], int row) const {
+    each_row(row, [&](uint8_t* at, int i) { *reinterpret_cast<uint32_t*>(at) = codes[i].low; });
+  }
+  __device__ __forceinline__ void store8(const Codes (&codes)[2], int row) const {
+    each_row(row, [&](uint8_t* at, int i) {
+      *reinterpret_cast<uint2*>(at) = {codes[i].low, codes[i].high};
+    });
+  }
+};
+
+// The scales of two blocks of bfloat16 values, one in either half, and their inverses as bfloat16.
+template <mx::ElementFormat kFormat, uint32_t kLeast>
 struct PairScales {
   uint32_t bytes, inverse;
 
-  // `amax`: the largest magnitudes. They have zeros where an increment's last 16 bits are. The few
-  // blocks with scale 0, whose slopes leave the range, become 2^64 times as large; those with a NaN
-  // become zeros.
-  __device__ __forceinline__ PairScales(uint32_t amax, uint32_t increment, RowPair& y) {
-    constexpr uint32_t kEmax = mx::E2M1.emax, kBoth = 0x00010001;
-    const uint32_t exponents = (amax + (increment >> 16) * kBoth) & 0x7F80 * kBoth;
+  // `amax`: the largest magnitudes. `increments`: the upper half of the format's, whose lower one
+  // is zero, in both halves. The few blocks with scales below kLeast, whose slopes leave the range,
+  // become 2^64 times as large; those with a NaN become zeros.
+  __device__ __forceinline__ PairScales(uint32_t amax, uint32_t increments, RowPair& y) {
+    constexpr uint32_t kEmax = kFormat.emax, kBoth = 0x00010001;
+    const uint32_t exponents = (amax + increments) & 0x7F80 * kBoth;
     bytes = (exponents - (kEmax << 7) * kBoth) >> 7 & 0xFF * kBoth;
     inverse = ((254 + kEmax) << 7) * kBoth - exponents;
-    const uint32_t tiny = exponents - ((kEmax + 1) << 7) * kBoth, nan = amax + (1 << 7) * kBoth;
+    const uint32_t tiny = exponents - ((kEmax + kLeast) << 7) * kBoth,
+                   nan = amax + (1 << 7) * kBoth;
     if ((tiny | nan) & 0x8000 * kBoth) [[unlikely]] {
       constexpr uint32_t kOne = 0x3F80, kLarge = 0x5F80;  // 2^64
       uint32_t keep = 0, factors = 0;
       bytes = inverse = 0;
 #pragma unroll
       for (int shift = 0; shift < 32; shift += 16) {
-        const uint32_t byte = mx::scale_byte((amax >> shift & 0x7FFF) << 16, increment, kEmax);
-        const bool there = byte != mx::kNanScale;
+        const uint32_t byte =
+            mx::scale_byte((amax >> shift & 0x7FFF) << 16, increments << 16, kEmax);
+        const bool there = byte != mx::kNanScale, small = byte < kLeast;
         bytes |= byte << shift;
         keep |= (there ? 0xFFFFu : 0u) << shift;
-        factors |= (byte == 0 ? kLarge : kOne) << shift;
-        inverse |= (there ? (254 - byte - (byte == 0 ? 64 : 0)) << 7 : 0u) << shift;
+        factors |= (small ? kLarge : kOne) << shift;
+        inverse |= (there ? (254 - byte - (small ? 64 : 0)) << 7 : 0u) << shift;
       }
 #pragma unroll
       for (int i = 0; i < 8; ++i) y[i] = product_of_pairs(y[i] & keep, factors, true);
@@ -99,24 +122,46 @@ struct PairScales {
   }
 };
 
-// Quantises a group of eight channels of the first `count` rows. All threads of a warp call it,
-// with neighbouring groups, the first of them the first of a block.
-template <bool kBFloat16>
-__device__ __forceinline__ void quantize_pair(const PairOutput& to, int row, int count,
+// The codes of two rows' values of a format, and their scales.
+template <bool kBFloat16, mx::ElementFormat kFormat>
+__device__ __forceinline__ uint32_t encode_pair(const Output& out, uint32_t increment,
+                                                uint32_t amax, RowPair& y, Codes (&codes)[2]) {
+  constexpr bool kPacked = kBFloat16 && !MICROMIX_HAS_MX_CASTS;
+  if constexpr (kFormat == mx::E2M1 && kPacked) {
+    const PairScales<kFormat, Lines<1>::kLeastScale> scales(amax, out.increments4, y);
+    const Lines<1> lines(scales.inverse);
+    const uint32_t low = encode_e2m1_of_bfloat16(y, lines);
+    const uint32_t high = encode_e2m1_of_bfloat16(y + 4, lines);
+    codes[0].low = permute_bytes<0x5410>(low, high);
+    codes[1].low = permute_bytes<0x7632>(low, high);
+    return scales.bytes;
+  } else if constexpr (kFormat == mx::E2M3 && kPacked) {
+    const PairScales<kFormat, Lines<3>::kLeastScale> scales(amax, out.increments6, y);
+    encode_e2m3_of_bfloat16(y, Lines<3>(scales.inverse), codes);
+    return scales.bytes;
+  } else {
+    const float2 both = widen_pair(amax, kBFloat16);
+    const auto encode_row = [&](int i, float of_row) {
+      const int byte = mx::scale_byte(__float_as_uint(of_row), increment, kFormat.emax);
+      if (byte != mx::kNanScale)
+        codes[i] = encode<kFormat>(values_of_row<kBFloat16>(y, i).v, of_row, byte);
+      return static_cast<uint32_t>(byte);
+    };
+    const uint32_t byte = encode_row(0, both.x);
+    return byte | encode_row(1, both.y) << 16;
+  }
+}
+
+// Quantises a group of eight channels of a row and the next. All threads of a thread block call it,
+// each with the group of its number.
+template <bool kBFloat16, bool kKept>
+__device__ __forceinline__ void quantize_pair(const PairOutput<kKept>& to, int row, int count,
                                               RowPair& y) {
   const Output& out = to.out;
-  const auto values = [&](int i) {
-    Values<8> v;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float2 both = widen_pair(y[j], kBFloat16);
-      v.v[j] = i == 0 ? both.x : both.y;
-    }
-    return v;
-  };
-  if (out.rotated != 0 && __any_sync(kWarp, rotates(out, to.block))) {
+  if (out.rotated != 0 && __any_sync(kWarp, rotates(out, to.block()))) {
 #pragma unroll 1
-    for (int i = 0; i < count; ++i) quantize_group<8>(OutputRow(out, row + i), to.group, values(i));
+    for (int i = 0; i < min(2, count - row); ++i)
+      quantize_group<8>(OutputRow(out, row + i), threadIdx.x, values_of_row<kBFloat16>(y, i));
     return;
   }
   uint32_t amax = y[0];
@@ -127,28 +172,32 @@ __device__ __forceinline__ void quantize_pair(const PairOutput& to, int row, int
     amax = largest_pair(amax, __shfl_xor_sync(kWarp, amax, lanes), kBFloat16);
   amax &= 0x7FFF7FFF;
   Codes codes[2] = {};
-  uint32_t bytes;
-  with_format(out, to.block, [&]<mx::ElementFormat kFormat>(uint32_t increment) {
-    if constexpr (kFormat == mx::E2M1 && kBFloat16 && !MICROMIX_HAS_MX_CASTS) {
-      const PairScales scales(amax, increment, y);
-      const Slopes slopes(scales.inverse);
-      const uint32_t low = encode_e2m1_of_bfloat16(y, slopes);
-      const uint32_t high = encode_e2m1_of_bfloat16(y + 4, slopes);
-      codes[0].low = permute_bytes<0x5410>(low, high);
-      codes[1].low = permute_bytes<0x7632>(low, high);
-      bytes = scales.bytes;
+  if (!to.roles(Roles::kExchanges)) {  // the warp has no MXFP6
+    if (to.roles(Roles::kMxfp4)) {
+      to.store_scale(encode_pair<kBFloat16, mx::E2M1>(out, out.increment4, amax, y, codes), row);
+      to.store4(codes, row);
     } else {
-      const float2 both = widen_pair(amax, kBFloat16);
-      const auto encode_row = [&](int i, float of_row) {
-        const int byte = mx::scale_byte(__float_as_uint(of_row), increment, kFormat.emax);
-        if (byte != mx::kNanScale) codes[i] = encode<kFormat>(values(i).v, of_row, byte);
-        return static_cast<uint32_t>(byte);
-      };
-      bytes = encode_row(0, both.x);
-      bytes |= encode_row(1, both.y) << 16;
+      to.store_scale(encode_pair<kBFloat16, mx::E4M3>(out, out.increment8, amax, y, codes), row);
+      to.store8(codes, row);
     }
+    return;
+  }
+  with_format(out, to.block(), [&]<mx::ElementFormat kFormat>(uint32_t increment) {
+    to.store_scale(encode_pair<kBFloat16, kFormat>(out, increment, amax, y, codes), row);
   });
-  to.store(codes, bytes, count);
+  Codes next[2];  // of the next thread: see store_part
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    next[i].low = __shfl_down_sync(kWarp, codes[i].low, 1);
+    next[i].high = __shfl_down_sync(kWarp, codes[i].high, 1);
+  }
+  if (to.block() < out.end4) {
+    to.store4(codes, row);
+  } else if (to.block() >= out.end6) {
+    to.store8(codes, row);
+  } else if (to.part() < 3) {
+    to.each_row(row, [&](uint8_t* at, int i) { store_mxfp6(at, to.part(), codes[i], next[i]); });
+  }
 }
 
 }  // namespace micromix::cuda

@@ -42,6 +42,9 @@ Output output_of(const RowOutput& from) {
   to.increment4 = increment(0);
   to.increment6 = increment(1);
   to.increment8 = increment(2);
+  const auto in_both_halves = [](uint32_t increment) { return (increment >> 16) * 0x10001; };
+  to.increments4 = in_both_halves(to.increment4);
+  to.increments6 = in_both_halves(to.increment6);
   to.e3m2 = segments[1].format == mx::E3M2;
   to.rotated = 0;
   for (int i = 0; i < 3; ++i) to.rotated |= static_cast<uint32_t>(segments[i].hadamard) << i;
@@ -98,12 +101,21 @@ Launch paired(const RowTask& task, Types types, int64_t count, const RowOutput& 
       (std::max(task.k, output.layout.channels()) + kPairedGroup - 1) / kPairedGroup;
   const int64_t threads = (groups + 31) / 32 * 32;
   Launch launch{};
-  if (is_plain(task, output) && task.second.data != nullptr) return launch;
-  if (threads > kPairedThreads || count > std::numeric_limits<int32_t>::max() / 2) return launch;
+  const bool ordered = output.order != nullptr, two = task.second.data != nullptr;
+  const auto is_near = [](const RowInput& rows) {  // 32 bits are enough for a row's bytes
+    return rows.stride <= std::numeric_limits<int32_t>::max() / 2;
+  };
+  if (is_plain(task, output) && two) return launch;
+  if (limits.architecture < 90 && !paired_everywhere(task.row_function, ordered, two))
+    return launch;
+  if (threads > kPairedThreads || count > std::numeric_limits<int32_t>::max() / 2 ||
+      !is_near(task.x) || !is_near(task.second))
+    return launch;
   launch.types = types;
   launch.placement = Placement::kPaired;
   launch.threads = static_cast<int>(threads);
-  launch.bytes = output.order == nullptr ? 0 : paired_bytes(launch.threads);
+  launch.bytes = paired_bytes(launch.threads, ordered, task.row_function,
+                              two && paired_streams(limits.architecture));
   launch.blocks = static_cast<int>(
       std::min(limits.multiprocessors * (kThreadsOf64Registers / threads), (count + 1) / 2));
   return launch;
@@ -186,6 +198,7 @@ void launch(const OnDevice& device, const Limits& limits, const RowTask& task, i
   rows.count = static_cast<int32_t>(count);
   rows.output = output_of(output);
   Launch launch = choose(task, count, output, limits);
+  rows.inverse_k = 1.0f / static_cast<float>(task.k);
   rows.stages = launch.stages;
   rows.fetched = limits.multiprocessors;  // more get in the way of those that run
   launch.stream = device.stream;

@@ -17,6 +17,7 @@ struct Output {
   int32_t end4, end6, blocks;
   int32_t start6, start8;
   uint32_t increment4, increment6, increment8;  // mx::scale_increment of each
+  uint32_t increments4, increments6;            // their upper halves, in both halves
   uint32_t rotated;                             // a bit for each segment whose blocks are
   bool e3m2;                                    // what MXFP6 is
   bool order_aligned, aligned4, aligned8;       // to 16 bytes: the order, the 4- and 8-bit elements
@@ -27,6 +28,7 @@ struct Rows {
   RowTask task;
   int32_t k, count;  // channels and rows
   int32_t stages;    // of the streamed kernel
+  float inverse_k;   // 1 / k
   uint32_t fetched;  // of the direct kernel: rows that are fetched before the kernel before ends
   Output output;
 };
@@ -77,11 +79,25 @@ constexpr int64_t streamed_bytes(int64_t k, int operands, int stages, int thread
                                                   : of_threads);
 }
 
-// The paired kernel's threads, of eight channels each, and its shared memory: two rows of results,
-// behind two zeros, which are what the order's -1 reads, and two NaNs for what is not there.
-constexpr int kPairedGroup = 8, kPairedThreads = 512;
-constexpr int kPairedZero = 0, kPairedNan = 8, kPairedEnd = 16;
-constexpr int paired_bytes(int threads) { return kPairedEnd + 4 * kPairedGroup * threads; }
+// The paired kernel's threads, of eight channels each. Its shared memory is of areas with two times
+// eight channels for each thread: where two operands are streamed, two stages of each; a norm's
+// weight and bias; and for an order the results, behind two zeros, which are what the order's -1
+// reads, and two NaNs for what is not there.
+constexpr int kPairedGroup = 8, kPairedThreads = 512, kPairedArea = 4 * kPairedGroup;
+constexpr int kPairedZero = 0, kPairedNan = 8, kPairedEnd = 32, kPairedStages = 2;
+// Where registers were counted, and bulk copies are.
+constexpr bool paired_streams(int architecture) { return architecture == 90; }
+// A LayerNorm of a sum in an order has too many registers for sm_80.
+constexpr bool paired_everywhere(RowFunction function, bool ordered, bool two) {
+  return function != RowFunction::kLayerNorm || !ordered || !two;
+}
+// 16 bytes are free after every 32 channels of results.
+constexpr int paired_bytes(int threads, bool ordered, RowFunction function, bool streams) {
+  const int areas =
+      (streams ? 2 * kPairedStages : 0) + (function != RowFunction::kPointwise) + ordered;
+  const int free_bytes = ordered ? kPairedArea * threads / 8 : 0;
+  return kPairedEnd + areas * kPairedArea * threads + free_bytes;
+}
 
 constexpr int kOtherSharedBytes = 2048;  // at most, that a row kernel uses beside the staged rows
 

@@ -459,7 +459,7 @@ struct Stream {
         make_barrier(empty(i), kArrivalsOfWarp * blockDim.x / 32);
       }
       for (int i = 0; i < 2; ++i) make_barrier(summed(i), kArrivalsOfWarp * blockDim.x / 32);
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      show_barriers();
     }
     let_the_next_kernel_start();
     for (int i = 0; i < kFetchedRows && after(row, i) < rows.count; ++i) {

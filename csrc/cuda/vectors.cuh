@@ -24,8 +24,32 @@ __device__ __forceinline__ void let_the_next_kernel_start() {
 #endif
 }
 
+// The same value. If `kKept` it stays in a register: what has come through a shuffle the compiler
+// cannot compute again in every turn of a loop. All threads of the warp call it.
+template <bool kKept>
+__device__ __forceinline__ uint32_t kept_in_register(uint32_t x) {
+  if constexpr (kKept) asm volatile("shfl.sync.bfly.b32 %0, %0, 0, 0x1F, 0xFFFFFFFF;" : "+r"(x));
+  return x;
+}
+template <bool kKept>
+__device__ __forceinline__ int kept_in_register(int x) {
+  return static_cast<int>(kept_in_register<kKept>(static_cast<uint32_t>(x)));
+}
+template <bool kKept, typename T>
+__device__ __forceinline__ T* kept_in_register(T* x) {
+  const auto bits = reinterpret_cast<uint64_t>(x);
+  const uint64_t low = kept_in_register<kKept>(static_cast<uint32_t>(bits));
+  const uint64_t high = kept_in_register<kKept>(static_cast<uint32_t>(bits >> 32));
+  return reinterpret_cast<T*>(low | high << 32);
+}
+
 // Asks for a row in the second-level cache. That reads nothing, so it may come before the wait:
 // what the kernel before still writes goes to the same cache.
+__device__ __forceinline__ void fetch_line(const void* line) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+#endif
+}
 template <Types kTypes>
 __device__ __forceinline__ void fetch_row(const RowInput& from, int64_t row, int k) {
 #if __CUDA_ARCH__ >= 900
@@ -34,7 +58,7 @@ __device__ __forceinline__ void fetch_row(const RowInput& from, int64_t row, int
   if (from.data == nullptr) return;
   const char* const start = static_cast<const char*>(from.data) + row * from.stride * kBytes;
   for (int at = kLine * threadIdx.x; at < k * kBytes; at += kLine * blockDim.x)
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(start + at));
+    fetch_line(start + at);
 #endif
 }
 
@@ -231,11 +255,25 @@ __device__ __forceinline__ void load_words(const void* from, uint32_t (&words)[k
     words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
   }
 }
-// 16 bytes; issued where it stands.
+// 16 bytes; issued where it stands, and by the path of memory that may change: what the compiler
+// takes for constant it may load before the wait for the kernel before.
 __device__ __forceinline__ void load_words_now(const void* from, uint32_t (&words)[4]) {
-  asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "l"(from));
+               : "l"(from)
+               : "memory");
+}
+// 16 bytes if `there`; else `words` stay as they are.
+__device__ __forceinline__ void load_words_if(bool there, const void* from, uint32_t (&words)[4]) {
+  asm volatile(
+      "{\n"
+      ".reg .pred there;\n"
+      "setp.ne.u32 there, %5, 0;\n"
+      "@there ld.global.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+      "}"
+      : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
+      : "l"(from), "r"(static_cast<uint32_t>(there))
+      : "memory");
 }
 
 template <int kWords>
