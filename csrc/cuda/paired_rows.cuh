@@ -35,6 +35,7 @@ struct PairedRows {
 #else
   static constexpr bool kKeeps = false;
 #endif
+  static constexpr bool kKeepsVectors = kKeeps && !kTwo;
   // How the next rows come: two operands by bulk copies to shared memory, a turn or two ahead; one
   // to registers, while this turn's are there, or for an order, which needs them, as soon as it
   // may.
@@ -45,13 +46,13 @@ struct PairedRows {
 #endif
   static constexpr bool kAhead = kKeeps && !kOrdered && !kTwo;
 
-  // The warps' sums: of each row its values, for a LayerNorm, and their squares; behind them is
-  // what lanes without a sum store. Without an order there are two, of this turn and of the next,
-  // which some warps may have begun: their addresses differ in one bit.
+  // The warps' sums: of each row its values, for a LayerNorm, and their squares. Without an order
+  // there are two, of this turn and of the next, which some warps may have begun: their addresses
+  // differ in one bit.
   static constexpr int kSums = kLayerNorm ? 2 : 1;
-  static constexpr uint32_t kPartsOfTurn = 2 * sizeof(float) * kRows * kSums * kWarps;
+  static constexpr uint32_t kPartsOfTurn = sizeof(float) * kRows * kSums * kWarps;
   struct alignas(2 * kPartsOfTurn) Shared {
-    float parts[kOrdered ? 1 : 2][2 * kRows * kSums][kWarps];
+    float parts[kOrdered ? 1 : 2][kRows * kSums][kWarps];
     float distant[kRows][kWarps];
     uint64_t full[kPairedStages];  // barriers
   };
@@ -81,17 +82,14 @@ struct PairedRows {
             kGroup * static_cast<int>(threadIdx.x) < rows.k ? rows.count : 0)) {
     if constexpr (kNorm) {
       // As `add_statistics` leaves them in the lanes.
-      const uint32_t row = lane % 2, of_four = lane % 4, eighth = lane / 8;
-      float* to = shared.parts[0][kRows * kSums];
-      if (of_four == eighth) to = &shared.parts[0][kSums * row + kSums - 1][warp];
-      if (kLayerNorm && (of_four ^ 1) == eighth) to = &shared.parts[0][kSums * row][warp];
-      part = address(to);
+      const bool squares = lane % 4 == lane / 8;
+      part = address(&shared.parts[0][kSums * (lane % 2) + (squares ? kSums - 1 : 0)][warp]);
       parts = address(&shared.parts[0][0][0]) + 8 * (lane % (8 * kRows * kSums));
     }
     const uint32_t own = address(areas) + 2 * kGroup * threadIdx.x;
-    if constexpr (kStreams) stages = kept_in_register<kKeeps>(own);
+    stages = own;
     constexpr int kOfStages = kStreams ? 2 * kPairedStages : 0;
-    if constexpr (kNorm) vectors = kept_in_register<kKeeps>(own + kOfStages * area());
+    if constexpr (kNorm) vectors = kept_in_register<kKeepsVectors>(own + kOfStages * area());
     results = address(areas) + (kOfStages + kNorm) * area();
     own_results = results + kPairedEnd + place_of(kGroup * threadIdx.x);
   }
@@ -224,7 +222,8 @@ struct PairedRows {
     float sum = (odd ? second : first) + __shfl_xor_sync(kWarp, odd ? first : second, 9);
     sum += __shfl_xor_sync(kWarp, sum, 18);
     sum += __shfl_xor_sync(kWarp, sum, 4);
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(part), "f"(sum) : "memory");
+    if (kLayerNorm ? roles(Roles::kSquares | Roles::kValues) : squares)
+      asm volatile("st.shared.f32 [%0], %1;" ::"r"(part), "f"(sum) : "memory");
   }
   // All warps' of the row and the sum that are this lane's: eight neighbouring lanes have the same.
   __device__ __forceinline__ float sum_of_warps() const {

@@ -23,7 +23,7 @@ __device__ __forceinline__ Values<8> values_of_row(const RowPair& y, int row) {
 // What a thread is to do, which does not change from row to row, a bit each in one register. The
 // first five bits are how far its row's scale lies in those of both rows.
 struct Roles {
-  static constexpr uint32_t kSquares = 0x200, kExchanges = 0x400, kMxfp4 = 0x800;
+  static constexpr uint32_t kValues = 0x100, kSquares = 0x200, kExchanges = 0x400, kMxfp4 = 0x800;
   static constexpr uint32_t kOdd = 0x80000000;
   uint32_t bits;
   __device__ __forceinline__ bool operator()(uint32_t role) const {
@@ -57,6 +57,7 @@ struct PairOutput {
     const uint32_t lane = threadIdx.x % 32;
     roles.bits = kept_in_register<kKept>((part() & 1 ? 16u : 0u) | (lane & 1 ? Roles::kOdd : 0u) |
                                          (lane % 4 == lane / 8 ? Roles::kSquares : 0u) |
+                                         ((lane % 4 ^ 1) == lane / 8 ? Roles::kValues : 0u) |
                                          (exchanges ? Roles::kExchanges : 0u) |
                                          (block() < out.end4 ? Roles::kMxfp4 : 0u));
   }
