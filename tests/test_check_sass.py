@@ -72,6 +72,12 @@ def a_stack(kernels):
     kernels["sm_90a"] = [kernels["sm_120a"][0].__class__("mx_quantize", 40, local_bytes=16)]
 
 
+def an_early_load(kernels):
+    kernel = kernels["sm_120a"][0].__class__("rows_kernel", 40)
+    kernel.waits, kernel.early_loads = True, 1
+    kernels["sm_90a"] = [kernel]
+
+
 def no_instructions(kernels):
     kernels["sm_120a"][2].matrix.clear()
 
@@ -94,6 +100,7 @@ def no_native_code(kernels):
     [
         (a_spill, "2 accesses"),
         (a_stack, "mx_quantize: 16 bytes of local memory"),
+        (an_early_load, "rows_kernel: 1 global loads before the wait"),
         (no_instructions, r"has \[\], not"),
         (another_instruction, "HMMA"),
         (a_missing_kernel, "sm_121a: 1 linear kernels are missing"),
@@ -104,6 +111,21 @@ def test_a_fault_is_an_error(check_sass, plant, message):
     plant(check_sass.kernels)
     with pytest.raises(check_sass.CheckError, match=message):
         check_sass.check()
+
+
+def test_loads_before_the_wait_are_found(check_sass):
+    """Of kernels that wait; others may load at once."""
+    kernels = {name: check_sass.Kernel(name) for name in ("late", "early", "alone")}
+    lines = (
+        "Function : late", "ACQBULK ;", "@!P1 LDG.E.128 R12, desc[UR10][R2.64] ;", "STL [R1], R0 ;",
+        "Function : early", "LDG.E.128.CONSTANT R4, desc[UR10][R2.64] ;", "ACQBULK ;", "LDG.E R0 ;",
+        "Function : alone", "LDG.E.128 R4, desc[UR10][R2.64] ;", "HMMA.1688.F32.BF16 R8, R4, R5 ;",
+    )  # fmt: skip
+    check_sass.read_machine_code("\n".join(lines), kernels)
+    late, early, alone = kernels.values()
+    assert (late.waits, late.early_loads, late.local_accesses) == (True, 0, 1)
+    assert (early.waits, early.early_loads) == (True, 1)
+    assert (alone.waits, alone.matrix) == (False, Counter({"HMMA.1688.F32.BF16": 1}))
 
 
 def test_no_library_is_a_clear_error(check_sass, monkeypatch, capsys):

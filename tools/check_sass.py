@@ -1,9 +1,10 @@
 """``make check-sass``: what nvcc made of the CUDA kernels, asserted without a GPU.
 
 Disassembles libmicromix_cuda.so and checks that every linear kernel for sm_120a and sm_121a has the
-block-scaled matrix instructions of its formats and no other matrix instruction, and that no kernel of
-any architecture uses local memory (a spill, or an array in memory). Registers, shared memory and
-counts must be those of docs/sass.md; ``--write`` writes that page.
+block-scaled matrix instructions of its formats and no other matrix instruction, that no kernel of any
+architecture uses local memory (a spill, or an array in memory), and that none that starts before the
+kernel before it in the stream ends (from sm_90 on) loads from global memory before it waits for that.
+Registers, shared memory and counts must be those of docs/sass.md; ``--write`` writes that page.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "micromix_compile" / "_C" / "libmicromix_cuda.so"
 PAGE = ROOT / "docs" / "sass.md"
 NATIVE = ("sm_120a", "sm_121a")
+DISASSEMBLED = ("sm_90a", *NATIVE)
 ELEMENTS = ("E2M1", "E2M3", "E3M2", "E4M3")  # by Element of csrc/cutlass/elements.h
 PACKED, BYTES = "OMMA.SF.16864.F32.{}.{}.E8", "QMMA.SF.16832.F32.{}.{}.E8"
 
@@ -47,6 +49,8 @@ class Kernel:
     local_bytes: int = 0
     local_accesses: int = 0
     matrix: Counter = field(default_factory=Counter)
+    waits: bool = False  # for the kernel before
+    early_loads: int = 0  # before the first wait
 
 
 class CheckError(Exception):
@@ -71,26 +75,37 @@ def architectures() -> list[str]:
 
 
 def kernels_of(architecture: str) -> list[Kernel]:
-    """The kernels of one architecture. The disassembly is read only for the native ones."""
+    """The kernels of one architecture. The disassembly is read only for some."""
     command = (tool("cuobjdump"), "-arch", architecture)
     kernels: dict[str, Kernel] = {}
     usage = output_of(*command, "-res-usage", str(LIBRARY))
     for name, text in re.findall(r"Function (\S+):\n(.*)", usage):
         values = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
         kernels[name] = Kernel(name, values["REG"], values["STACK"] + values["LOCAL"])
-    if architecture in NATIVE:
-        kernel = None
+    if architecture in DISASSEMBLED:
         path = Path(tool("nvdisasm")).parent
-        sass = output_of(*command, "-sass", str(LIBRARY), env={"PATH": f"{path}:/usr/bin:/bin"})
-        for line in sass.splitlines():
-            if match := re.search(r"Function : (\S+)", line):
-                kernel = kernels[match[1]]
-            elif kernel and (match := re.search(r"\b([A-Z]*MMA[.A-Z0-9]*|LDL|STL)\b", line)):
-                if match[1] in ("LDL", "STL"):
-                    kernel.local_accesses += 1
-                else:
-                    kernel.matrix[match[1]] += 1
+        read_machine_code(
+            output_of(*command, "-sass", str(LIBRARY), env={"PATH": f"{path}:/usr/bin:/bin"}),
+            kernels,
+        )
     return list(kernels.values())
+
+
+def read_machine_code(sass: str, kernels: dict[str, Kernel]) -> None:
+    instructions = re.compile(r"\b([A-Z]*MMA[.A-Z0-9]*|LDL|STL|LDG|ACQBULK)\b")
+    kernel = None
+    for line in sass.splitlines():
+        if match := re.search(r"Function : (\S+)", line):
+            kernel = kernels[match[1]]
+        elif kernel and (match := instructions.search(line)):
+            if match[1] in ("LDL", "STL"):
+                kernel.local_accesses += 1
+            elif match[1] == "LDG":
+                kernel.early_loads += not kernel.waits
+            elif match[1] == "ACQBULK":  # griddepcontrol.wait
+                kernel.waits = True
+            else:
+                kernel.matrix[match[1]] += 1
 
 
 def expected_instructions(six: str, mxfp4: bool) -> set[str]:
@@ -134,6 +149,11 @@ def check() -> str:
                 faults.append(
                     f"{architecture} {kernel.name}: {kernel.local_bytes} bytes of local memory, "
                     f"{kernel.local_accesses} accesses"
+                )
+            if kernel.waits and kernel.early_loads:
+                faults.append(
+                    f"{architecture} {kernel.name}: {kernel.early_loads} global loads before the "
+                    "wait for the kernel before"
                 )
             match = LINEAR.search(kernel.name)
             if not match or architecture not in NATIVE:
