@@ -410,7 +410,8 @@ struct PairedRows {
 #pragma unroll 1
       for (int i = 0; i < kPairedStages; ++i) copy(row + i * step, i);
     }
-    // What comes from the second-level cache first: loads end in their order.
+    // What comes from the second-level cache first: loads end in their order. The compiler moves
+    // none past a __syncwarp.
     Order channels;
     if constexpr (kOrdered) read_order(channels);
     Vectors of_thread;

@@ -32,8 +32,8 @@ struct Roles {
 };
 
 // Where a thread's codes of two rows go, and in the first two threads of a block the scale of the
-// first and of the second row. A limit is of rows, less the thread's part for the scale, that are
-// this thread's to store.
+// first and of the second row. Of rows below `rows_of_codes` the codes are this thread's to store;
+// of a pair whose first row is below `rows_of_scale` it stores a scale.
 template <bool kKept>
 struct PairOutput {
   const Output& out;
@@ -93,9 +93,9 @@ template <mx::ElementFormat kFormat, uint32_t kLeast>
 struct PairScales {
   uint32_t bytes, inverse;
 
-  // `amax`: the largest magnitudes. `increments`: the upper half of the format's, whose lower one
-  // is zero, in both halves. The few blocks with scales below kLeast, whose slopes leave the range,
-  // become 2^64 times as large; those with a NaN become zeros.
+  // `amax`: the largest magnitudes. `increments`: the upper half of the format's, in both halves;
+  // the lower one would be added to zeros. The few blocks with scales below kLeast, whose slopes
+  // leave the range, become 2^64 times as large; those with a NaN become zeros.
   __device__ __forceinline__ PairScales(uint32_t amax, uint32_t increments, RowPair& y) {
     constexpr uint32_t kEmax = kFormat.emax, kBoth = 0x00010001;
     const uint32_t exponents = (amax + increments) & 0x7F80 * kBoth;

@@ -43,8 +43,8 @@ __device__ __forceinline__ T* kept_in_register(T* x) {
   return reinterpret_cast<T*>(low | high << 32);
 }
 
-// Asks for a row in the second-level cache. That reads nothing, so it may come before the wait:
-// what the kernel before still writes goes to the same cache.
+// Asks for a line, or a row, in the second-level cache. That reads nothing, so it may come before
+// the wait: what the kernel before still writes goes to the same cache.
 __device__ __forceinline__ void fetch_line(const void* line) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
