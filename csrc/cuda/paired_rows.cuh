@@ -30,20 +30,12 @@ struct PairedRows {
   static_assert(is_narrow(kTypes) && kWarps == 16);
   using Words = uint32_t[kRows][kWords];
   // Where the compiler has registers for it: what stays the same from turn to turn stays in them.
-#if __CUDA_ARCH__ == 900
-  static constexpr bool kKeeps = kBFloat16;
-#else
-  static constexpr bool kKeeps = false;
-#endif
+  static constexpr bool kKeeps = kBFloat16 && kArchitecture == 90;
   static constexpr bool kKeepsVectors = kKeeps && !kTwo;
   // How the next rows come: two operands by bulk copies to shared memory, a turn or two ahead; one
   // to registers, while this turn's are there, or for an order, which needs them, as soon as it
   // may.
-#if __CUDA_ARCH__ == 900
-  static constexpr bool kStreams = kTwo;
-#else
-  static constexpr bool kStreams = false;
-#endif
+  static constexpr bool kStreams = kTwo && paired_streams(kArchitecture);
   static constexpr bool kAhead = kKeeps && !kOrdered && !kTwo;
 
   // The warps' sums: of each row its values, for a LayerNorm, and their squares. Without an order
@@ -149,7 +141,6 @@ struct PairedRows {
   }
   // Asks for the first two rows in the second-level cache: see fetch_row.
   __device__ __forceinline__ void fetch(const RowInput& from, int row) const {
-    constexpr int kLine = 128;
     if (kLine * static_cast<int>(threadIdx.x) >= 2 * rows.k) return;
     const char* const line = static_cast<const char*>(from.data) + kLine * threadIdx.x;
 #pragma unroll
@@ -499,12 +490,7 @@ struct PairedRows {
 template <RowFunction kFunction, Types kTypes, bool kOrdered, bool kTwo>
 __global__ void __launch_bounds__(kPairedThreads, 1024 / kPairedThreads)
     paired_rows_kernel(const __grid_constant__ Rows rows) {
-#if __CUDA_ARCH__ < 900
-  constexpr bool kBuilt = paired_everywhere(kFunction, kOrdered, kTwo);
-#else
-  constexpr bool kBuilt = true;
-#endif
-  if constexpr (kBuilt) {
+  if constexpr (is_paired(kArchitecture, kFunction, kOrdered, kTwo)) {
     extern __shared__ __align__(128) uint4 areas[];
     using Kernel = PairedRows<kFunction, kTypes, kOrdered, kTwo>;
     __shared__ typename Kernel::Shared shared;

@@ -84,19 +84,16 @@ __device__ __forceinline__ void with_format(const Output& out, int block, Cast c
 // begin at bytes 0, 2 and 4 of theirs, and end with those of the `next`.
 __device__ __forceinline__ void store_mxfp6(void* to, int part, const Codes& codes,
                                             const Codes& next) {
-  const auto permute = [](uint32_t a, uint32_t b, uint32_t selector) {
-    return __byte_perm(a, b, selector);
-  };
   constexpr uint32_t kFirst = 0x3210, kMiddle = 0x5432, kEnds = 0x5410;  // of two words
   const bool first = part == 0, last = part == 2;
-  const uint32_t begin = permute(last ? codes.high : codes.low, last ? next.low : codes.high,
-                                 first  ? kFirst
-                                 : last ? kEnds
-                                        : kMiddle);
-  const uint32_t end = permute(first ? codes.high : next.low, first ? next.low : next.high,
-                               first  ? kEnds
-                               : last ? kMiddle
-                                      : kFirst);
+  const uint32_t begin = __byte_perm(last ? codes.high : codes.low, last ? next.low : codes.high,
+                                     first  ? kFirst
+                                     : last ? kEnds
+                                            : kMiddle);
+  const uint32_t end = __byte_perm(first ? codes.high : next.low, first ? next.low : next.high,
+                                   first  ? kEnds
+                                   : last ? kMiddle
+                                          : kFirst);
   *static_cast<uint2*>(to) = {begin, end};
 }
 

@@ -89,7 +89,7 @@ struct PairOutput {
 };
 
 // The scales of two blocks of bfloat16 values, one in either half, and their inverses as bfloat16.
-template <mx::ElementFormat kFormat, uint32_t kLeast>
+template <mx::ElementFormat kFormat>
 struct PairScales {
   uint32_t bytes, inverse;
 
@@ -98,6 +98,7 @@ struct PairScales {
   // leave the range, become 2^64 times as large; those with a NaN become zeros.
   __device__ __forceinline__ PairScales(uint32_t amax, uint32_t increments, RowPair& y) {
     constexpr uint32_t kEmax = kFormat.emax, kBoth = 0x00010001;
+    constexpr uint32_t kLeast = Lines<kFormat.mantissa_bits>::kLeastScale;
     const uint32_t exponents = (amax + increments) & 0x7F80 * kBoth;
     bytes = (exponents - (kEmax << 7) * kBoth) >> 7 & 0xFF * kBoth;
     inverse = ((254 + kEmax) << 7) * kBoth - exponents;
@@ -129,7 +130,7 @@ __device__ __forceinline__ uint32_t encode_pair(const Output& out, uint32_t incr
                                                 uint32_t amax, RowPair& y, Codes (&codes)[2]) {
   constexpr bool kPacked = kBFloat16 && !MICROMIX_HAS_MX_CASTS;
   if constexpr (kFormat == mx::E2M1 && kPacked) {
-    const PairScales<kFormat, Lines<1>::kLeastScale> scales(amax, out.increments4, y);
+    const PairScales<kFormat> scales(amax, out.increments4, y);
     const Lines<1> lines(scales.inverse);
     const uint32_t low = encode_e2m1_of_bfloat16(y, lines);
     const uint32_t high = encode_e2m1_of_bfloat16(y + 4, lines);
@@ -137,7 +138,7 @@ __device__ __forceinline__ uint32_t encode_pair(const Output& out, uint32_t incr
     codes[1].low = permute_bytes<0x7632>(low, high);
     return scales.bytes;
   } else if constexpr (kFormat == mx::E2M3 && kPacked) {
-    const PairScales<kFormat, Lines<3>::kLeastScale> scales(amax, out.increments6, y);
+    const PairScales<kFormat> scales(amax, out.increments6, y);
     encode_e2m3_of_bfloat16(y, Lines<3>(scales.inverse), codes);
     return scales.bytes;
   } else {

@@ -106,8 +106,7 @@ Launch paired(const RowTask& task, Types types, int64_t count, const RowOutput& 
     return rows.stride <= std::numeric_limits<int32_t>::max() / 2;
   };
   if (is_plain(task, output) && two) return launch;
-  if (limits.architecture < 90 && !paired_everywhere(task.row_function, ordered, two))
-    return launch;
+  if (!is_paired(limits.architecture, task.row_function, ordered, two)) return launch;
   if (threads > kPairedThreads || count > std::numeric_limits<int32_t>::max() / 2 ||
       !is_near(task.x) || !is_near(task.second))
     return launch;

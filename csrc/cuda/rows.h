@@ -88,8 +88,8 @@ constexpr int kPairedZero = 0, kPairedNan = 8, kPairedEnd = 32, kPairedStages = 
 // Where registers were counted, and bulk copies are.
 constexpr bool paired_streams(int architecture) { return architecture == 90; }
 // A LayerNorm of a sum in an order has too many registers for sm_80.
-constexpr bool paired_everywhere(RowFunction function, bool ordered, bool two) {
-  return function != RowFunction::kLayerNorm || !ordered || !two;
+constexpr bool is_paired(int architecture, RowFunction function, bool ordered, bool two) {
+  return architecture >= 90 || function != RowFunction::kLayerNorm || !ordered || !two;
 }
 // 16 bytes are free after every 32 channels of results.
 constexpr int paired_bytes(int threads, bool ordered, RowFunction function, bool streams) {

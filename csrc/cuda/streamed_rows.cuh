@@ -100,7 +100,7 @@ struct Stream {
     uint32_t word[kOrdered ? kGroup : 1];
   };
   __device__ __forceinline__ Channels read_order() const {
-    Channels order;
+    Channels order{};
     if constexpr (kOrdered) {
       const int first = kGroup * (threadIdx.x - threadIdx.x % 32) + 4 * (threadIdx.x % 32);
 #pragma unroll

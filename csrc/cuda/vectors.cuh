@@ -10,6 +10,12 @@
 namespace micromix::cuda {
 
 constexpr unsigned kWarp = 0xFFFFFFFF;  // all of its threads
+constexpr int kLine = 128;              // bytes of the caches'
+#if defined(__CUDA_ARCH__)
+constexpr int kArchitecture = __CUDA_ARCH__ / 10;
+#else
+constexpr int kArchitecture = 0;  // the host's code
+#endif
 
 // A kernel may start before the one before it in its stream ends: it reads and writes no memory of
 // the device until that one's results are there. It lets the next kernel start as soon as it runs.
@@ -54,7 +60,7 @@ template <Types kTypes>
 __device__ __forceinline__ void fetch_row(const RowInput& from, int64_t row, int k) {
 #if __CUDA_ARCH__ >= 900
   static_assert(kTypes != Types::kAny);
-  constexpr int kLine = 128, kBytes = is_narrow(kTypes) ? 2 : 4;
+  constexpr int kBytes = is_narrow(kTypes) ? 2 : 4;
   if (from.data == nullptr) return;
   const char* const start = static_cast<const char*>(from.data) + row * from.stride * kBytes;
   for (int at = kLine * threadIdx.x; at < k * kBytes; at += kLine * blockDim.x)
