@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .banks import spread_over_banks
 from .budget import InputBudget, spend
 from .errors import RecipeError
 from .mx.layout import MixedLayout
@@ -22,7 +23,8 @@ def allocate(statistics: ModelStatistics, recipe: Recipe) -> ModelPlan:
     """The plan of all layers that were calibrated and that the recipe does not skip.
 
     Channels are sorted by the recipe's metric, the smallest first, so that the largest get the
-    widest format. Layers that share an input share one LayerPlan. Raises EmptyCalibrationError if
+    widest format; inside a block they are spread over a GPU's memory banks (banks.py). Layers that
+    share an input share one LayerPlan. Raises EmptyCalibrationError if
     a layer saw no token, and RecipeError if the recipe's counts do not fit a layer, or its rounding
     needs the model.
     """
@@ -111,7 +113,7 @@ def _plan_group(names: list[str], inputs: ChannelStatistics, recipe: Recipe) -> 
     return LayerPlan(
         in_features=inputs.channels,
         layout=MixedLayout(*counts, recipe.format6, recipe.rules, recipe.hadamard),
-        order=channel_order(inputs.metric(recipe.sort), counts, recipe.hadamard),
+        order=spread_over_banks(channel_order(inputs.metric(recipe.sort), counts, recipe.hadamard)),
         weights=recipe.weights,
         weight_rules=recipe.weight_rules,
         activations=recipe.activations,
@@ -127,7 +129,7 @@ def _budget_plan(
     return LayerPlan(
         in_features=inputs.channels,
         layout=MixedLayout(*budget.counts, recipe.format6, recipe.rules, budget.hadamard),
-        order=None if torch.equal(budget.order, identity) else budget.order,
+        order=None if torch.equal(budget.order, identity) else spread_over_banks(budget.order),
         weights=recipe.weights,
         weight_rules=recipe.weight_rules,
         activations=recipe.activations,

@@ -123,14 +123,15 @@ def test_layers_that_share_an_input_share_a_plan():
 @pytest.mark.parametrize("sort", ["mean", "max", "hessian"])
 def test_sort_metric(sort):
     statistics = ModelStatistics()
-    statistics.add_group({"fc": (4, 64)})
-    x = torch.ones(100, 64)
-    x[:, 5] = 3.0  # the largest mean
-    x[0, 9] = 20.0  # the largest peak, mean 1.19, mean square 4.99
-    x[:4, 7] = 17.0  # the largest mean square: mean 1.64, mean square 12.5
+    statistics.add_group({"fc": (4, 33)})
+    x = torch.tensor([0.5, 1.5] * 50).unsqueeze(1).repeat(1, 33)  # mean 1, mean square 1.25
+    x[:, 5] = torch.tensor([0.1] * 70 + [2.5] * 30)  # the smallest mean
+    x[:, 9] = 1.2  # the smallest peak
+    x[:, 7] = torch.tensor([0.95] * 99 + [1.6])  # the smallest mean square
     statistics.update("fc", x)
-    top = allocate(statistics, Recipe(split=(0.5, 0, 0.5), sort=sort))["fc"].order[-1]
-    assert int(top) == {"mean": 5, "max": 9, "hessian": 7}[sort]
+    plan = allocate(statistics, Recipe(split=(1 / 33, 0, 32 / 33), sort=sort))["fc"]
+    narrow = plan.order[: plan.layout.k4]
+    assert narrow[narrow >= 0].tolist() == [{"mean": 5, "max": 9, "hessian": 7}[sort]]
 
 
 def test_recipe_reaches_the_layers():

@@ -83,7 +83,7 @@ struct PairedRows {
     constexpr int kOfStages = kStreams ? 2 * kPairedStages : 0;
     if constexpr (kNorm) vectors = kept_in_register<kKeepsVectors>(own + kOfStages * area());
     results = address(areas) + (kOfStages + kNorm) * area();
-    own_results = results + kPairedEnd + place_of(kGroup * threadIdx.x);
+    own_results = results + kPairedEnd + paired_place(kGroup * threadIdx.x);
   }
   static __device__ __forceinline__ uint32_t area() { return kPairedArea * blockDim.x; }
   static __device__ __forceinline__ uint32_t address(const void* x) {  // in shared memory
@@ -156,11 +156,6 @@ struct PairedRows {
                   static_cast<const uint16_t*>(from.data) + kGroup * threadIdx.x, x);
   }
 
-  // The results: 16 bytes are free after every 32 channels, so that eight neighbouring threads
-  // store to all banks at once.
-  static __device__ __forceinline__ uint32_t place_of(uint32_t channel) {
-    return 4 * channel + 16 * (channel / 32);
-  }
   // A zero where there is no channel, and a NaN for one that is not there.
   using Order = uint32_t[kGroup];
   __device__ __forceinline__ void read_order(Order& channels) const {
@@ -176,7 +171,7 @@ struct PairedRows {
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       most = max(most, channels[i]);
-      place[i] = kPairedEnd + place_of(channels[i]);
+      place[i] = kPairedEnd + paired_place(channels[i]);
     }
     const auto k = static_cast<uint32_t>(rows.k);
     if (most >= k) [[unlikely]] {

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../rows.h"
+#include "gathers.h"
 
 namespace micromix::cuda {
 
@@ -57,15 +58,13 @@ constexpr int slot_bytes(Types types) { return is_narrow(types) ? 2 : 4; }
 constexpr int64_t staged_bytes(int64_t k, Types types) {
   return (kFirstSlot + (k / 16 + 1) * 16) * slot_bytes(types);
 }
-// Channels of a thread of the streamed kernel, whole blocks of 32, and its threads at most.
-constexpr int kStreamedGroup = 32, kStreamedThreads = 512;
 // A norm's weight and bias, whether it has them or not.
 constexpr int streamed_parameters(RowFunction function) {
   return function == RowFunction::kLayerNorm ? 2 : function == RowFunction::kRmsNorm ? 1 : 0;
 }
-// Its shared memory: barriers, a ring of stages, and the parameters. Every operand of a stage
-// begins with 16 bytes, of them a zero, which is what the order's -1 reads, and a NaN for what is
-// not there.
+// The streamed kernel's shared memory: barriers, a ring of stages, and the parameters. Every operand
+// of a stage begins with 16 bytes, of them a zero, which is what the order's -1 reads, and a NaN for
+// what is not there.
 constexpr int kLeastStages = 3, kMostStages = 4, kStreamedBarriers = 128;
 constexpr int kStreamedZero = 0, kStreamedNan = 2, kStreamedEnd = 16;
 constexpr int64_t streamed_operand_bytes(int64_t k) { return kStreamedEnd + (k + 31) / 32 * 64; }
@@ -79,11 +78,10 @@ constexpr int64_t streamed_bytes(int64_t k, int operands, int stages, int thread
                                                   : of_threads);
 }
 
-// The paired kernel's threads, of eight channels each. Its shared memory is of areas with two times
-// eight channels for each thread: where two operands are streamed, two stages of each; a norm's
-// weight and bias; and for an order the results, behind two zeros, which are what the order's -1
-// reads, and two NaNs for what is not there.
-constexpr int kPairedGroup = 8, kPairedThreads = 512, kPairedArea = 4 * kPairedGroup;
+// The paired kernel's is of areas with two times eight channels for each thread: where two operands
+// are streamed, two stages of each; a norm's weight and bias; and for an order the results, behind
+// two zeros, which are what the order's -1 reads, and two NaNs for what is not there.
+constexpr int kPairedArea = 4 * kPairedGroup;
 constexpr int kPairedZero = 0, kPairedNan = 8, kPairedEnd = 32, kPairedStages = 2;
 // Where registers were counted, and bulk copies are.
 constexpr bool paired_streams(int architecture) { return architecture == 90; }

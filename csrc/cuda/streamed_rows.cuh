@@ -126,7 +126,7 @@ struct Stream {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           most = max(most, order.word[i + j]);
-          place[j] = kStreamedEnd + 2 * order.word[i + j];
+          place[j] = kStreamedEnd + streamed_place(order.word[i + j]);
         }
         if (most >= channels) {
 #pragma unroll
