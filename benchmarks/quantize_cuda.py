@@ -9,7 +9,9 @@ cache holds, so a figure is of memory, with the gaps between launches. Contender
 is the median of the rounds, a ratio the median of the rounds' ratios. "copy" is the bandwidth, bytes
 read and written, of torch's copy of a large tensor in the same run; "as large a copy" one of as many
 bytes as the form moves, launched and timed like the form itself. Inductor compiles the reference
-arithmetic (micromix_compile.mx) with the row function before it. Prints a table and writes it as JSON.
+arithmetic (micromix_compile.mx) with the row function before it. An order is random, and spread over
+memory banks as a plan's is (micromix_compile/banks.py); --unspread leaves it. Prints a table and
+writes it as JSON.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from micromix_compile.banks import spread_over_banks
 from micromix_compile.mx import MixedLayout
 from micromix_compile.mx.mixed import _quantize_rows
 from micromix_compile.ops.fused import Pointwise, RmsForm
@@ -191,7 +194,7 @@ def copy_bandwidth() -> float:
 
 
 def measure(
-    form: Form, rows: int, k: int, rounds: int, peer: bool, bandwidth: float
+    form: Form, rows: int, k: int, rounds: int, peer: bool, bandwidth: float, spread: bool
 ) -> dict[str, object]:
     layout = layout_of(k)
     total = form.bytes(rows, k)
@@ -199,7 +202,10 @@ def measure(
     copies = max(4, min(200, -(-3 * cache // total)))
     generator = torch.Generator("cuda").manual_seed(0)
     weight = torch.randn(k, generator=generator, device="cuda").to(BF16)
-    order = torch.randperm(k, generator=generator, device="cuda").int() if form.ordered else None
+    order = None
+    if form.ordered:
+        order = torch.randperm(k, generator=torch.Generator().manual_seed(0)).int()
+        order = (spread_over_banks(order) if spread else order).cuda()
     operands = [
         (
             *(
@@ -259,6 +265,7 @@ def main() -> None:
         default=["quantize", "rms_norm", "silu, mul"],
         help="the forms to compile with Inductor too (default: %(default)s)",
     )
+    parser.add_argument("--unspread", action="store_true", help="orders as they come")
     parser.add_argument("--json", type=Path, help="write the table here")
     arguments = parser.parse_args()
 
@@ -272,7 +279,9 @@ def main() -> None:
                 if form.name not in arguments.forms:
                     continue
                 peer = form.name in arguments.inductor
-                row = measure(form, rows, k, arguments.rounds, peer, bandwidth)
+                row = measure(
+                    form, rows, k, arguments.rounds, peer, bandwidth, not arguments.unspread
+                )
                 table.append(row)
                 print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     if arguments.json:

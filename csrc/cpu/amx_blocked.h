@@ -10,10 +10,11 @@
 namespace micromix::cpu::avx512 {
 namespace {
 
-// Pairs of panels and strips at once.
-constexpr int64_t kMaxPairs = 16;
+// Strips and pairs of panels at once. Every range of pairs reads all strips anew: where those are
+// many, a longer range pays, though decoded tiles and sums then fill L2.
+constexpr int64_t kMaxStrips = 64, kManyStrips = 32;
+constexpr int64_t kMaxPairs = 20, kPairs = 16;
 static_assert(kMaxPairs <= 32, "a bit each");
-constexpr int64_t kMaxStrips = 64;
 constexpr int64_t kPairColumns = 2 * kTileRows;
 
 struct BlockedContext : Context {
@@ -171,7 +172,7 @@ void multiply_range(const BlockedContext& context, const Range& range, const Dec
       const uint8_t* const b = context.decoded + slot * range.pair_bytes();
       // The next strip is fetched to L2 in parts, one beside each of the first pairs; where the
       // next sums go to tiles, which wait for them, they are fetched to L1.
-      const int64_t parts = decoded.count < kMaxPairs ? kMaxPairs / 4 : kMaxPairs / 2;
+      const int64_t parts = decoded.count < kPairs ? kPairs / 4 : kPairs / 2;
       const int64_t part_bytes = slot < 2 * parts ? kTileBytes / parts : 0;
       const uint8_t* const next =
           a + (2 + slot / parts) * bytes + slot % parts * tiles * part_bytes;
@@ -269,7 +270,8 @@ void run_blocked(const BlockedContext& context, int64_t first_panel) {
   const int64_t strips = context.arrangement.strips();
   // Equal numbers of pairs at once: few pairs alone would wait for the activations.
   const int64_t pairs = (context.last_panel - first_panel + 1) / 2;
-  const int64_t ranges = (pairs + kMaxPairs - 1) / kMaxPairs;
+  const int64_t most = strips > kManyStrips ? kMaxPairs : kPairs;
+  const int64_t ranges = (pairs + most - 1) / most;
   for (int64_t i = 0; i < ranges; ++i) {
     const int64_t p0 = first_panel + pairs * i / ranges * 2;
     const int64_t p1 = std::min(first_panel + pairs * (i + 1) / ranges * 2, context.last_panel);

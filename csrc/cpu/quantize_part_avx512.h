@@ -163,6 +163,15 @@ template <int kBits>
   }
 }
 
+// Encodes a block of a part, whose values are to be multiplied by `factor`.
+template <mx::ElementFormat kFormat>
+[[gnu::always_inline]] inline void encode_block(const Part& part, int64_t b, __m512 factor,
+                                                Pair x) {
+  pack<kFormat.bits>(encode<kFormat>(_mm512_mul_ps(x.even, factor)),
+                     encode<kFormat>(_mm512_mul_ps(x.odd, factor)),
+                     part.data + b * mx::block_bytes(kFormat));
+}
+
 // Encodes a part's blocks, whose values `pair_at` gives.
 template <mx::ElementFormat kFormat, typename F>
 [[gnu::always_inline]] inline void encode_pairs(const Part& part, const Terms& terms,
@@ -172,10 +181,7 @@ template <mx::ElementFormat kFormat, typename F>
       _mm_prefetch(part.next + b * part.next_bytes + line, _MM_HINT_T0);
     }
     const __m512 factor = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(terms.term[b])));
-    const Pair x = pair_at(b);
-    pack<kFormat.bits>(encode<kFormat>(_mm512_mul_ps(x.even, factor)),
-                       encode<kFormat>(_mm512_mul_ps(x.odd, factor)),
-                       part.data + b * mx::block_bytes(kFormat));
+    encode_block<kFormat>(part, b, factor, pair_at(b));
   }
 }
 
@@ -291,37 +297,35 @@ template <bool kAll>
   _mm512_mask_storeu_epi32(packed, mask, _mm512_permutexvar_epi32(in_blocks, bytes));
 }
 
-// Quantises a part of a row of bfloat16.
-template <mx::ElementFormat kFormat>
-void quantize_words(const Part& part, const uint16_t* words) {
-  Terms terms;
-  const __m512i largest = part.blocks == kPart ? largest_words<true>(words, part.blocks)
-                                               : largest_words<false>(words, part.blocks);
-  const auto widened = [](__m256i twice) {
-    return _mm512_slli_epi32(_mm512_cvtepu16_epi32(twice), 15);
-  };
-  _mm512_store_si512(terms.amax, widened(_mm512_castsi512_si256(largest)));
-  _mm512_store_si512(terms.amax + 16, widened(_mm512_extracti64x4_epi64(largest, 1)));
-  if constexpr (kFormat != mx::E2M1) {
-    const uint32_t nans = find_scales<kFormat>(
-        part, terms, [](__m512i scale, __m512i) { return inverse_scales(scale); });
-    encode_pairs<kFormat>(part, terms, [&](int64_t b) __attribute__((always_inline)) {
-      return load_block<Dtype::kBFloat16>(words, b * mx::kBlock, (b + 1) * mx::kBlock);
-    });
-    return clear_blocks<kFormat>(part, nans);
-  }
-  // Where 1/8 of the scale is no normal number, blocks but those of zeros are encoded one by one.
-  constexpr int kSmallestScale = 3;
+// The scales of a part, and of each block the word, twice, that `word_of` makes of scale bytes not
+// below `smallest`; and the blocks that have to be encoded one by one: those with smaller scales,
+// but for blocks of zeros.
+struct WordScales {
+  uint32_t nans, small;
+};
+template <mx::ElementFormat kFormat, typename F>
+[[gnu::always_inline]] inline WordScales find_word_scales(const Part& part, Terms& terms,
+                                                          int smallest, const F& word_of) {
   uint32_t small = 0;
   int at = 0;
   const uint32_t nans = find_scales<kFormat>(part, terms, [&](__m512i scale, __m512i amax) {
-    const __m512i smallest = _mm512_set1_epi32(kSmallestScale);
-    const __mmask16 zero_or_small = _mm512_cmplt_epu32_mask(scale, smallest);
+    const __m512i least = _mm512_set1_epi32(smallest);
+    const __mmask16 zero_or_small = _mm512_cmplt_epu32_mask(scale, least);
     small |= static_cast<uint32_t>(_mm512_mask_test_epi32_mask(zero_or_small, amax, amax)) << at;
     at += 16;
-    const __m512i eighth = _mm512_sub_epi32(_mm512_max_epu32(scale, smallest), smallest);
-    const __m512i term = _mm512_add_epi32(_mm512_slli_epi32(eighth, 8), _mm512_set1_epi32(1));
-    return _mm512_or_si512(term, _mm512_slli_epi32(term, 16));
+    const __m512i word = word_of(_mm512_max_epu32(scale, least));
+    return _mm512_or_si512(word, _mm512_slli_epi32(word, 16));
+  });
+  return {nans, small};
+}
+
+// The codes of a part's blocks of E2M1. Returns the blocks that hold NaN or Inf, and those whose
+// codes are still to be found, as 1/8 of the scale is no normal number.
+WordScales encode_e2m1(const Part& part, Terms& terms, const uint16_t* words) {
+  constexpr int kSmallest = 3;
+  const WordScales scales = find_word_scales<mx::E2M1>(part, terms, kSmallest, [](__m512i scale) {
+    const __m512i eighth = _mm512_sub_epi32(scale, _mm512_set1_epi32(kSmallest));
+    return _mm512_add_epi32(_mm512_slli_epi32(eighth, 8), _mm512_set1_epi32(1));
   });
   constexpr int64_t kBytes = mx::block_bytes(mx::E2M1);
   for (int64_t b = 0; b < part.blocks; b += 4) {
@@ -335,15 +339,75 @@ void quantize_words(const Part& part, const uint16_t* words) {
       encode_words<false>(four, terms.term + b, part.blocks - b, part.data + b * kBytes);
     }
   }
-  clear_blocks<kFormat>(part, nans);
-  for (; small; small &= small - 1) {
-    const int b = std::countr_zero(small);
-    uint8_t codes[mx::kBlock];
-    for (int i = 0; i < mx::kBlock; ++i) {
-      const float x = bfloat16_to_float(words[b * mx::kBlock + i]);
-      codes[i] = mx::encode(x * mx::inverse_scale(part.scales[b]), kFormat);
+  return scales;
+}
+
+// The same of E4M3: a number's bits less those that its exponent has too many are its code and four
+// bits more, which are rounded off. Blocks with numbers that are subnormal in E4M3 are left.
+WordScales encode_e4m3(const Part& part, Terms& terms, const uint16_t* words) {
+  constexpr int kBias = mx::E4M3.bias, kMantissa = 7, kDropped = kMantissa - mx::E4M3.mantissa_bits;
+  constexpr uint8_t kLargest = mx::encode(std::bit_cast<float>(mx::E4M3.largest_bits), mx::E4M3);
+  // A subnormal number, whose bits are no exponent, is one of those that are left.
+  constexpr int kSmallest = kBias + 1;
+  WordScales scales = find_word_scales<mx::E4M3>(part, terms, kSmallest, [](__m512i scale) {
+    return _mm512_slli_epi32(_mm512_sub_epi32(scale, _mm512_set1_epi32(kBias)), kMantissa);
+  });
+  const auto codes = [&](int64_t b) __attribute__((always_inline)) {
+    _mm_prefetch(part.next + b * part.next_bytes, _MM_HINT_T0);
+    const __m512i x = _mm512_loadu_si512(words + b * mx::kBlock);
+    const __m512i magnitude = _mm512_and_si512(x, _mm512_set1_epi16(0x7FFF));
+    const __m512i bits =
+        _mm512_sub_epi16(magnitude, _mm512_set1_epi32(static_cast<int>(terms.term[b])));
+    const __mmask32 normal = _mm512_cmpgt_epi16_mask(bits, _mm512_set1_epi16((1 << kMantissa) - 1));
+    const __mmask32 left = _mm512_mask_test_epi16_mask(~normal, magnitude, magnitude);
+    scales.small |= static_cast<uint32_t>(left != 0) << b;
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(bits, kDropped), _mm512_set1_epi16(1));
+    const __m512i half = _mm512_add_epi16(odd, _mm512_set1_epi16((1 << (kDropped - 1)) - 1));
+    const __m512i code =
+        _mm512_maskz_min_epu16(normal, _mm512_srli_epi16(_mm512_add_epi16(bits, half), kDropped),
+                               _mm512_set1_epi16(kLargest));
+    return _mm512_ternarylogic_epi64(_mm512_set1_epi16(0x80), _mm512_srli_epi16(x, 8), code, 0xCA);
+  };
+  const __m512i in_blocks = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+  int64_t b = 0;
+  for (; b + 2 <= part.blocks; b += 2) {
+    const __m512i bytes = _mm512_packus_epi16(codes(b), codes(b + 1));
+    _mm512_storeu_si512(part.data + b * mx::kBlock, _mm512_permutexvar_epi64(in_blocks, bytes));
+  }
+  if (b < part.blocks) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(part.data + b * mx::kBlock),
+                        _mm512_cvtepi16_epi8(codes(b)));
+  }
+  return scales;
+}
+
+// Quantises a part of a row of bfloat16.
+template <mx::ElementFormat kFormat>
+void quantize_words(const Part& part, const uint16_t* words) {
+  Terms terms;
+  const __m512i largest = part.blocks == kPart ? largest_words<true>(words, part.blocks)
+                                               : largest_words<false>(words, part.blocks);
+  const auto widened = [](__m256i twice) {
+    return _mm512_slli_epi32(_mm512_cvtepu16_epi32(twice), 15);
+  };
+  _mm512_store_si512(terms.amax, widened(_mm512_castsi512_si256(largest)));
+  _mm512_store_si512(terms.amax + 16, widened(_mm512_extracti64x4_epi64(largest, 1)));
+  const auto pair_at = [&](int64_t b) __attribute__((always_inline)) {
+    return load_block<Dtype::kBFloat16>(words, b * mx::kBlock, (b + 1) * mx::kBlock);
+  };
+  if constexpr (kFormat == mx::E2M3 || kFormat == mx::E3M2) {
+    const uint32_t nans = find_scales<kFormat>(
+        part, terms, [](__m512i scale, __m512i) { return inverse_scales(scale); });
+    encode_pairs<kFormat>(part, terms, pair_at);
+    clear_blocks<kFormat>(part, nans);
+  } else {
+    const WordScales scales =
+        kFormat == mx::E2M1 ? encode_e2m1(part, terms, words) : encode_e4m3(part, terms, words);
+    for (uint32_t left = scales.small; left; left &= left - 1) {
+      const int b = std::countr_zero(left);
+      encode_block<kFormat>(part, b, _mm512_set1_ps(mx::inverse_scale(part.scales[b])), pair_at(b));
     }
-    mx::pack_block(codes, kFormat.bits, part.data + b * kBytes);
+    clear_blocks<kFormat>(part, scales.nans);
   }
 }
 
