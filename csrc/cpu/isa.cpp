@@ -80,9 +80,19 @@ Isa from_environment() {
 
 std::atomic<int> chosen{-1};
 
-// Rows from which decoding the weight to AMX tiles pays; below, it is decoded to registers. Float
-// activations are three times the work there.
+// Rows from which decoding the weight to AMX tiles pays; below, it is decoded to registers. What is
+// multiplied as floats there, because the activations or most of the weight are no integers, is
+// several times the work.
 constexpr int64_t kAmxRows = 5, kAmxFloatRows = 3;
+bool has_amx_rows(const LinearTask& task) {
+  int64_t floats = 0;
+  for (const mx::Segment& segment : task.layout.segments()) {
+    const mx::ElementFormat weight = task.layout.weight_format(segment);
+    if (weight == mx::E3M2 || weight == mx::E4M3) floats += segment.blocks;
+  }
+  const bool most = task.weight_only || 2 * floats > task.layout.blocks();
+  return task.m >= (most ? kAmxFloatRows : kAmxRows);
+}
 
 }  // namespace
 
@@ -116,8 +126,7 @@ const QuantizeKernel& quantize_kernel() {
 
 const LinearKernel& linear_kernel(const LinearTask& task) {
 #if defined(MICROMIX_X86)
-  if (current_isa() == Isa::kAmx && task.m >= (task.weight_only ? kAmxFloatRows : kAmxRows) &&
-      task.layout.blocks() > 0 &&
+  if (current_isa() == Isa::kAmx && has_amx_rows(task) && task.layout.blocks() > 0 &&
       !reinterpret_cast<const PlacedHeader*>(task.weight)->has_wide_scales) {
     return kLinearAmx;
   }

@@ -397,6 +397,7 @@ void run_panels(const LinearTask& task, const uint8_t* prepared, int64_t first, 
     int64_t m = 0;
     for (; m + 8 <= task.m; m += 8) run_rows<kWide, 8>(task, prepared, p, m);
     for (; m + 4 <= task.m; m += 4) run_rows<kWide, 4>(task, prepared, p, m);
+    for (; m + 3 <= task.m; m += 3) run_rows<kWide, 3>(task, prepared, p, m);
     for (; m + 2 <= task.m; m += 2) run_rows<kWide, 2>(task, prepared, p, m);
     for (; m < task.m; ++m) run_rows<kWide, 1>(task, prepared, p, m);
   }
