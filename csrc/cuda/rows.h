@@ -62,9 +62,9 @@ constexpr int64_t staged_bytes(int64_t k, Types types) {
 constexpr int streamed_parameters(RowFunction function) {
   return function == RowFunction::kLayerNorm ? 2 : function == RowFunction::kRmsNorm ? 1 : 0;
 }
-// The streamed kernel's shared memory: barriers, a ring of stages, and the parameters. Every operand
-// of a stage begins with 16 bytes, of them a zero, which is what the order's -1 reads, and a NaN for
-// what is not there.
+// The streamed kernel's shared memory: barriers, a ring of stages, and the parameters. Every
+// operand of a stage begins with 16 bytes, of them a zero, which is what the order's -1 reads, and
+// a NaN for what is not there.
 constexpr int kLeastStages = 3, kMostStages = 4, kStreamedBarriers = 128;
 constexpr int kStreamedZero = 0, kStreamedNan = 2, kStreamedEnd = 16;
 constexpr int64_t streamed_operand_bytes(int64_t k) { return kStreamedEnd + (k + 31) / 32 * 64; }

@@ -431,15 +431,19 @@ struct Stream {
         return pack_pairs(v, kBFloat16);
       });
     } else {
-      return block_of([&](int i) {
-        Values<8> v = values(x, i);
-        const Values<8> w = unpack(parameter(0, i), kBFloat16);
-        const Values<8> b = unpack(parameter(1, i), kBFloat16);
+      const auto block = [&](auto normalise) {
+        return block_of([&](int i) {
+          Values<8> v = values(x, i);
+          const Values<8> w = unpack(parameter(0, i), kBFloat16);
+          const Values<8> b = unpack(parameter(1, i), kBFloat16);
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
-          v.v[j] = fmaf(fmaf(v.v[j] - of_row.from, of_row.factor, of_row.plus), w.v[j], b.v[j]);
-        return pack_pairs(v, kBFloat16);
-      });
+          for (int j = 0; j < 8; ++j) v.v[j] = fmaf(normalise(v.v[j]), w.v[j], b.v[j]);
+          return pack_pairs(v, kBFloat16);
+        });
+      };
+      if (of_row.from == 0.0f)  // as in most rows
+        return block([&](float v) { return fmaf(v, of_row.factor, of_row.plus); });
+      return block([&](float v) { return fmaf(v - of_row.from, of_row.factor, of_row.plus); });
     }
   }
 
