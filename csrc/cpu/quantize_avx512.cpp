@@ -3,7 +3,7 @@
 #include <type_traits>
 
 #include "../mx/hadamard.h"
-#include "quantize_part_avx512.h"
+#include "quantize_words_avx512.h"
 
 namespace micromix::cpu {
 namespace {
@@ -36,12 +36,6 @@ struct Scratch {
 };
 
 int64_t scratch_bytes(const QuantizeTask& task) { return Scratch(task, nullptr).bytes; }
-
-// A vector with the low half of each word of `low` and the high half of `high`.
-[[gnu::always_inline]] inline __m512i halves(__m512i low, __m512i high) {
-  const __m512i mask = _mm512_set1_epi32(static_cast<int32_t>(0xFFFF0000));
-  return _mm512_ternarylogic_epi64(mask, high, low, 0xCA);
-}
 
 // Where `fours` has each of 32 channels: `interleave` leaves them so.
 constexpr Table<int32_t> four_places() {
