@@ -180,14 +180,7 @@ void products(const char* op, Tensor data, Tensor scales, std::span<Layer> layer
   const mx::MixedLayout layout = checked_layout(op, k4, k6, k8, format);
   check_bytes(op, "data", data);
   check_bytes(op, "scales", scales);
-  MICROMIX_CHECK(data.dim() > 0 && data.size(data.dim() - 1) == layout.row_bytes(),
-                 "micromix::", op, ": data must be [..., ", layout.row_bytes(),
-                 "], the last dimension is ", data.dim() ? data.size(data.dim() - 1) : 0);
-  const int64_t m = rows_of(data);
-  MICROMIX_CHECK(scales.dim() == data.dim() && scales.size(scales.dim() - 1) == layout.blocks() &&
-                     rows_of(scales) == m,
-                 "micromix::", op, ": scales must be [..., ", layout.blocks(),
-                 "] with the leading sizes of data");
+  const int64_t m = checked_rows(op, data, scales, layout);
   data = dense(data);
   scales = dense(scales);
 

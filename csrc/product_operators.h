@@ -9,6 +9,20 @@
 
 namespace micromix {
 
+// The number of packed rows that a product is given.
+inline int64_t checked_rows(const char* op, const Tensor& data, const Tensor& scales,
+                            const mx::MixedLayout& layout) {
+  MICROMIX_CHECK(data.dim() > 0 && data.size(data.dim() - 1) == layout.row_bytes(),
+                 "micromix::", op, ": data must be [..., ", layout.row_bytes(),
+                 "], the last dimension is ", data.dim() ? data.size(data.dim() - 1) : 0);
+  const int64_t m = rows_of(data);
+  MICROMIX_CHECK(scales.dim() == data.dim() && scales.size(scales.dim() - 1) == layout.blocks() &&
+                     rows_of(scales) == m,
+                 "micromix::", op, ": scales must be [..., ", layout.blocks(),
+                 "] with the leading sizes of data");
+  return m;
+}
+
 using RunProduct = void (*)(const char* op, Tensor data, Tensor scales, std::span<Layer> layers,
                             int64_t k4, int64_t k6, int64_t k8, int64_t format, ScalarType dtype);
 

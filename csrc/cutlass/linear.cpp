@@ -1,5 +1,6 @@
 // micromix::linear, linears and place_weight on CUDA: the Blackwell kernel where a device has its
-// instructions, that kernel in software where it is asked for by name, else the reference.
+// instructions, or in software where it is asked for by name; else operands decoded to bfloat16, or
+// the reference on a device that this was not compiled for.
 #include <torch/csrc/stable/library.h>
 
 #include <array>
@@ -9,7 +10,7 @@
 #include <string>
 #include <tuple>
 
-#include "../cuda/device.h"
+#include "../cuda/decoded_linear.h"
 #include "../product_operators.h"
 #include "launch.h"
 
@@ -141,54 +142,46 @@ void launch(const char* op, LinearArguments& arguments, const mx::MixedLayout& l
   if (arguments.splits > 1) cuda::check(launch_add_partial_sums(arguments, stream), op);
 }
 
-void products(const char* op, const Device& device, const OnDevice& on, Tensor data, Tensor scales,
-              std::span<Layer> layers, const mx::MixedLayout& layout, ScalarType dtype) {
-  using namespace blackwell;
-  const Dtype out_dtype = checked_dtype(op, "dtype", dtype);
-  MICROMIX_CHECK(data.dim() > 0 && data.size(data.dim() - 1) == layout.row_bytes(),
-                 "micromix::", op, ": data must be [..., ", layout.row_bytes(),
-                 "], the last dimension is ", data.dim() ? data.size(data.dim() - 1) : 0);
-  const int64_t m = rows_of(data);
-  MICROMIX_CHECK(scales.dim() == data.dim() && scales.size(scales.dim() - 1) == layout.blocks() &&
-                     rows_of(scales) == m,
-                 "micromix::", op, ": scales must be [..., ", layout.blocks(),
-                 "] with the leading sizes of data");
-  constexpr int64_t kMostRows = int64_t{1} << 22;  // what a grid holds of the largest tile
-  MICROMIX_CHECK(m <= kMostRows, "micromix::", op, ": at most ", kMostRows, " rows; got ", m);
-  data = aligned(data, 16);
-  scales = aligned(scales, 4);
+// Checks a layer and makes its result, rows of `like`, a tensor whose rows the activations are. Its
+// placed weight has `bytes`.
+void check_layer(const char* op, Layer& layer, int64_t bytes, const Tensor& like, int device,
+                 ScalarType dtype) {
+  const int64_t n = layer.n;
+  check_bytes(op, "weight", layer.weight, DeviceType::CUDA);
+  MICROMIX_CHECK(layer.weight.get_device_index() == device && layer.weight.dim() == 1 &&
+                     layer.weight.is_contiguous() && layer.weight.numel() == bytes,
+                 "micromix::", op, ": weight must be the flat buffer of ", bytes,
+                 " bytes that micromix::place_weight makes on this GPU for these arguments; got ",
+                 layer.weight.numel(), " bytes");
+  layer.weight = aligned(layer.weight, 16);
+  if (std::optional<Tensor>& bias = layer.bias) {
+    checked_dtype(op, "bias", bias->scalar_type());
+    MICROMIX_CHECK(bias->is_cuda() && bias->get_device_index() == device && bias->dim() == 1 &&
+                       bias->size(0) == n,
+                   "micromix::", op, ": bias must be [", n, "] on this GPU");
+    *bias = dense(*bias);
+  }
+  layer.result = empty_rows(like, n, shim_dtype(dtype));
+}
 
+void blackwell_products(const char* op, const Device& device, const OnDevice& on,
+                        const Tensor& data, const Tensor& scales, int64_t m,
+                        std::span<Layer> layers, const mx::MixedLayout& layout, ScalarType dtype) {
+  using namespace blackwell;
   LinearArguments arguments = arguments_of(layout);
-  const PlacedWeight placed(layout);
   arguments.data = static_cast<const uint8_t*>(data.const_data_ptr());
   arguments.scales = static_cast<const uint8_t*>(scales.const_data_ptr());
   arguments.m = static_cast<int>(m);
-  arguments.out_dtype = out_dtype;
-
+  arguments.out_dtype = checked_dtype(op, "dtype", dtype);
   for (Layer& layer : layers) {
-    const int64_t n = layer.n;
-    check_bytes(op, "weight", layer.weight, DeviceType::CUDA);
-    MICROMIX_CHECK(n >= 0 && n < (int64_t{1} << 30), "micromix::", op,
-                   ": n must not be negative, and below 2^30; got ", n);
-    MICROMIX_CHECK(layer.weight.get_device_index() == on.index && layer.weight.dim() == 1 &&
-                       layer.weight.is_contiguous() && layer.weight.numel() == placed.bytes(n),
-                   "micromix::", op, ": weight must be the flat buffer of ", placed.bytes(n),
-                   " bytes that micromix::place_weight makes on this GPU for these arguments; got ",
-                   layer.weight.numel(), " bytes");
-    layer.weight = aligned(layer.weight, 16);
+    if (m == 0 || layer.n == 0) continue;
     WeightArguments weight{};
     weight.placed = static_cast<const uint8_t*>(layer.weight.const_data_ptr());
-    weight.n = static_cast<int>(n);
-    if (std::optional<Tensor>& bias = layer.bias) {
-      weight.bias_dtype = checked_dtype(op, "bias", bias->scalar_type());
-      MICROMIX_CHECK(bias->is_cuda() && bias->get_device_index() == on.index && bias->dim() == 1 &&
-                         bias->size(0) == n,
-                     "micromix::", op, ": bias must be [", n, "] on this GPU");
-      *bias = dense(*bias);
-      weight.bias = bias->const_data_ptr();
+    weight.n = static_cast<int>(layer.n);
+    if (layer.bias) {
+      weight.bias_dtype = checked_dtype(op, "bias", layer.bias->scalar_type());
+      weight.bias = layer.bias->const_data_ptr();
     }
-    layer.result = empty_rows(data, n, shim_dtype(dtype));
-    if (m == 0 || n == 0) continue;
     weight.out = layer.result->mutable_data_ptr();
     arguments.weights[arguments.weight_count++] = weight;
   }
@@ -196,7 +189,8 @@ void products(const char* op, const Device& device, const OnDevice& on, Tensor d
   if (arguments.weight_count > 0) launch(op, arguments, layout, device, data, on.stream);
 }
 
-// Fills in the results of the layers: one launch, or the reference for one after the other.
+// Fills in the results of the layers: one launch of the Blackwell kernel, or one product after the
+// other.
 void run(const char* op, Tensor data, Tensor scales, std::span<Layer> layers, int64_t k4,
          int64_t k6, int64_t k8, int64_t format, ScalarType dtype) {
   const mx::MixedLayout layout = layout_of(op, k4, k6, k8, format);
@@ -206,14 +200,35 @@ void run(const char* op, Tensor data, Tensor scales, std::span<Layer> layers, in
                  ": data and scales must be on one GPU");
   const OnDevice on(data);
   const Device device = device_of(on.index);
-  if (runs_kernel(op, device, format)) {
-    return products(op, device, on, data, scales, layers, layout, dtype);
+  const bool is_blackwell = runs_kernel(op, device, format);
+  if (!is_blackwell && device.atoms == Atoms::kNone) {
+    for (Layer& layer : layers) {
+      std::array stack{from(data),    from(scales), from(layer.weight), from(layer.bias),
+                       from(layer.n), from(k4),     from(k6),           from(k8),
+                       from(format),  from(dtype)};
+      call("micromix::linear_reference", stack);
+      layer.result = to<Tensor>(stack[0]);
+    }
+    return;
   }
+
+  checked_dtype(op, "dtype", dtype);
+  const int64_t m = checked_rows(op, data, scales, layout);
+  constexpr int64_t kMostRows = int64_t{1} << 22;  // what a grid holds of the largest tile
+  MICROMIX_CHECK(m <= kMostRows, "micromix::", op, ": at most ", kMostRows, " rows; got ", m);
+  data = aligned(data, 16);
+  scales = aligned(scales, 4);
   for (Layer& layer : layers) {
-    std::array stack{from(data), from(scales), from(layer.weight), from(layer.bias), from(layer.n),
-                     from(k4),   from(k6),     from(k8),           from(format),     from(dtype)};
-    call("micromix::linear_reference", stack);
-    layer.result = to<Tensor>(stack[0]);
+    MICROMIX_CHECK(layer.n >= 0 && layer.n < (int64_t{1} << 30), "micromix::", op,
+                   ": n must not be negative, and below 2^30; got ", layer.n);
+    const int64_t bytes = is_blackwell ? blackwell::PlacedWeight(layout).bytes(layer.n)
+                                       : cuda::decoded_weight_bytes(layout, layer.n);
+    check_layer(op, layer, bytes, data, on.index, dtype);
+  }
+  if (is_blackwell) {
+    blackwell_products(op, device, on, data, scales, m, layers, layout, dtype);
+  } else {
+    cuda::decoded_products(op, on, data, scales, m, layers, layout);
   }
 }
 

@@ -129,32 +129,39 @@ def set_cpu_isa(name: str) -> str:
     return torch.ops.micromix.set_cpu_isa(name)
 
 
+def _cuda_atoms(device: torch.device) -> str:
+    """What a device is to the CUDA kernels: "native", "emulated" or "none" (csrc/cutlass/linear.cpp)."""
+    if device.type != "cuda" or not _cuda_info:
+        return "none"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.ops.micromix.cuda_atoms(index)
+
+
 def blackwell_kernel(device: torch.device | str, format: int = 0) -> str:
     """Which form of the Blackwell linear a CUDA device runs for a format code.
 
     "native" where the device has its instructions, "emulated" where the code says EMULATED and the
-    device can, else "": the reference.
+    device can, else "": it decodes the operands, or runs the reference.
     """
-    device = torch.device(device)
-    if device.type != "cuda" or not _cuda_info:
-        return ""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    atoms = torch.ops.micromix.cuda_atoms(index)
+    atoms = _cuda_atoms(torch.device(device))
     wanted = atoms == "native" or (atoms == "emulated" and format & EMULATED)
     return atoms if wanted else ""
 
 
 def kernel_name(device: torch.device | str, format: int = 0) -> str:
     """What runs the linear layers on a device: "cpu_amx", "cpu_avx512", ..., "cuda_sm120",
-    "mx_emulated" (where the format code says EMULATED), or "reference"."""
+    "mx_emulated" (where the format code says EMULATED), "cuda_decoded" (operands decoded to bfloat16,
+    and cuBLAS), or "reference"."""
     device = torch.device(device)
     if device.type == "cpu" and loaded():
         return f"cpu_{cpu_isa()}"
-    atoms = blackwell_kernel(device, format)
-    if atoms == "native":
+    blackwell = blackwell_kernel(device, format)
+    if blackwell == "native":
         major, minor = torch.cuda.get_device_capability(device)
         return f"cuda_sm{major}{minor}"
-    return "mx_emulated" if atoms else "reference"
+    if blackwell:
+        return "mx_emulated"
+    return "reference" if _cuda_atoms(device) == "none" else "cuda_decoded"
 
 
 def why_reference(device: torch.device) -> str:
@@ -164,9 +171,8 @@ def why_reference(device: torch.device) -> str:
             return "the CUDA kernels were not built (`make cuda` does it)"
         major, minor = torch.cuda.get_device_capability(device)
         return (
-            f"a GPU of compute capability {major}.{minor} has no matrix instructions with block scales, "
-            'and the Blackwell kernel runs there in software only if options={"kernel": "mx_emulated"} '
-            "asks for it"
+            f"the CUDA kernels were built for {_cuda_info['architectures']}, and none of that runs on "
+            f"a GPU of compute capability {major}.{minor}"
         )
     if device.type != "cpu":
         return f"this build has no kernels for {device.type}"

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from micromix_compile import ops
-from micromix_compile.errors import ReferenceKernelWarning
 from micromix_compile.mx import MixedLayout
-from micromix_compile.ops import EMULATED, _reference
+from micromix_compile.ops import EMULATED
 
 from .products import FORMATS, MIXES, Product
 
@@ -199,23 +198,6 @@ def test_the_device_is_that_of_the_tensors():
     )
     assert found.device == torch.device(device) and torch.cuda.current_device() == 0
     assert not product.fault([found], torch.bfloat16)
-
-
-def test_without_the_kernel_by_name_the_reference_runs_and_says_so():
-    if ops.blackwell_kernel("cuda") == "native":
-        pytest.skip("this device runs the kernel natively")
-    assert ops.kernel_name("cuda") == "reference"
-    assert ops.kernel_name("cuda", EMULATED) == "mx_emulated"
-    product = Product(4, [24, 8], MixedLayout(64, 32, 32))
-    placed = [
-        torch.ops.micromix.place_weight(data.cuda(), scales.cuda(), *product.arguments)
-        for data, scales in product.weights
-    ]
-    assert placed[0].numel() == ops.placed_bytes(24, *product.arguments, "cuda")
-    _reference._warned.clear()  # it warns once in a process
-    with pytest.warns(ReferenceKernelWarning, match="mx_emulated"):
-        found = run(product, torch.float32, placed=placed, bit=0)
-    assert not product.fault(found, torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,100 @@
+// Products of operands that are decoded to bfloat16.
+//
+// An element times its scale, over the largest scale of its row, is a bfloat16 number, so decoding
+// is exact but for blocks 2^124 below that. cuBLAS sums in float32 and gives float32: in bfloat16
+// it may round partial sums. One kernel then applies the powers of two, adds the bias and rounds.
+#include "decoded_linear.h"
+
+#include <algorithm>
+#include <array>
+
+#include "decode.h"
+
+namespace micromix::cuda {
+namespace {
+
+using torch::stable::detail::from;
+using torch::stable::detail::to;
+
+// Of a decoded weight: a vocabulary's would be gigabytes.
+constexpr int64_t kMostWeightBytes = 128 << 20;
+
+struct Decoded {
+  Tensor values, exponents;
+};
+
+Decoded decode(const char* op, const OnDevice& on, const Tensor& like,
+               const mx::MixedLayout& layout, const uint8_t* data, const uint8_t* scales,
+               int64_t rows) {
+  const int64_t sizes[2] = {rows, layout.channels()};
+  Decoded decoded{empty_of(like, sizes, aoti_torch_dtype_bfloat16()),
+                  empty_vector(like, rows, aoti_torch_dtype_int32())};
+  const auto segments = layout.segments();
+  DecodedRows arguments{};
+  arguments.data = data;
+  arguments.scales = scales;
+  arguments.rows = rows;
+  arguments.values = decoded.values.mutable_data_ptr();
+  arguments.exponents = static_cast<int32_t*>(decoded.exponents.mutable_data_ptr());
+  arguments.row_bytes = layout.row_bytes();
+  arguments.end4 = static_cast<int32_t>(segments[1].first_block);
+  arguments.end6 = static_cast<int32_t>(segments[2].first_block);
+  arguments.blocks = static_cast<int32_t>(layout.blocks());
+  arguments.start6 = static_cast<int32_t>(segments[1].byte_start);
+  arguments.start8 = static_cast<int32_t>(segments[2].byte_start);
+  arguments.e3m2 = layout.format6() == mx::E3M2;
+  check(launch_decode(arguments, on.stream), op);
+  return decoded;
+}
+
+// a [m, k] times b [n, k] transposed, in float32.
+Tensor product(const Tensor& a, const Tensor& b) {
+  std::array stack{from(a), from(torch::stable::transpose(b, 0, 1)), from(ScalarType::Float)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mm", "dtype", stack.data(), TORCH_ABI_VERSION));
+  return to<Tensor>(stack[0]);
+}
+
+}  // namespace
+
+void decoded_products(const char* op, const OnDevice& on, const Tensor& data, const Tensor& scales,
+                      int64_t m, std::span<Layer> layers, const mx::MixedLayout& layout) {
+  if (m == 0) return;
+  const auto bytes_of = [](const Tensor& t) {
+    return static_cast<const uint8_t*>(t.const_data_ptr());
+  };
+  const Decoded rows = decode(op, on, data, layout, bytes_of(data), bytes_of(scales), m);
+  const mx::MixedLayout own = layout.weight();
+  const int64_t most =
+      std::max<int64_t>(kMostWeightBytes / (2 * std::max<int64_t>(own.channels(), 1)), 1);
+  for (Layer& layer : layers) {
+    const uint8_t* const weight = bytes_of(layer.weight);
+    const Dtype dtype = checked_dtype(op, "dtype", layer.result->scalar_type());
+    const Dtype bias_dtype =
+        layer.bias ? checked_dtype(op, "bias", layer.bias->scalar_type()) : Dtype::kFloat32;
+    const auto at = [](const void* numbers, Dtype dtype, int64_t i) {
+      return const_cast<char*>(static_cast<const char*>(numbers)) +
+             i * (dtype == Dtype::kFloat32 ? 4 : 2);
+    };
+    for (int64_t first = 0; first < layer.n; first += most) {
+      const int64_t n = std::min(most, layer.n - first);
+      const Decoded columns = decode(op, on, data, own, weight + first * own.row_bytes(),
+                                     weight + layer.n * own.row_bytes() + first * own.blocks(), n);
+      const Tensor sums = product(rows.values, columns.values);
+      FinishedSums finished{};
+      finished.sums = static_cast<const float*>(sums.const_data_ptr());
+      finished.row_exponents = static_cast<const int32_t*>(rows.exponents.const_data_ptr());
+      finished.column_exponents = static_cast<const int32_t*>(columns.exponents.const_data_ptr());
+      finished.m = m;
+      finished.n = n;
+      finished.stride = layer.n;
+      if (layer.bias) finished.bias = at(layer.bias->const_data_ptr(), bias_dtype, first);
+      finished.bias_dtype = bias_dtype;
+      finished.out = at(layer.result->mutable_data_ptr(), dtype, first);
+      finished.out_dtype = dtype;
+      check(launch_finish(finished, on.stream), op);
+    }
+  }
+}
+
+}  // namespace micromix::cuda

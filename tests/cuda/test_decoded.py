@@ -1,0 +1,180 @@
+"""micromix::linear and linears on a CUDA device without block-scaled instructions: operands decoded to bfloat16."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from micromix_compile import mx, ops
+from micromix_compile.errors import ReferenceKernelWarning
+from micromix_compile.mx import MixedLayout
+from micromix_compile.ops import EMULATED
+
+from .products import FORMATS, MIXES, Product
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+ROWS = (1, 3, 130)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LINEARS = {2: torch.ops.micromix.linears.two, 3: torch.ops.micromix.linears.three}
+
+
+@pytest.fixture(autouse=True)
+def decodes():
+    """Nothing here is to run on another kernel, and least of all on the reference."""
+    if ops.blackwell_kernel("cuda") == "native":
+        pytest.skip("this device runs the Blackwell kernel")
+    assert ops.kernel_name("cuda") == "cuda_decoded", "make cuda"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ReferenceKernelWarning)
+        yield
+
+
+def place(product: Product) -> list[torch.Tensor]:
+    return [
+        torch.ops.micromix.place_weight(data.cuda(), scales.cuda(), *product.arguments)
+        for data, scales in product.weights
+    ]
+
+
+def run(product: Product, dtype=torch.bfloat16, bias_dtype=torch.float32, data=None):
+    biases = [None if b is None else b.cuda().to(bias_dtype) for b in product.biases]
+    layers = zip(place(product), biases, product.n, strict=True)
+    found = LINEARS.get(len(product.n), torch.ops.micromix.linear)(
+        product.data.cuda() if data is None else data,
+        product.scales.cuda(),
+        *itertools.chain(*layers),
+        *(*product.arguments, dtype),
+    )
+    return found if isinstance(found, tuple) else (found,)
+
+
+def test_the_emulated_kernel_is_another():
+    assert ops.kernel_name("cuda", EMULATED) == "mx_emulated"
+
+
+@pytest.mark.parametrize("format6, weights", FORMATS)
+@pytest.mark.parametrize("mix", MIXES, ids=str)
+@pytest.mark.parametrize("m", ROWS)
+def test_exact_sums_are_exact(m, mix, format6, weights):
+    product = Product(m, [76], MixedLayout(*mix, format6=format6), weights)
+    assert not product.fault(run(product), torch.bfloat16)
+
+
+@pytest.mark.parametrize("format6, weights", FORMATS)
+@pytest.mark.parametrize("m", ROWS)
+def test_all_codes_are_within_the_bar(m, format6, weights):
+    layout = MixedLayout(1568, 544, 480, format6=format6)
+    product = Product(m, [200], layout, weights, exact=False)
+    for dtype in DTYPES:
+        assert not product.fault(run(product, dtype), dtype)
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 65])
+def test_every_column_tail_and_dtype(n):
+    product = Product(5, [n], MixedLayout(64, 32, 32))
+    for dtype in DTYPES:
+        for bias_dtype in DTYPES:
+            assert not product.fault(run(product, dtype, bias_dtype), dtype)
+
+
+@given(
+    m=st.integers(0, 40),
+    n=st.lists(st.integers(0, 70), min_size=1, max_size=3),
+    blocks=st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(0, 6)),
+    kind=st.sampled_from(FORMATS),
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=100, deadline=None)
+def test_any_shape(m, n, blocks, kind, bias, seed):
+    layout = MixedLayout(*(32 * b for b in blocks), format6=kind[0])
+    product = Product(m, n, layout, kind[1], bias=bias, seed=seed)
+    assert not product.fault(run(product), torch.bfloat16)
+
+
+def test_a_weight_that_is_decoded_in_parts():
+    """128 MiB at a time: of 8192 channels, 8192 rows."""
+    product = Product(3, [8200], MixedLayout(8192, 0, 0), exact=False)
+    assert not product.fault(run(product), torch.bfloat16)
+
+
+@pytest.mark.parametrize("low, high", [(0, 9), (100, 160), (246, 255)])
+def test_scales_at_the_ends_of_their_range(low, high):
+    """Rows of tiny numbers meet rows of huge ones: results lie where float32 holds them."""
+    product = Product(6, [40], MixedLayout(64, 32, 32), bias=False)
+    generator = torch.Generator().manual_seed(0)
+    shape = product.scales.shape
+    product.scales = torch.randint(low, high, shape, generator=generator).to(torch.uint8)
+    data, scales = product.weights[0]
+    scales = torch.randint(254 - high + 1, 255 - low, scales.shape, generator=generator)
+    product.weights = [(data, scales.to(torch.uint8))]
+    product.exact = False
+    assert not product.fault(run(product, torch.float32), torch.float32)
+
+
+def test_nan_scales_and_elements_are_nan():
+    product = Product(4, [24], MixedLayout(64, 32, 64))
+    product.scales[1, 0] = 0xFF
+    product.scales[2, :] = 0xFF
+    product.weights[0][1][5, 3] = 0xFF
+    product.data[3, -1] = 0x7F
+    (found,) = run(product)
+    assert not product.fault([found], torch.bfloat16)
+    assert found[1:].isnan().all() and found[0].isnan().sum() == 1 and found[0, 5].isnan()
+
+
+def test_views_and_leading_dimensions():
+    product = Product(6, [24], MixedLayout(64, 32, 32))
+    wide = torch.cat((product.data, product.data), dim=1).cuda()
+    assert not product.fault(run(product, data=wide[:, : product.data.shape[1]]), torch.bfloat16)
+    *counts, code = product.arguments
+    found = torch.ops.micromix.linear(
+        product.data.cuda().view(2, 3, -1),
+        product.scales.cuda().view(2, 3, -1),
+        *(place(product)[0], product.biases[0].cuda(), 24, *counts, code, torch.bfloat16),
+    )
+    assert found.shape == (2, 3, 24)
+    assert not product.fault([found.view(6, 24)], torch.bfloat16)
+
+
+def test_a_cuda_graph_and_another_stream():
+    product = Product(5, [40, 24], MixedLayout(96, 32, 32), exact=False)
+    expected = run(product)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        on_stream = run(product)
+    torch.cuda.synchronize()
+    data, scales = product.data.cuda(), product.scales.cuda()
+    placed, biases = place(product), [bias.cuda() for bias in product.biases]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layers = itertools.chain(*zip(placed, biases, product.n, strict=True))
+        captured = LINEARS[2](data, scales, *layers, *product.arguments, torch.bfloat16)
+    graph.replay()
+    for found in (on_stream, captured):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_largest_numbers_are_not_lost_on_the_way():
+    """A block of ones at scale 2^127 beside one at 2^-127: the first is exact, the second far below."""
+    layout = MixedLayout(64, 0, 0)
+    ones = torch.full((1, 32), 0x22, dtype=torch.uint8)  # two codes of 1.0 a byte
+    scales = torch.tensor([[254, 0]], dtype=torch.uint8)
+    small = torch.tensor([[60, 60]], dtype=torch.uint8)
+    counts = (64, 0, 0, layout.code)
+    placed = torch.ops.micromix.place_weight(ones.cuda(), small.cuda(), *counts)
+    found = torch.ops.micromix.linear(
+        ones.cuda(), scales.cuda(), placed, None, 1, *counts, torch.float32
+    )
+    expected = mx.linear(ones, scales, ones, small, layout, layout, None, torch.float32)
+    assert found.cpu() == expected == 2.0**65
