@@ -42,3 +42,29 @@ def test_a_bad_setting_is_one_line_and_an_exit_code():
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith("error: MICROMIX_CPU_ISA names no instruction set")
+
+
+@pytest.mark.parametrize(
+    "atoms, format, name",
+    [
+        ("native", 0, "cuda_sm120"),
+        ("native", ops.EMULATED, "cuda_sm120"),
+        ("emulated", 0, "cuda_decoded"),
+        ("emulated", ops.EMULATED, "mx_emulated"),
+        ("none", 0, "reference"),
+    ],
+)
+def test_the_kernel_of_a_gpu_has_a_name(monkeypatch, atoms, format, name):
+    monkeypatch.setattr(ops._extension, "_cuda_atoms", lambda device: atoms)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    assert ops.kernel_name("cuda:0", format) == name
+
+
+def test_why_a_gpu_runs_the_reference(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    device = torch.device("cuda:0")
+    monkeypatch.setattr(ops._extension, "_cuda_info", {})
+    assert "make cuda" in ops._extension.why_reference(device)
+    monkeypatch.setattr(ops._extension, "_cuda_info", {"architectures": "80,90a"})
+    reason = ops._extension.why_reference(device)
+    assert "80,90a" in reason and "capability 7.5" in reason

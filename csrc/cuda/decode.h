@@ -10,8 +10,8 @@
 namespace micromix::cuda {
 
 // Packed rows [rows, row bytes], aligned to 8 bytes, with their scales [rows, blocks]; and where
-// they go: `values` bfloat16 [rows, channels], each row over 2^exponent, that of its largest scale,
-// so that elements are exact wherever a row's scales are.
+// they go: `values` bfloat16 [rows, channels], in the order of decode.cuh, each row over
+// 2^exponent, that of its largest scale.
 struct DecodedRows {
   const uint8_t* data;
   const uint8_t* scales;
@@ -25,6 +25,21 @@ struct DecodedRows {
   bool e3m2;  // what MXFP6 is
 };
 cudaError_t launch_decode(const DecodedRows& rows, cudaStream_t stream);
+
+// The product of few decoded rows [m, channels] with the packed rows of a weight, `data` to
+// `blocks` of `weight`, which are decoded on the way to the tensor cores; finished as below.
+constexpr int kFewRows = 16;
+struct FewRows {
+  const void* x;
+  const int32_t* row_exponents;
+  int32_t m;
+  DecodedRows weight;
+  const void* bias;  // or null
+  Dtype bias_dtype;
+  void* out;  // [m, weight.rows]
+  Dtype out_dtype;
+};
+cudaError_t launch_few_rows(const FewRows& task, cudaStream_t stream);
 
 // out[m, n] = sums[m, n] * 2^(row exponent + column exponent) + bias[n], rounded once. Rows of
 // `out` are `stride` numbers apart.

@@ -1,5 +1,5 @@
-// Products whose operands are decoded to bfloat16 and multiplied by cuBLAS: for devices that have
-// tensor cores, but no instructions with block scales.
+// Products whose operands are decoded to bfloat16: for devices that have tensor cores, but no
+// instructions with block scales.
 #pragma once
 
 #include <span>

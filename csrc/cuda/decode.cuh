@@ -1,0 +1,107 @@
+// Eight neighbouring codes of a packed row to bfloat16, and what becomes of their products.
+//
+// Placed where a bfloat16 number has its exponent and its mantissa, a code is the element times
+// 2^(the format's bias - 127), subnormals included. One packed product by the scale and what that
+// is short of gives the element under its scale, exactly.
+#pragma once
+
+#include "vectors.cuh"
+
+namespace micromix::cuda {
+
+// The factor of a block whose scale byte lies `below` the largest of its row, in both halves.
+template <mx::ElementFormat kFormat>
+__device__ __forceinline__ uint32_t factor_of_block(int scale, int largest) {
+  if (scale == mx::kNanScale) return 0x7FFF7FFF;
+  const float power = power_of_two(mx::kFloat32Bias - kFormat.bias + scale - largest);
+  return narrow_pair(power, power, true);
+}
+
+// Channels i and i + 4 in the halves of word i: the order of Pairs. All operands of a product have
+// their channels in the same order.
+using Eight = uint4;
+
+// What is placed where bfloat16 has it, under a factor.
+__device__ __forceinline__ Eight scaled(const uint32_t (&placed)[4], uint32_t factor) {
+  return {product_of_pairs(placed[0], factor, true), product_of_pairs(placed[1], factor, true),
+          product_of_pairs(placed[2], factor, true), product_of_pairs(placed[3], factor, true)};
+}
+
+__device__ __forceinline__ Eight decode_e2m1(uint32_t codes, uint32_t factor) {
+  constexpr uint32_t kMagnitudes = 0x01C001C0, kSigns = 0x80008000;
+  const uint32_t placed[4] = {(codes << 6 & kMagnitudes) | (codes << 12 & kSigns),
+                              (codes << 2 & kMagnitudes) | (codes << 8 & kSigns),
+                              (codes >> 2 & kMagnitudes) | (codes << 4 & kSigns),
+                              (codes >> 6 & kMagnitudes) | (codes & kSigns)};
+  return scaled(placed, factor);
+}
+
+// E2M3 or E3M2: four codes in the lower 24 bits of either word.
+template <mx::ElementFormat kFormat>
+__device__ __forceinline__ Eight decode_mxfp6(uint32_t lower, uint32_t upper, uint32_t factor) {
+  uint32_t placed[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t codes = permute_bytes<0x5410>(lower >> (6 * i), upper >> (6 * i));
+    placed[i] = (codes & 0x001F001F) << (7 - kFormat.mantissa_bits) | (codes & 0x00200020) << 10;
+  }
+  return scaled(placed, factor);
+}
+
+// Four codes in either word.
+__device__ __forceinline__ Eight decode_e4m3(uint32_t lower, uint32_t upper, uint32_t factor) {
+  const auto place = [](uint32_t codes) {  // in the upper bytes of both halves
+    return (codes >> 4 & 0x07F007F0) | (codes & 0x80008000);
+  };
+  const uint32_t placed[4] = {
+      place(permute_bytes<0x4000>(lower, upper)), place(permute_bytes<0x5010>(lower, upper)),
+      place(permute_bytes<0x6020>(lower, upper)), place(permute_bytes<0x7030>(lower, upper))};
+  Eight y = scaled(placed, factor);
+  const auto nans = [](uint32_t codes) { return (codes & 0x7F7F7F7F) + 0x01010101 & 0x80808080; };
+  if (nans(lower) | nans(upper)) [[unlikely]] {
+    const auto mark = [](uint32_t& word, uint32_t placed) {
+      word |= ((placed & 0x07F007F0) + 0x00100010 >> 11 & 0x00010001) * 0x7FFF;
+    };
+    mark(y.x, placed[0]), mark(y.y, placed[1]), mark(y.z, placed[2]), mark(y.w, placed[3]);
+  }
+  return y;
+}
+
+// The eight codes of group `g` of a block of a format that begins at `block`, aligned to 8 bytes.
+template <mx::ElementFormat kFormat>
+struct BlockCodes {
+  static constexpr int kWords = kFormat.bits;  // of 32 bits
+  uint32_t word[kWords];
+
+  __device__ __forceinline__ explicit BlockCodes(const uint8_t* block) {
+#pragma unroll
+    for (int i = 0; i < kWords / 2; ++i) {
+      const uint2 two = __ldg(reinterpret_cast<const uint2*>(block) + i);
+      word[2 * i] = two.x, word[2 * i + 1] = two.y;
+    }
+  }
+  __device__ __forceinline__ Eight decode(int g, uint32_t factor) const {
+    if constexpr (kFormat.bits == 4) {
+      return decode_e2m1(word[g], factor);
+    } else if constexpr (kFormat.bits == 8) {
+      return decode_e4m3(word[2 * g], word[2 * g + 1], factor);
+    } else {  // 48 bits, from a multiple of 16 on
+      const int first = 3 * g / 2;
+      const uint32_t low = g % 2 ? __funnelshift_r(word[first], word[first + 1], 16) : word[first];
+      const uint32_t high = g % 2 ? word[first + 1] >> 16 : word[first + 1];
+      return decode_mxfp6<kFormat>(low, __funnelshift_r(low, high, 24), factor);
+    }
+  }
+};
+
+// Stores sum * 2^power + bias[n] as number `at` of the result, rounded once. Two powers, as one may
+// be beyond the type.
+__device__ __forceinline__ void finish(float sum, int power, const void* bias, Dtype bias_dtype,
+                                       int64_t n, void* out, Dtype out_dtype, int64_t at) {
+  const int half = power / 2;
+  const float added = bias ? load_one(bias, bias_dtype, n) : 0.0f;
+  const float y = fmaf(sum * power_of_two(half), power_of_two(power - half), added);
+  store_any<1>(out, out_dtype, at, 1, {y});
+}
+
+}  // namespace micromix::cuda
