@@ -9,7 +9,7 @@
 
 namespace micromix::cuda {
 
-// The factor of a block whose scale byte lies `below` the largest of its row, in both halves.
+// The factor, in both halves, of a block with this scale byte in a row whose largest is `largest`.
 template <mx::ElementFormat kFormat>
 __device__ __forceinline__ uint32_t factor_of_block(int scale, int largest) {
   if (scale == mx::kNanScale) return 0x7FFF7FFF;
@@ -67,7 +67,7 @@ __device__ __forceinline__ Eight decode_e4m3(uint32_t lower, uint32_t upper, uin
   return y;
 }
 
-// The eight codes of group `g` of a block of a format that begins at `block`, aligned to 8 bytes.
+// The codes of a block of a format, which is aligned to 8 bytes; decoded in groups of eight.
 template <mx::ElementFormat kFormat>
 struct BlockCodes {
   static constexpr int kWords = kFormat.bits;  // of 32 bits
