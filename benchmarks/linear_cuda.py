@@ -11,12 +11,11 @@ holds; contenders take turns, a figure is the median of the rounds, a ratio that
 from __future__ import annotations
 
 import argparse
-import random
 import statistics
 
 import torch
 from linear_cpu import mix
-from quantize_cuda import copy_bandwidth, graph_of, microseconds
+from quantize_cuda import copy_bandwidth, graph_of, in_turns
 
 from micromix_compile import ops
 
@@ -43,10 +42,7 @@ def measure(k: int, n: int, m: int, name: str, rounds: int) -> tuple[float, floa
         "micromix": graph_of(micromix, [(weight,) for weight in placed]),
         "bf16": graph_of(lambda w: [torch.nn.functional.linear(x, w)], [(w,) for w in weights]),
     }
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(rounds):
-        for contender in random.sample(list(graphs), len(graphs)):
-            times[contender].append(microseconds(graphs[contender], copies))
+    times = in_turns(graphs, copies, rounds)
     ratios = [b / a for a, b in zip(times["micromix"], times["bf16"], strict=True)]
     ours, theirs = (statistics.median(times[contender]) for contender in graphs)
     return ours, theirs, statistics.median(ratios)

@@ -174,6 +174,17 @@ def microseconds(graph: torch.cuda.CUDAGraph, calls: int) -> float:
     return start.elapsed_time(stop) * 1e3 / calls
 
 
+def in_turns(
+    graphs: dict[str, torch.cuda.CUDAGraph], calls: int, rounds: int
+) -> dict[str, list[float]]:
+    """Microseconds a call of each, round by round, in an order that changes."""
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(rounds):
+        for name in random.sample(list(graphs), len(graphs)):
+            times[name].append(microseconds(graphs[name], calls))
+    return times
+
+
 def copy_bandwidth() -> float:
     """GB/s, bytes read and written, of the faster of torch's copy and of an elementwise kernel, on 2 GiB."""
     source = torch.ones(1 << 28, dtype=torch.int64, device="cuda")
@@ -228,10 +239,7 @@ def measure(
         assert changed <= (0.05 if form.plain(*operands[0])[-1] is not operands[0][0] else 0.0)
     graphs = {name: graph_of(function, operands) for name, function in contenders.items()}
     graphs["copy"] = graph_of(torch.neg, [(half,) for half in halves])
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(rounds):
-        for name in random.sample(list(graphs), len(graphs)):
-            times[name].append(microseconds(graphs[name], copies))
+    times = in_turns(graphs, copies, rounds)
     median = {name: statistics.median(values) for name, values in times.items()}
     row: dict[str, object] = {
         "form": form.name,

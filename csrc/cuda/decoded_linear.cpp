@@ -1,8 +1,10 @@
 // Products of operands that are decoded to bfloat16.
 //
 // An element times its scale, over the largest scale of its row, is a bfloat16 number, so decoding
-// is exact but for blocks 2^124 below that. cuBLAS sums in float32 and gives float32: in bfloat16
-// it may round partial sums. One kernel then applies the powers of two, adds the bias and rounds.
+// is exact but for blocks 2^124 below that. Few rows meet a weight that is decoded on the way to
+// the tensor cores. For more it is decoded to memory, and cuBLAS sums in float32 and gives float32:
+// in bfloat16 it may round partial sums. One kernel then applies the powers of two, adds the bias
+// and rounds.
 #include "decoded_linear.h"
 
 #include <algorithm>

@@ -26,14 +26,13 @@ struct Product {
 
   const FewRows& task;
   const DecodedRows& weight;
-  const int warp, lane, row, quarter;  // the lane's first row of 16, and its block of four
+  const int warp, row, quarter;  // the lane's first row of 16, and its block of four
   float sums[kTiles][4] = {};
 
   __device__ explicit Product(const FewRows& task)
       : task(task),
         weight(task.weight),
         warp(threadIdx.x / 32),
-        lane(threadIdx.x % 32),
         row(threadIdx.x % 32 / 4),
         quarter(threadIdx.x % 4) {}
 

@@ -25,6 +25,11 @@ MIXES = [
     (0, 352, 0),
     (0, 0, 288),
 ]
+LINEARS = {
+    1: torch.ops.micromix.linear,
+    2: torch.ops.micromix.linears.two,
+    3: torch.ops.micromix.linears.three,
+}
 FORMATS = list(itertools.product(("e2m3", "e3m2"), ("match", "mxfp4")))
 
 
@@ -67,6 +72,33 @@ class Product:
         scales = torch.randint(low, high, shape, generator=self.generator).to(torch.uint8)
         data = torch.cat(parts, 1) if parts else torch.empty(rows, 0, dtype=torch.uint8)
         return data, scales
+
+    def place_on_gpu(self, bit: int = 0) -> list[Tensor]:
+        """The placed weights; ``bit``: of `format`, as ops.EMULATED."""
+        *counts, format = self.arguments
+        return [
+            torch.ops.micromix.place_weight(data.cuda(), scales.cuda(), *counts, format | bit)
+            for data, scales in self.weights
+        ]
+
+    def on_gpu(
+        self,
+        dtype=torch.bfloat16,
+        bias_dtype=torch.float32,
+        *,
+        placed=None,
+        data=None,
+        bit: int = 0,
+    ) -> tuple[Tensor, ...]:
+        """What a GPU gives, with weights that are placed already or activations ``data`` that are there."""
+        *counts, format = self.arguments
+        biases = [None if b is None else b.cuda().to(bias_dtype) for b in self.biases]
+        layers = zip(placed or self.place_on_gpu(bit), biases, self.n, strict=True)
+        found = LINEARS[len(self.n)](
+            *(self.data.cuda() if data is None else data, self.scales.cuda()),
+            *(*itertools.chain(*layers), *counts, format | bit, dtype),
+        )
+        return found if isinstance(found, tuple) else (found,)
 
     def expected(self, dtype: torch.dtype) -> list[Tensor]:
         """The reference: float64 sums, rounded to ``dtype``."""

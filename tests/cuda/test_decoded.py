@@ -15,7 +15,7 @@ from micromix_compile.errors import ReferenceKernelWarning
 from micromix_compile.mx import MixedLayout
 from micromix_compile.ops import EMULATED
 
-from .products import FORMATS, MIXES, Product
+from .products import FORMATS, LINEARS, MIXES, Product
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,7 +24,6 @@ pytestmark = [
 
 ROWS = (1, 8, 9, 16, 17, 130)  # up to 16 the weight is not decoded to memory
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LINEARS = {2: torch.ops.micromix.linears.two, 3: torch.ops.micromix.linears.three}
 
 
 @pytest.fixture(autouse=True)
@@ -38,25 +37,6 @@ def decodes():
         yield
 
 
-def place(product: Product) -> list[torch.Tensor]:
-    return [
-        torch.ops.micromix.place_weight(data.cuda(), scales.cuda(), *product.arguments)
-        for data, scales in product.weights
-    ]
-
-
-def run(product: Product, dtype=torch.bfloat16, bias_dtype=torch.float32, data=None):
-    biases = [None if b is None else b.cuda().to(bias_dtype) for b in product.biases]
-    layers = zip(place(product), biases, product.n, strict=True)
-    found = LINEARS.get(len(product.n), torch.ops.micromix.linear)(
-        product.data.cuda() if data is None else data,
-        product.scales.cuda(),
-        *itertools.chain(*layers),
-        *(*product.arguments, dtype),
-    )
-    return found if isinstance(found, tuple) else (found,)
-
-
 def test_the_emulated_kernel_is_another():
     assert ops.kernel_name("cuda", EMULATED) == "mx_emulated"
 
@@ -66,7 +46,7 @@ def test_the_emulated_kernel_is_another():
 @pytest.mark.parametrize("m", ROWS)
 def test_exact_sums_are_exact(m, mix, format6, weights):
     product = Product(m, [76], MixedLayout(*mix, format6=format6), weights)
-    assert not product.fault(run(product), torch.bfloat16)
+    assert not product.fault(product.on_gpu(), torch.bfloat16)
 
 
 @pytest.mark.parametrize("format6, weights", FORMATS)
@@ -75,7 +55,7 @@ def test_all_codes_are_within_the_bar(m, format6, weights):
     layout = MixedLayout(1568, 544, 480, format6=format6)
     product = Product(m, [200], layout, weights, exact=False)
     for dtype in DTYPES:
-        assert not product.fault(run(product, dtype), dtype)
+        assert not product.fault(product.on_gpu(dtype), dtype)
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 65])
@@ -83,7 +63,7 @@ def test_every_column_tail_and_dtype(n):
     product = Product(5, [n], MixedLayout(64, 32, 32))
     for dtype in DTYPES:
         for bias_dtype in DTYPES:
-            assert not product.fault(run(product, dtype, bias_dtype), dtype)
+            assert not product.fault(product.on_gpu(dtype, bias_dtype), dtype)
 
 
 @given(
@@ -98,13 +78,13 @@ def test_every_column_tail_and_dtype(n):
 def test_any_shape(m, n, blocks, kind, bias, seed):
     layout = MixedLayout(*(32 * b for b in blocks), format6=kind[0])
     product = Product(m, n, layout, kind[1], bias=bias, seed=seed)
-    assert not product.fault(run(product), torch.bfloat16)
+    assert not product.fault(product.on_gpu(), torch.bfloat16)
 
 
 def test_a_weight_that_is_decoded_in_parts():
     """128 MiB at a time: of 8192 channels, 8192 rows."""
     product = Product(20, [8200], MixedLayout(8192, 0, 0), exact=False)
-    assert not product.fault(run(product), torch.bfloat16)
+    assert not product.fault(product.on_gpu(), torch.bfloat16)
 
 
 @pytest.mark.parametrize("m", [6, 40])
@@ -119,7 +99,7 @@ def test_scales_at_the_ends_of_their_range(m, low, high):
     scales = torch.randint(254 - high + 1, 255 - low, scales.shape, generator=generator)
     product.weights = [(data, scales.to(torch.uint8))]
     product.exact = False
-    assert not product.fault(run(product, torch.float32), torch.float32)
+    assert not product.fault(product.on_gpu(torch.float32), torch.float32)
 
 
 @pytest.mark.parametrize("m", [4, 20])
@@ -129,7 +109,7 @@ def test_nan_scales_and_elements_are_nan(m):
     product.scales[2, :] = 0xFF
     product.weights[0][1][5, 3] = 0xFF
     product.data[3, -1] = 0x7F
-    (found,) = run(product)
+    (found,) = product.on_gpu()
     assert not product.fault([found], torch.bfloat16)
     others = torch.cat((found[:1], found[4:]))
     assert found[1:4].isnan().all() and others.isnan().sum() == len(others)
@@ -139,12 +119,12 @@ def test_nan_scales_and_elements_are_nan(m):
 def test_views_and_leading_dimensions():
     product = Product(6, [24], MixedLayout(64, 32, 32))
     wide = torch.cat((product.data, product.data), dim=1).cuda()
-    assert not product.fault(run(product, data=wide[:, : product.data.shape[1]]), torch.bfloat16)
+    assert not product.fault(product.on_gpu(data=wide[:, : product.data.shape[1]]), torch.bfloat16)
     *counts, code = product.arguments
     found = torch.ops.micromix.linear(
         product.data.cuda().view(2, 3, -1),
         product.scales.cuda().view(2, 3, -1),
-        *(place(product)[0], product.biases[0].cuda(), 24, *counts, code, torch.bfloat16),
+        *(product.place_on_gpu()[0], product.biases[0].cuda(), 24, *counts, code, torch.bfloat16),
     )
     assert found.shape == (2, 3, 24)
     assert not product.fault([found.view(6, 24)], torch.bfloat16)
@@ -152,14 +132,14 @@ def test_views_and_leading_dimensions():
 
 def test_a_cuda_graph_and_another_stream():
     product = Product(5, [40, 24], MixedLayout(96, 32, 32), exact=False)
-    expected = run(product)
+    expected = product.on_gpu()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        on_stream = run(product)
+        on_stream = product.on_gpu()
     torch.cuda.synchronize()
     data, scales = product.data.cuda(), product.scales.cuda()
-    placed, biases = place(product), [bias.cuda() for bias in product.biases]
+    placed, biases = product.place_on_gpu(), [bias.cuda() for bias in product.biases]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         layers = itertools.chain(*zip(placed, biases, product.n, strict=True))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,27 +29,11 @@ def test_the_kernels_are_there():
 
 
 def place(product: Product) -> list[torch.Tensor]:
-    *counts, format = product.arguments
-    return [
-        torch.ops.micromix.place_weight(data.cuda(), scales.cuda(), *counts, format | EMULATED)
-        for data, scales in product.weights
-    ]
+    return product.place_on_gpu(EMULATED)
 
 
-LINEARS = {2: torch.ops.micromix.linears.two, 3: torch.ops.micromix.linears.three}
-
-
-def run(
-    product: Product, dtype=torch.bfloat16, bias_dtype=torch.float32, placed=None, bit=EMULATED
-):
-    *counts, format = product.arguments
-    biases = [None if b is None else b.cuda().to(bias_dtype) for b in product.biases]
-    layers = zip(placed or place(product), biases, product.n, strict=True)
-    found = LINEARS.get(len(product.n), torch.ops.micromix.linear)(
-        *(product.data.cuda(), product.scales.cuda(), *itertools.chain(*layers)),
-        *(*counts, format | bit, dtype),
-    )
-    return found if isinstance(found, tuple) else (found,)
+def run(product: Product, *dtypes: torch.dtype, placed=None) -> tuple[torch.Tensor, ...]:
+    return product.on_gpu(*dtypes, placed=placed, bit=EMULATED)
 
 
 @pytest.mark.parametrize("format6, weights", FORMATS)
