@@ -5,6 +5,7 @@
 // is short of gives the element under its scale, exactly.
 #pragma once
 
+#include "decode.h"
 #include "vectors.cuh"
 
 namespace micromix::cuda {
@@ -73,6 +74,7 @@ struct BlockCodes {
   static constexpr int kWords = kFormat.bits;  // of 32 bits
   uint32_t word[kWords];
 
+  BlockCodes() = default;
   __device__ __forceinline__ explicit BlockCodes(const uint8_t* block) {
 #pragma unroll
     for (int i = 0; i < kWords / 2; ++i) {
@@ -94,14 +96,47 @@ struct BlockCodes {
   }
 };
 
-// Stores sum * 2^power + bias[n] as number `at` of the result, rounded once. Two powers, as one may
-// be beyond the type.
-__device__ __forceinline__ void finish(float sum, int power, const void* bias, Dtype bias_dtype,
-                                       int64_t n, void* out, Dtype out_dtype, int64_t at) {
-  const int half = power / 2;
-  const float added = bias ? load_one(bias, bias_dtype, n) : 0.0f;
+// Eight channels of a packed row: group g of all of its groups.
+__device__ __forceinline__ Eight decode_group(const PackedRows& rows, const uint8_t* data, int g,
+                                              int scale, int largest) {
+  constexpr int kGroups = mx::kBlock / 8;
+  const int block = g / kGroups;
+  if (block < rows.end4) {
+    return decode_e2m1(__ldg(reinterpret_cast<const uint32_t*>(data) + g),
+                       factor_of_block<mx::E2M1>(scale, largest));
+  }
+  if (block < rows.end6) {
+    const auto* const halves =
+        reinterpret_cast<const uint16_t*>(data + rows.start6) + 3 * (g - rows.end4 * kGroups);
+    const uint32_t low = __ldg(halves) | static_cast<uint32_t>(__ldg(halves + 1)) << 16;
+    const uint32_t upper = __funnelshift_r(low, __ldg(halves + 2), 24);
+    return rows.e3m2
+               ? decode_mxfp6<mx::E3M2>(low, upper, factor_of_block<mx::E3M2>(scale, largest))
+               : decode_mxfp6<mx::E2M3>(low, upper, factor_of_block<mx::E2M3>(scale, largest));
+  }
+  const uint2 codes =
+      __ldg(reinterpret_cast<const uint2*>(data + rows.start8) + (g - rows.end6 * kGroups));
+  return decode_e4m3(codes.x, codes.y, factor_of_block<mx::E4M3>(scale, largest));
+}
+
+// The largest of a row's scales that are numbers, found by the lanes of a warp.
+__device__ __forceinline__ int largest_scale(const uint8_t* scales, int blocks, int first,
+                                             int apart) {
+  int largest = 0;
+  for (int b = first; b < blocks; b += apart) {
+    const int scale = __ldg(scales + b);
+    if (scale != mx::kNanScale) largest = max(largest, scale);
+  }
+  return __reduce_max_sync(kWarp, largest);
+}
+
+// The result of a sum, stored.
+__device__ __forceinline__ void finish(const Results& to, float sum, int64_t m, int64_t n) {
+  const int power = to.largest_of_rows[m] + to.largest_of_columns[n] - 2 * mx::kFloat32Bias;
+  const int half = power / 2;  // the whole may be beyond the type
+  const float added = to.bias ? load_one(to.bias, to.bias_dtype, n) : 0.0f;
   const float y = fmaf(sum * power_of_two(half), power_of_two(power - half), added);
-  store_any<1>(out, out_dtype, at, 1, {y});
+  store_any<1>(to.out, to.out_dtype, m * to.stride + n, 1, {y});
 }
 
 }  // namespace micromix::cuda

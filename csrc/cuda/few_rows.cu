@@ -5,7 +5,6 @@
 // an instruction multiplies is free as long as both operands agree: a lane's are eight of its
 // block, as they are decoded. Sums of the warps are added in their order.
 #include "decode.cuh"
-#include "decode.h"
 
 namespace micromix::cuda {
 namespace {
@@ -22,16 +21,18 @@ __device__ __forceinline__ void multiply(float (&sums)[4], uint32_t a0, uint32_t
 
 template <int kTiles, int kWarps>
 struct Product {
-  static constexpr int kThreads = 32 * kWarps, kThreadsOfRow = kThreads / kRows;
+  static constexpr int kThreads = 32 * kWarps;
 
-  const FewRows& task;
-  const DecodedRows& weight;
+  const void* const decoded;
+  const PackedRows& weight;
+  const Results& results;
   const int warp, row, quarter;  // the lane's first row of 16, and its block of four
   float sums[kTiles][4] = {};
 
-  __device__ explicit Product(const FewRows& task)
-      : task(task),
-        weight(task.weight),
+  __device__ Product(const void* x, const PackedRows& weight, const Results& results)
+      : decoded(x),
+        weight(weight),
+        results(results),
         warp(threadIdx.x / 32),
         row(threadIdx.x % 32 / 4),
         quarter(threadIdx.x % 4) {}
@@ -59,8 +60,8 @@ struct Product {
     const uint4* x[kTiles];
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
-      const int64_t token = min(kTokens * t + row, task.m - 1);
-      x[t] = static_cast<const uint4*>(task.x) + token * weight.blocks * kGroups;
+      const int64_t token = min(int64_t{kTokens} * t + row, results.m - 1);
+      x[t] = static_cast<const uint4*>(decoded) + token * weight.blocks * kGroups;
     }
 #pragma unroll 2
     for (int block = first + 4 * ((warp + kWarps - turns % kWarps) % kWarps); block < last;
@@ -90,27 +91,10 @@ struct Product {
     turns += (last - first + 3) / 4;
   }
 
-  // The largest scales of the rows, each found by as many threads.
-  __device__ __forceinline__ void find_largest(int (&largest_of_rows)[kRows]) const {
-    const int of = threadIdx.x / kThreadsOfRow;
-    const uint8_t* const scales = weight.scales + row_of_weight(of) * weight.blocks;
-    int largest = 0;
-    for (int b = threadIdx.x % kThreadsOfRow; b < weight.blocks; b += kThreadsOfRow) {
-      const int scale = __ldg(scales + b);
-      if (scale != mx::kNanScale) largest = max(largest, scale);
-    }
-#pragma unroll
-    for (int lanes = kThreadsOfRow / 2; lanes > 0; lanes /= 2)
-      largest = max(largest, __shfl_xor_sync(kWarp, largest, lanes));
-    if (threadIdx.x % kThreadsOfRow == 0) largest_of_rows[of] = largest;
-  }
-
   __device__ __forceinline__ void run() {
-    __shared__ int largest_of_rows[kRows];
     __shared__ float parts[kWarps][kTiles][kTokens][kRows];
-    find_largest(largest_of_rows);
-    __syncthreads();
-    const int largest[2] = {largest_of_rows[row], largest_of_rows[row + 8]};
+    const int largest[2] = {weight.largest[row_of_weight(row)],
+                            weight.largest[row_of_weight(row + 8)]};
     int turns = 0;
     add_segment<mx::E2M1>(0, weight.end4, 0, largest, turns);
     if (weight.e3m2) {
@@ -127,39 +111,42 @@ struct Product {
     for (int i = threadIdx.x; i < kTiles * kTokens * kRows; i += kThreads) {
       const int r = i % kRows, token = i / kRows;
       const int64_t n = int64_t{kRows} * blockIdx.x + r;
-      if (token >= task.m || n >= weight.rows) continue;
+      if (token >= results.m || n >= weight.rows) continue;
       float sum = 0.0f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum += parts[w][token / kTokens][token % kTokens][r];
-      finish(sum, task.row_exponents[token] + largest_of_rows[r] - mx::kFloat32Bias, task.bias,
-             task.bias_dtype, n, task.out, task.out_dtype, token * weight.rows + n);
+      finish(results, sum, token, n);
     }
   }
 };
 
 template <int kTiles, int kWarps>
 __global__ void __launch_bounds__(32 * kWarps)
-    few_rows_kernel(const __grid_constant__ FewRows task) {
-  Product<kTiles, kWarps>(task).run();
+    few_rows_kernel(const void* x, const __grid_constant__ PackedRows weight,
+                    const __grid_constant__ Results results) {
+  Product<kTiles, kWarps>(x, weight, results).run();
 }
 
 template <int kWarps>
-void launch(const FewRows& task, unsigned blocks, cudaStream_t stream) {
+void launch(const void* x, const PackedRows& weight, const Results& results, unsigned blocks,
+            cudaStream_t stream) {
   static_assert(kFewRows == 2 * kTokens);
-  const auto kernel = task.m <= kTokens ? few_rows_kernel<1, kWarps> : few_rows_kernel<2, kWarps>;
-  kernel<<<blocks, 32 * kWarps, 0, stream>>>(task);
+  const auto kernel =
+      results.m <= kTokens ? few_rows_kernel<1, kWarps> : few_rows_kernel<2, kWarps>;
+  kernel<<<blocks, 32 * kWarps, 0, stream>>>(x, weight, results);
 }
 
 }  // namespace
 
-cudaError_t launch_few_rows(const FewRows& task, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>((task.weight.rows + kRows - 1) / kRows);
+cudaError_t launch_few_rows(const void* x, const PackedRows& weight, const Results& results,
+                            cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned>((weight.rows + kRows - 1) / kRows);
   // Fewer warps have longer loops, more of them fill the device where thread blocks are few.
   constexpr unsigned kManyBlocks = 512;
   if (blocks >= kManyBlocks) {
-    launch<4>(task, blocks, stream);
+    launch<4>(x, weight, results, blocks, stream);
   } else {
-    launch<8>(task, blocks, stream);
+    launch<8>(x, weight, results, blocks, stream);
   }
   return cudaGetLastError();
 }

@@ -79,7 +79,9 @@ Tensor place_weight(Tensor data, Tensor scales, int64_t k4, int64_t k6, int64_t 
   MICROMIX_CHECK(data.get_device_index() == scales.get_device_index(),
                  "micromix::place_weight: data and scales must be on one GPU");
   const OnDevice on(data);
-  if (!runs_kernel("place_weight", device_of(on.index), format)) {
+  const Device device = device_of(on.index);
+  const bool is_blackwell = runs_kernel("place_weight", device, format);
+  if (!is_blackwell && device.atoms == Atoms::kNone) {
     std::array stack{from(data), from(scales), from(k4), from(k6), from(k8), from(format)};
     call("micromix::place_weight_reference", stack);
     return to<Tensor>(stack[0]);
@@ -94,9 +96,12 @@ Tensor place_weight(Tensor data, Tensor scales, int64_t k4, int64_t k6, int64_t 
   data = dense(data);
   scales = dense(scales);
   const int64_t n = data.size(0);
-  Tensor placed =
-      empty_vector(data, blackwell::PlacedWeight(layout).bytes(n), aoti_torch_dtype_uint8());
-  if (placed.numel() > 0) {
+  const int64_t bytes = is_blackwell ? blackwell::PlacedWeight(layout).bytes(n)
+                                     : cuda::decoded_weight_bytes(layout, n);
+  Tensor placed = empty_vector(data, bytes, aoti_torch_dtype_uint8());
+  if (!is_blackwell) {
+    cuda::place_decoded("place_weight", on, data, scales, layout, placed);
+  } else if (placed.numel() > 0) {
     cuda::check(
         blackwell::launch_place(layout, static_cast<const uint8_t*>(data.const_data_ptr()),
                                 static_cast<const uint8_t*>(scales.const_data_ptr()),
@@ -228,7 +233,7 @@ void run(const char* op, Tensor data, Tensor scales, std::span<Layer> layers, in
   if (is_blackwell) {
     blackwell_products(op, device, on, data, scales, m, layers, layout, dtype);
   } else {
-    cuda::decoded_products(op, on, data, scales, m, layers, layout);
+    cuda::decoded_products(op, on, device.multiprocessors, data, scales, m, layers, layout);
   }
 }
 

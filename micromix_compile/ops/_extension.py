@@ -148,10 +148,15 @@ def blackwell_kernel(device: torch.device | str, format: int = 0) -> str:
     return atoms if wanted else ""
 
 
+def decodes_operands(device: torch.device | str) -> bool:
+    """Whether a device runs products whose operands are decoded (csrc/cuda/decoded_linear.cpp)."""
+    return _cuda_atoms(torch.device(device)) == "emulated"
+
+
 def kernel_name(device: torch.device | str, format: int = 0) -> str:
     """What runs the linear layers on a device: "cpu_amx", "cpu_avx512", ..., "cuda_sm120",
-    "mx_emulated" (where the format code says EMULATED), "cuda_decoded" (operands decoded to bfloat16,
-    and cuBLAS), or "reference"."""
+    "mx_emulated" (where the format code says EMULATED), "cuda_decoded" (operands decoded to bfloat16),
+    or "reference"."""
     device = torch.device(device)
     if device.type == "cpu" and loaded():
         return f"cpu_{cpu_isa()}"
@@ -161,7 +166,7 @@ def kernel_name(device: torch.device | str, format: int = 0) -> str:
         return f"cuda_sm{major}{minor}"
     if blackwell:
         return "mx_emulated"
-    return "reference" if _cuda_atoms(device) == "none" else "cuda_decoded"
+    return "cuda_decoded" if decodes_operands(device) else "reference"
 
 
 def why_reference(device: torch.device) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 from micromix_compile.mx import MixedLayout
 from micromix_compile.mx.scales import BLOCK
 
-from ._extension import blackwell_kernel, loaded
+from ._extension import blackwell_kernel, decodes_operands, loaded
 from ._schemas import EMULATED, NAMESPACE
 
 # The placed layout of the CPU kernels: csrc/cpu/placed.h.
@@ -44,7 +44,8 @@ def placed_bytes(
     if blackwell_kernel(device, emulated):
         return _blackwell_bytes(n, (k4, k6, k8), layout)
     if torch.device(device).type != "cpu" or not loaded():
-        return n * (layout.row_bytes + layout.blocks)
+        # Where operands are decoded, the largest scale of each row too.
+        return n * (layout.row_bytes + layout.blocks + decodes_operands(device))
     panels = (n + _TILE_ROWS - 1) // _TILE_ROWS
     scale_bytes = (layout.blocks * _TILE_ROWS + _LINE - 1) // _LINE * _LINE
     return _LINE + panels * (scale_bytes + _TILE_ROWS * layout.row_bytes)

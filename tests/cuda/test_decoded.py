@@ -22,7 +22,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-ROWS = (1, 8, 9, 16, 17, 130)  # up to 16 the weight is not decoded to memory
+# Up to 16 rows have a kernel of their own, more have tiles of 32, 64, 128 and 256 on Hopper.
+ROWS = (1, 8, 9, 16, 17, 33, 65, 130, 257)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -58,17 +59,18 @@ def test_all_codes_are_within_the_bar(m, format6, weights):
         assert not product.fault(product.on_gpu(dtype), dtype)
 
 
-@pytest.mark.parametrize("n", [1, 7, 8, 9, 65])
-def test_every_column_tail_and_dtype(n):
-    product = Product(5, [n], MixedLayout(64, 32, 32))
+@pytest.mark.parametrize("m", [5, 20])
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 65, 127, 129])
+def test_every_column_tail_and_dtype(m, n):
+    product = Product(m, [n], MixedLayout(64, 32, 32))
     for dtype in DTYPES:
         for bias_dtype in DTYPES:
             assert not product.fault(product.on_gpu(dtype, bias_dtype), dtype)
 
 
 @given(
-    m=st.integers(0, 30),
-    n=st.lists(st.integers(0, 70), min_size=1, max_size=3),
+    m=st.integers(0, 300),
+    n=st.lists(st.integers(0, 300), min_size=1, max_size=3),
     blocks=st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(0, 6)),
     kind=st.sampled_from(FORMATS),
     bias=st.booleans(),
@@ -81,8 +83,24 @@ def test_any_shape(m, n, blocks, kind, bias, seed):
     assert not product.fault(product.on_gpu(), torch.bfloat16)
 
 
+@pytest.mark.parametrize("m", [20, 60, 120, 250, 600])
+@pytest.mark.parametrize("n", [128, 4096, 20000])
+def test_long_rows(m, n):
+    """Many steps of K, in 8 parts to 1: every stage of the rings is used again."""
+    product = Product(m, [n], MixedLayout(2048 + 32, 512 + 32, 256 + 64), exact=False)
+    assert not product.fault(product.on_gpu(), torch.bfloat16)
+
+
+def test_unplaced_weights_are_what_was_placed():
+    product = Product(1, [50], MixedLayout(64, 32, 32))
+    (placed,) = product.place_on_gpu()
+    assert placed.numel() == ops.placed_bytes(50, *product.arguments, "cuda")
+    found = torch.ops.micromix.unplace_weight(placed, 50, *product.arguments)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(found, product.weights[0], strict=True))
+
+
 def test_a_weight_that_is_decoded_in_parts():
-    """128 MiB at a time: of 8192 channels, 8192 rows."""
+    """128 MiB at a time, where it is decoded to memory: of 8192 channels, 8192 rows."""
     product = Product(20, [8200], MixedLayout(8192, 0, 0), exact=False)
     assert not product.fault(product.on_gpu(), torch.bfloat16)
 
