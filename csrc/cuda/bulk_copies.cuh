@@ -25,6 +25,12 @@ __device__ __forceinline__ void arrive_as_warp(uint32_t barrier) {
   if (threadIdx.x % 32 < kArrivalsOfWarp)
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+// The same, to a barrier of another thread block of the cluster.
+__device__ __forceinline__ void arrive_in_cluster_as_warp(uint32_t barrier_there) {
+  __syncwarp();
+  if (threadIdx.x % 32 < kArrivalsOfWarp)
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier_there) : "memory");
+}
 // One thread: the barrier's phase ends when so many bytes have come.
 __device__ __forceinline__ void expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
@@ -36,6 +42,16 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(to),
       "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+// To the same place in the shared memory of each thread block of the cluster in `ranks`, whose own
+// barrier there is told.
+__device__ __forceinline__ void copy_bulk_to_cluster(uint32_t to, const void* from, uint32_t bytes,
+                                                     uint32_t barrier, uint16_t ranks) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "h"(ranks)
       : "memory");
 }
 // Of other bytes to where this thread wrote.

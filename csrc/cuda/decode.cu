@@ -1,25 +1,15 @@
 // Decodes packed rows, and finishes sums. Both are bound by memory.
 #include "decode.cuh"
+#include "early_launch.h"
 
 namespace micromix::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32, kGroups = mx::kBlock / 8;
-
-// A warp a row.
-__global__ void __launch_bounds__(kThreads)
-    find_largest_kernel(const PackedRows rows, uint8_t* largest) {
-  const int64_t row = blockIdx.x * int64_t{kWarps} + threadIdx.x / 32;
-  if (row >= rows.rows) return;
-  const int found =
-      largest_scale(rows.scales + row * rows.blocks, rows.blocks, threadIdx.x % 32, 32);
-  if (threadIdx.x % 32 == 0) largest[row] = static_cast<uint8_t>(found);
-}
+constexpr int kThreads = 128, kWarps = kThreads / 32, kGroups = mx::kBlock / 8;
 
 // Of the thread block's row.
 __device__ __forceinline__ int find_largest(const PackedRows& rows, const uint8_t* scales,
                                             uint8_t* largest) {
-  if (rows.largest) return rows.largest[blockIdx.x];
   __shared__ int of_warps[kWarps];
   const int of_warp = largest_scale(scales, rows.blocks, threadIdx.x, kThreads);
   if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = of_warp;
@@ -31,6 +21,8 @@ __device__ __forceinline__ int find_largest(const PackedRows& rows, const uint8_
 
 __global__ void __launch_bounds__(kThreads)
     decode_rows_kernel(const PackedRows rows, uint4* values, uint8_t* largest) {
+  let_the_next_kernel_start();
+  wait_for_the_kernel_before();
   const int64_t row = blockIdx.x;
   const uint8_t* const scales = rows.scales + row * rows.blocks;
   const uint8_t* const data = rows.data + row * rows.row_bytes;
@@ -44,38 +36,80 @@ __global__ void __launch_bounds__(kThreads)
 // instructions, which are pieces of 16 bytes. In a slice a piece lies where a swizzle of 128 bytes
 // has it.
 __global__ void __launch_bounds__(kThreads)
-    decode_tiles_kernel(const PackedRows rows, const Tiles tiles, uint4* values, uint8_t* largest) {
+    decode_tiles_kernel(const PackedRows rows, const Steps steps, int64_t padded, uint4* tiles,
+                        uint8_t* largest) {
+  let_the_next_kernel_start();
+  wait_for_the_kernel_before();
   const int64_t row = blockIdx.x;
   const uint8_t* const scales = rows.scales + row * rows.blocks;
   const uint8_t* const data = rows.data + row * rows.row_bytes;
   const int most = find_largest(rows, scales, largest);
-  const int steps4 = tiles.steps(0), steps6 = steps4 + tiles.steps(1);
-  for (int at = threadIdx.x; at < kGroups * tiles.all_steps(); at += kThreads) {
+  for (int at = threadIdx.x; at < kGroups * steps.count(); at += kThreads) {
     const int step = at / kGroups, g = at % kGroups;
-    const int segment = step < steps4 ? 0 : step < steps6 ? 1 : 2;
-    const int first = segment == 0   ? Tiles::kStepBlocks * step
-                      : segment == 1 ? tiles.ends[0] + Tiles::kStepBlocks * (step - steps4)
-                                     : tiles.ends[1] + Tiles::kStepBlocks * (step - steps6);
-    Eight of_blocks[Tiles::kStepBlocks];
+    const auto [first, last] = steps.blocks_of(step);
+    Eight of_blocks[kStepBlocks];
 #pragma unroll
-    for (int i = 0; i < Tiles::kStepBlocks; ++i) {
+    for (int i = 0; i < kStepBlocks; ++i) {
       const int block = first + i;
-      of_blocks[i] = block < tiles.ends[segment] ? decode_group(rows, data, block * kGroups + g,
-                                                                __ldg(scales + block), most)
-                                                 : Eight{};
+      of_blocks[i] =
+          block < last ? decode_group(rows, data, block * kGroups + g, __ldg(scales + block), most)
+                       : Eight{};
     }
     const auto& [a, b, c, d] = of_blocks;
     const uint4 pieces[4] = {
         {a.x, b.x, c.x, d.x}, {a.y, b.y, c.y, d.y}, {a.z, b.z, c.z, d.z}, {a.w, b.w, c.w, d.w}};
-    constexpr int kPieces = Tiles::kSliceBytes / 16;
-    uint4* const slice = values + ((2 * step + g / 2) * tiles.padded + row) * kPieces;
+    constexpr int kPieces = kSliceBytes / 16;
+    uint4* const slice = tiles + ((2 * step + g / 2) * padded + row) * kPieces;
 #pragma unroll
     for (int i = 0; i < 4; ++i) slice[(4 * (g % 2) + i) ^ (row % kPieces)] = pieces[i];
   }
 }
 
+// A warp a chunk.
+template <mx::ElementFormat kFormat>
+__device__ __forceinline__ void decode_chunk(const PlacedRows& weight, int64_t panel, int step,
+                                             uint4* values) {
+  const int lane = threadIdx.x % 32;
+  const ChunkInMemory chunk{weight.panels + panel * weight.steps.panel_bytes() +
+                            weight.steps.chunk_start(step)};
+  const auto [first, last] = weight.steps.blocks_of(step);
+  const int block = first + lane % 4;
+  const uint32_t scales = chunk.scales<kFormat>(lane);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int64_t row = kPanelRows * panel + lane / 4 + 8 * i;
+    if (row >= weight.rows || block >= last) continue;
+    const BlockCodes<kFormat> codes(lane, i, chunk);
+    const uint32_t factor =
+        factor_of_block<kFormat>(scales >> (8 * i) & 0xFF, __ldg(weight.largest + row));
+    uint4* const to = values + (row * weight.steps.ends[2] + block) * kGroups;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) to[g] = codes.decode(g, factor);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    decode_weight_kernel(const PlacedRows weight, uint4* values) {
+  let_the_next_kernel_start();
+  wait_for_the_kernel_before();
+  const int64_t chunk = blockIdx.x * int64_t{kWarps} + threadIdx.x / 32;
+  const int64_t panel = chunk / weight.steps.count();
+  const int step = static_cast<int>(chunk % weight.steps.count());
+  if (panel >= panels_of(weight.rows)) return;
+  switch (weight.steps.bits_of(step)) {
+    case 4:
+      return decode_chunk<mx::E2M1>(weight, panel, step, values);
+    case 6:
+      return weight.e3m2 ? decode_chunk<mx::E3M2>(weight, panel, step, values)
+                         : decode_chunk<mx::E2M3>(weight, panel, step, values);
+    default:
+      return decode_chunk<mx::E4M3>(weight, panel, step, values);
+  }
+}
+
 __global__ void __launch_bounds__(kThreads)
     finish_sums_kernel(const float* sums, const Results results) {
+  wait_for_the_kernel_before();
   const int64_t first = blockIdx.x * int64_t{kThreads} + threadIdx.x;
   for (int64_t i = first; i < results.m * results.n; i += gridDim.x * int64_t{kThreads})
     finish(results, sums[i], i / results.n, i % results.n);
@@ -83,32 +117,31 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-cudaError_t launch_find_largest(const PackedRows& rows, uint8_t* largest, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>((rows.rows + kWarps - 1) / kWarps);
-  find_largest_kernel<<<blocks, kThreads, 0, stream>>>(rows, largest);
-  return cudaGetLastError();
-}
-
 cudaError_t launch_decode(const PackedRows& rows, void* values, uint8_t* largest,
-                          cudaStream_t stream) {
-  decode_rows_kernel<<<static_cast<unsigned>(rows.rows), kThreads, 0, stream>>>(
-      rows, static_cast<uint4*>(values), largest);
-  return cudaGetLastError();
+                          const Launcher& on) {
+  return launch_early(decode_rows_kernel, static_cast<unsigned>(rows.rows), kThreads, 0, on.stream,
+                      on.early, rows, static_cast<uint4*>(values), largest);
 }
 
-cudaError_t launch_decode_tiles(const PackedRows& rows, const Tiles& tiles, void* values,
-                                uint8_t* largest, cudaStream_t stream) {
-  decode_tiles_kernel<<<static_cast<unsigned>(rows.rows), kThreads, 0, stream>>>(
-      rows, tiles, static_cast<uint4*>(values), largest);
-  return cudaGetLastError();
+cudaError_t launch_decode_tiles(const PackedRows& rows, const Steps& steps, void* tiles,
+                                uint8_t* largest, const Launcher& on) {
+  return launch_early(decode_tiles_kernel, static_cast<unsigned>(rows.rows), kThreads, 0, on.stream,
+                      on.early, rows, steps, padded_rows(rows.rows), static_cast<uint4*>(tiles),
+                      largest);
 }
 
-cudaError_t launch_finish(const float* sums, const Results& results, cudaStream_t stream) {
+cudaError_t launch_decode_weight(const PlacedRows& weight, void* values, const Launcher& on) {
+  const int64_t chunks = panels_of(weight.rows) * weight.steps.count();
+  if (chunks == 0) return cudaSuccess;
+  return launch_early(decode_weight_kernel, static_cast<unsigned>((chunks + kWarps - 1) / kWarps),
+                      kThreads, 0, on.stream, on.early, weight, static_cast<uint4*>(values));
+}
+
+cudaError_t launch_finish(const float* sums, const Results& results, const Launcher& on) {
   const int64_t blocks = (results.m * results.n + kThreads - 1) / kThreads;
   constexpr int64_t kMost = 1 << 16;
-  finish_sums_kernel<<<static_cast<unsigned>(blocks < kMost ? blocks : kMost), kThreads, 0,
-                       stream>>>(sums, results);
-  return cudaGetLastError();
+  return launch_early(finish_sums_kernel, static_cast<unsigned>(blocks < kMost ? blocks : kMost),
+                      kThreads, 0, on.stream, on.early, sums, results);
 }
 
 }  // namespace micromix::cuda

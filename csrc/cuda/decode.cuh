@@ -10,12 +10,14 @@
 
 namespace micromix::cuda {
 
-// The factor, in both halves, of a block with this scale byte in a row whose largest is `largest`.
+// The factor, in both halves, of a block with this scale byte in a row whose largest is `largest`:
+// bfloat16's exponent of the power of two. Zero where that is too small for a normal number, which
+// is 2^246 and more below the row's largest.
 template <mx::ElementFormat kFormat>
 __device__ __forceinline__ uint32_t factor_of_block(int scale, int largest) {
-  if (scale == mx::kNanScale) return 0x7FFF7FFF;
-  const float power = power_of_two(mx::kFloat32Bias - kFormat.bias + scale - largest);
-  return narrow_pair(power, power, true);
+  constexpr uint32_t kExponents = 0x00800080;
+  const int exponent = max(2 * mx::kFloat32Bias - kFormat.bias + scale - largest, 0);
+  return scale == mx::kNanScale ? 0x7FFF7FFF : static_cast<uint32_t>(exponent) * kExponents;
 }
 
 // Channels i and i + 4 in the halves of word i: the order of Pairs. All operands of a product have
@@ -34,6 +36,15 @@ __device__ __forceinline__ Eight decode_e2m1(uint32_t codes, uint32_t factor) {
                               (codes << 2 & kMagnitudes) | (codes << 8 & kSigns),
                               (codes >> 2 & kMagnitudes) | (codes << 4 & kSigns),
                               (codes >> 6 & kMagnitudes) | (codes & kSigns)};
+  return scaled(placed, factor);
+}
+
+// The same as they are placed.
+__device__ __forceinline__ Eight decode_placed_e2m1(uint32_t codes, uint32_t factor) {
+  constexpr uint32_t kAll = kSigns | kExponents | kMantissas;
+  const uint32_t placed[4] = {
+      codes & kAll, codes << 3 & kAll, codes << 6 & kAll,
+      (codes << 1 & kSigns) | (codes >> 3 & kExponents) | (codes >> 7 & kMantissas)};
   return scaled(placed, factor);
 }
 
@@ -68,23 +79,32 @@ __device__ __forceinline__ Eight decode_e4m3(uint32_t lower, uint32_t upper, uin
   return y;
 }
 
-// The codes of a block of a format, which is aligned to 8 bytes; decoded in groups of eight.
+// The codes of a block as it is placed, decoded in groups of eight.
 template <mx::ElementFormat kFormat>
 struct BlockCodes {
   static constexpr int kWords = kFormat.bits;  // of 32 bits
+  static constexpr int kParts = kWords > 4 ? 2 : 1;
   uint32_t word[kWords];
 
-  BlockCodes() = default;
-  __device__ __forceinline__ explicit BlockCodes(const uint8_t* block) {
+  // `load`: 16 or 8 bytes of a chunk, from there on, to words.
+  template <typename Load>
+  __device__ __forceinline__ BlockCodes(int lane, int row, const Load& load) {
 #pragma unroll
-    for (int i = 0; i < kWords / 2; ++i) {
-      const uint2 two = __ldg(reinterpret_cast<const uint2*>(block) + i);
-      word[2 * i] = two.x, word[2 * i + 1] = two.y;
+    for (int part = 0; part < kParts; ++part) {
+      const int from = place_in_chunk(kFormat.bits, lane, row, part);
+      if (4 * part + 4 <= kWords) {
+        const uint4 four = load.template words<uint4>(from);
+        word[4 * part] = four.x, word[4 * part + 1] = four.y;
+        word[4 * part + 2] = four.z, word[4 * part + 3] = four.w;
+      } else {
+        const uint2 two = load.template words<uint2>(from);
+        word[4 * part] = two.x, word[4 * part + 1] = two.y;
+      }
     }
   }
   __device__ __forceinline__ Eight decode(int g, uint32_t factor) const {
     if constexpr (kFormat.bits == 4) {
-      return decode_e2m1(word[g], factor);
+      return decode_placed_e2m1(word[g], factor);
     } else if constexpr (kFormat.bits == 8) {
       return decode_e4m3(word[2 * g], word[2 * g + 1], factor);
     } else {  // 48 bits, from a multiple of 16 on
@@ -93,6 +113,21 @@ struct BlockCodes {
       const uint32_t high = g % 2 ? word[first + 1] >> 16 : word[first + 1];
       return decode_mxfp6<kFormat>(low, __funnelshift_r(low, high, 24), factor);
     }
+  }
+};
+
+// From a chunk in memory that no kernel running now writes.
+struct ChunkInMemory {
+  const uint8_t* chunk;
+
+  template <typename Words>
+  __device__ __forceinline__ Words words(int from) const {
+    return __ldg(reinterpret_cast<const Words*>(chunk + from));
+  }
+  // Of the lane's two rows, in the lower two bytes.
+  template <mx::ElementFormat kFormat>
+  __device__ __forceinline__ uint32_t scales(int lane) const {
+    return __ldg(reinterpret_cast<const uint16_t*>(chunk + place_of_scale(kFormat.bits, lane, 0)));
   }
 };
 
@@ -130,13 +165,25 @@ __device__ __forceinline__ int largest_scale(const uint8_t* scales, int blocks, 
   return __reduce_max_sync(kWarp, largest);
 }
 
+// 2^(largest - 127) as the product of two powers of two: that of a row and a column may be beyond
+// the type.
+struct Power {
+  float a, b;
+
+  __device__ __forceinline__ explicit Power(int largest) {
+    const int power = largest - mx::kFloat32Bias;
+    a = power_of_two(power / 2), b = power_of_two(power - power / 2);
+  }
+  __device__ __forceinline__ Power(const Power& x, const Power& y) : a(x.a * y.a), b(x.b * y.b) {}
+  // x times the power of two, plus y, rounded once.
+  __device__ __forceinline__ float times(float x, float y) const { return fmaf(x * a, b, y); }
+};
+
 // The result of a sum, stored.
 __device__ __forceinline__ void finish(const Results& to, float sum, int64_t m, int64_t n) {
-  const int power = to.largest_of_rows[m] + to.largest_of_columns[n] - 2 * mx::kFloat32Bias;
-  const int half = power / 2;  // the whole may be beyond the type
+  const Power power(Power(to.largest_of_rows[m]), Power(to.largest_of_columns[n]));
   const float added = to.bias ? load_one(to.bias, to.bias_dtype, n) : 0.0f;
-  const float y = fmaf(sum * power_of_two(half), power_of_two(power - half), added);
-  store_any<1>(to.out, to.out_dtype, m * to.stride + n, 1, {y});
+  store_any<1>(to.out, to.out_dtype, m * to.stride + n, 1, {power.times(sum, added)});
 }
 
 }  // namespace micromix::cuda

@@ -7,21 +7,29 @@
 #include <cstdint>
 
 #include "../dtype.h"
+#include "decoded_weight.h"
 
 namespace micromix::cuda {
 
-// Packed rows [rows, row bytes], aligned to 8 bytes, with their scales [rows, blocks]. They are
-// decoded over 2^(largest - 127), `largest` being the largest scale byte of each row.
+// Packed rows [rows, row bytes], aligned to 8 bytes, with their scales [rows, blocks].
 struct PackedRows {
   const uint8_t* data;
   const uint8_t* scales;
-  const uint8_t* largest;  // [rows], or null where it is not known yet
   int64_t rows;
   int64_t row_bytes;
   // The segments: they end at these blocks, and their elements begin at these bytes of a row.
   int32_t end4, end6, blocks;
   int32_t start6, start8;
   bool e3m2;  // what MXFP6 is
+};
+
+// A weight, or some of its panels, as decoded_weight.h has it.
+struct PlacedRows {
+  const uint8_t* panels;
+  const uint8_t* largest;  // [rows]
+  int64_t rows;
+  Steps steps;
+  bool e3m2;
 };
 
 // A product's results: out[m, n] = sum * 2^(largest of row + largest of column - 254) + bias[n],
@@ -35,44 +43,44 @@ struct Results {
   Dtype out_dtype;
 };
 
-// Finds the largest scale of each row.
-cudaError_t launch_find_largest(const PackedRows& rows, uint8_t* largest, cudaStream_t stream);
-
-// Decodes rows to bfloat16 [rows, channels], in the order of decode.cuh; `largest` is found too,
-// unless it is known.
-cudaError_t launch_decode(const PackedRows& rows, void* values, uint8_t* largest,
-                          cudaStream_t stream);
-
-// Brings float32 sums [m, n] to the results.
-cudaError_t launch_finish(const float* sums, const Results& results, cudaStream_t stream);
-
-// few_rows.cu: the product of few decoded rows with the packed rows of a weight.
-constexpr int kFewRows = 16;
-cudaError_t launch_few_rows(const void* x, const PackedRows& weight, const Results& results,
-                            cudaStream_t stream);
-
-// many_rows.cu: the product of any number of rows, on Hopper. The activations are decoded to
-// tiles, for all weights whose blocks' formats are the same: slices of 64 channels, and of
-// a slice all rows, `padded` of them.
-struct Tiles {
-  // The blocks at which the weight's segments end, and the slices before them.
-  int32_t ends[3];
-  int64_t padded;
-
-  static constexpr int kSliceBytes = 128;  // of a row
-  static constexpr int kStepBlocks = 4;    // what is multiplied in a step: two slices
-  constexpr int steps(int segment) const {
-    const int blocks = ends[segment] - (segment ? ends[segment - 1] : 0);
-    return (blocks + kStepBlocks - 1) / kStepBlocks;
-  }
-  constexpr int all_steps() const { return steps(0) + steps(1) + steps(2); }
-  constexpr int64_t bytes() const { return int64_t{2} * all_steps() * padded * kSliceBytes; }
+// Where a kernel is launched; `early`: before the one before it ends (early_launch.h).
+struct Launcher {
+  cudaStream_t stream;
+  int multiprocessors;
+  bool early;
 };
+
+// place_decoded.cu
+cudaError_t launch_place(const PackedRows& rows, const Steps& steps, uint8_t* placed,
+                         const Launcher& on);
+
+// decode.cu. Rows are decoded over 2^(largest - 127), `largest` [rows] being the largest scale byte
+// of each: to bfloat16 [rows, channels], in the order of decode.cuh.
+cudaError_t launch_decode(const PackedRows& rows, void* values, uint8_t* largest,
+                          const Launcher& on);
+cudaError_t launch_decode_weight(const PlacedRows& weight, void* values, const Launcher& on);
+// Brings float32 sums [m, n] to the results.
+cudaError_t launch_finish(const float* sums, const Results& results, const Launcher& on);
+
+// few_rows.cu: the product of few decoded rows with a weight.
+constexpr int kFewRows = 16;
+cudaError_t launch_few_rows(const void* x, const PlacedRows& weight, const Results& results,
+                            const Launcher& on);
+
+// many_rows.cu: the product of any number of rows, on Hopper. They are decoded to tiles: slices,
+// half a step of the weight of all rows, which are padded to `padded`.
+constexpr int kSliceBytes = 128;  // of a row
+constexpr int64_t padded_rows(int64_t m) {
+  constexpr int64_t kMostTokens = 256;  // of a tile
+  return (m + kMostTokens - 1) / kMostTokens * kMostTokens;
+}
+inline int64_t tile_bytes(const Steps& steps, int64_t m) {
+  return int64_t{2} * steps.count() * padded_rows(m) * kSliceBytes;
+}
 bool has_many_rows();  // whether the current device runs it
-int64_t padded_rows(int64_t m);
-cudaError_t launch_decode_tiles(const PackedRows& rows, const Tiles& tiles, void* values,
-                                uint8_t* largest, cudaStream_t stream);
-cudaError_t launch_many_rows(const void* x, const Tiles& tiles, const PackedRows& weight,
-                             const Results& results, int multiprocessors, cudaStream_t stream);
+cudaError_t launch_decode_tiles(const PackedRows& rows, const Steps& steps, void* tiles,
+                                uint8_t* largest, const Launcher& on);
+cudaError_t launch_many_rows(const void* tiles, const PlacedRows& weight, const Results& results,
+                             const Launcher& on);
 
 }  // namespace micromix::cuda

@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <array>
-#include <limits>
 
 #include "decode.h"
 
@@ -25,12 +24,11 @@ constexpr int64_t kMostWeightBytes = 128 << 20;
 const uint8_t* bytes_of(const Tensor& t) { return static_cast<const uint8_t*>(t.const_data_ptr()); }
 uint8_t* writable_bytes_of(const Tensor& t) { return static_cast<uint8_t*>(t.mutable_data_ptr()); }
 
-PackedRows packed_rows(const mx::MixedLayout& layout, const uint8_t* data, const uint8_t* scales,
-                       const uint8_t* largest, int64_t rows) {
+PackedRows packed_rows(const mx::MixedLayout& layout, const Tensor& data, const Tensor& scales,
+                       int64_t rows) {
   const auto segments = layout.segments();
-  return {.data = data,
-          .scales = scales,
-          .largest = largest,
+  return {.data = bytes_of(data),
+          .scales = bytes_of(scales),
           .rows = rows,
           .row_bytes = layout.row_bytes(),
           .end4 = static_cast<int32_t>(segments[1].first_block),
@@ -41,24 +39,27 @@ PackedRows packed_rows(const mx::MixedLayout& layout, const uint8_t* data, const
           .e3m2 = layout.format6() == mx::E3M2};
 }
 
-// Rows [first, first + count) of a placed weight of n.
-PackedRows placed_rows(const mx::MixedLayout& own, const uint8_t* placed, int64_t n, int64_t first,
-                       int64_t count) {
-  const uint8_t* const scales = placed + n * own.row_bytes();
-  const uint8_t* const largest = scales + n * own.blocks();
-  return packed_rows(own, placed + first * own.row_bytes(), scales + first * own.blocks(),
-                     largest + first, count);
+// Rows of a placed weight from `first` on, which begins a panel.
+PlacedRows placed_rows(const mx::MixedLayout& own, const Layer& layer, int64_t first,
+                       int64_t rows) {
+  const Steps steps(own);
+  const uint8_t* const panels = bytes_of(layer.weight);
+  return {.panels = panels + first / kPanelRows * steps.panel_bytes(),
+          .largest = panels + panels_of(layer.n) * steps.panel_bytes() + first,
+          .rows = rows,
+          .steps = steps,
+          .e3m2 = own.format6() == mx::E3M2};
 }
 
 // Results of a layer from column `first` on.
-Results results_of(const char* op, const Layer& layer, const uint8_t* largest_of_rows,
-                   const PackedRows& weight, int64_t m, int64_t first) {
+Results results_of(const char* op, const Layer& layer, const Tensor& largest_of_rows,
+                   const PlacedRows& weight, int64_t m, int64_t first) {
   const auto at = [&](const void* numbers, Dtype dtype) {
     return const_cast<char*>(static_cast<const char*>(numbers)) +
            first * (dtype == Dtype::kFloat32 ? 4 : 2);
   };
   Results results{};
-  results.largest_of_rows = largest_of_rows;
+  results.largest_of_rows = bytes_of(largest_of_rows);
   results.largest_of_columns = weight.largest;
   results.m = m;
   results.n = weight.rows;
@@ -72,12 +73,9 @@ Results results_of(const char* op, const Layer& layer, const uint8_t* largest_of
   return results;
 }
 
-Tensor decoded(const char* op, const OnDevice& on, const Tensor& like, int64_t channels,
-               const PackedRows& rows, uint8_t* largest) {
-  const int64_t sizes[2] = {rows.rows, channels};
-  Tensor values = empty_of(like, sizes, aoti_torch_dtype_bfloat16());
-  check(launch_decode(rows, values.mutable_data_ptr(), largest, on.stream), op);
-  return values;
+Tensor empty_values(const Tensor& like, int64_t rows, int64_t channels) {
+  const int64_t sizes[2] = {rows, channels};
+  return empty_of(like, sizes, aoti_torch_dtype_bfloat16());
 }
 
 // a [m, k] times b [n, k] transposed, in float32.
@@ -94,59 +92,56 @@ void place_decoded(const char* op, const OnDevice& on, const Tensor& data, const
                    const mx::MixedLayout& layout, Tensor& placed) {
   const mx::MixedLayout own = layout.weight();
   const int64_t n = data.size(0);
-  uint8_t* const to = writable_bytes_of(placed);
-  const auto copy = [&](uint8_t* to, const Tensor& from) {
-    check(cudaMemcpyAsync(to, bytes_of(from), from.numel(), cudaMemcpyDeviceToDevice, on.stream),
-          op);
-  };
   if (n == 0) return;
-  copy(to, data);
-  copy(to + n * own.row_bytes(), scales);
-  check(launch_find_largest(packed_rows(own, bytes_of(data), bytes_of(scales), nullptr, n),
-                            to + n * (own.row_bytes() + own.blocks()), on.stream),
+  check(launch_place(packed_rows(own, data, scales, n), Steps(own), writable_bytes_of(placed),
+                     Launcher{on.stream, 0, false}),
         op);
 }
 
-void decoded_products(const char* op, const OnDevice& on, int multiprocessors, const Tensor& data,
+void decoded_products(const char* op, const Launcher& launcher, const Tensor& data,
                       const Tensor& scales, int64_t m, std::span<Layer> layers,
                       const mx::MixedLayout& layout) {
   if (m == 0) return;
   const mx::MixedLayout own = layout.weight();
-  const PackedRows rows = packed_rows(layout, bytes_of(data), bytes_of(scales), nullptr, m);
-  const Tensor largest = empty_vector(data, m, aoti_torch_dtype_uint8());
-  if (m > kFewRows && has_many_rows()) {
-    const PackedRows weight = packed_rows(own, nullptr, nullptr, nullptr, 0);
-    const Tiles tiles{{weight.end4, weight.end6, weight.blocks}, padded_rows(m)};
-    const Tensor x = empty_vector(data, tiles.bytes(), aoti_torch_dtype_uint8());
-    check(launch_decode_tiles(rows, tiles, x.mutable_data_ptr(), writable_bytes_of(largest),
-                              on.stream),
+  const PackedRows rows = packed_rows(layout, data, scales, m);
+  Tensor largest = empty_vector(data, m, aoti_torch_dtype_uint8());
+  static const int64_t few = getenv("MM_FEW") ? atoi(getenv("MM_FEW")) : kFewRows;
+  if (m > few && has_many_rows()) {
+    const Steps steps(own);
+    Tensor tiles = empty_vector(data, tile_bytes(steps, m), aoti_torch_dtype_uint8());
+    check(launch_decode_tiles(rows, steps, tiles.mutable_data_ptr(), writable_bytes_of(largest),
+                              launcher),
           op);
     for (const Layer& layer : layers) {
       if (layer.n == 0) continue;
-      const PackedRows packed = placed_rows(own, bytes_of(layer.weight), layer.n, 0, layer.n);
-      check(launch_many_rows(x.const_data_ptr(), tiles, packed,
-                             results_of(op, layer, bytes_of(largest), packed, m, 0),
-                             multiprocessors, on.stream),
+      const PlacedRows weight = placed_rows(own, layer, 0, layer.n);
+      check(launch_many_rows(tiles.const_data_ptr(), weight,
+                             results_of(op, layer, largest, weight, m, 0), launcher),
             op);
     }
     return;
   }
-  const Tensor x = decoded(op, on, data, layout.channels(), rows, writable_bytes_of(largest));
-  const int64_t most =
-      m <= kFewRows
-          ? std::numeric_limits<int64_t>::max()
-          : std::max<int64_t>(kMostWeightBytes / (2 * std::max<int64_t>(own.channels(), 1)), 1);
+  Tensor x = empty_values(data, m, layout.channels());
+  check(launch_decode(rows, x.mutable_data_ptr(), writable_bytes_of(largest), launcher), op);
   for (const Layer& layer : layers) {
-    for (int64_t first = 0; first < layer.n; first += std::min(most, layer.n - first)) {
-      const PackedRows weight =
-          placed_rows(own, bytes_of(layer.weight), layer.n, first, std::min(most, layer.n - first));
-      const Results results = results_of(op, layer, bytes_of(largest), weight, m, first);
-      if (m <= kFewRows) {
-        check(launch_few_rows(x.const_data_ptr(), weight, results, on.stream), op);
-        continue;
-      }
-      const Tensor sums = product(x, decoded(op, on, data, own.channels(), weight, nullptr));
-      check(launch_finish(static_cast<const float*>(sums.const_data_ptr()), results, on.stream),
+    if (m <= kFewRows) {
+      if (layer.n == 0) continue;
+      const PlacedRows weight = placed_rows(own, layer, 0, layer.n);
+      check(launch_few_rows(x.const_data_ptr(), weight,
+                            results_of(op, layer, largest, weight, m, 0), launcher),
+            op);
+      continue;
+    }
+    const int64_t row_bytes = 2 * std::max<int64_t>(own.channels(), 1);
+    const int64_t most =
+        std::max<int64_t>(kMostWeightBytes / row_bytes / kPanelRows, 1) * kPanelRows;
+    for (int64_t first = 0; first < layer.n; first += most) {
+      const PlacedRows weight = placed_rows(own, layer, first, std::min(most, layer.n - first));
+      Tensor values = empty_values(data, weight.rows, own.channels());
+      check(launch_decode_weight(weight, values.mutable_data_ptr(), launcher), op);
+      const Tensor sums = product(x, values);
+      check(launch_finish(static_cast<const float*>(sums.const_data_ptr()),
+                          results_of(op, layer, largest, weight, m, first), launcher),
             op);
     }
   }

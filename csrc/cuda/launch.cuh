@@ -1,6 +1,7 @@
 // The kernels of a row function, and the launch of one of them.
 #pragma once
 
+#include "early_launch.h"
 #include "paired_rows.cuh"
 #include "rows.cuh"
 #include "streamed_rows.cuh"
@@ -58,17 +59,7 @@ cudaError_t launch(const Rows& rows, const Launch& how) {
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.bytes);
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = how.blocks;
-  config.blockDim = how.threads;
-  config.dynamicSmemBytes = how.bytes;
-  config.stream = how.stream;
-  config.attrs = &early;
-  config.numAttrs = how.early;
-  return cudaLaunchKernelEx(&config, kernel, rows);
+  return launch_early(kernel, how.blocks, how.threads, how.bytes, how.stream, how.early, rows);
 }
 
 }  // namespace micromix::cuda

@@ -1,4 +1,4 @@
-// Hopper's matrix instructions of a warpgroup, clusters, and copies of a thread's own; sm_90a.
+// Hopper's matrix instructions of a warpgroup, and clusters; sm_90a.
 #pragma once
 
 #include <cstdint>
@@ -73,12 +73,18 @@ __device__ __forceinline__ void multiply<128>(float* d, const uint32_t (&a)[4], 
 #undef MICROMIX_D8
 #undef MICROMIX_A_AND_B
 
-// All threads of all thread blocks of the cluster have come here, and what they wrote to shared
-// memory is there.
+// All threads of all thread blocks of the cluster have come here; and what they wrote to shared
+// memory is there, or nobody looks at this thread block's any more.
 __device__ __forceinline__ void meet_cluster() {
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"
       "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+__device__ __forceinline__ void leave_cluster() {
+  asm volatile(
+      "barrier.cluster.arrive.relaxed.aligned;\n"
+      "barrier.cluster.wait.aligned;" ::
           : "memory");
 }
 // An address in the shared memory of a thread block of the cluster.
@@ -94,24 +100,6 @@ __device__ __forceinline__ float4 load_from_cluster(uint32_t address) {
                : "r"(address)
                : "memory");
   return x;
-}
-
-// Copies to shared memory, whose end their own thread waits for.
-template <int kBytes>
-__device__ __forceinline__ void copy_own(uint32_t to, const void* from) {
-  static_assert(kBytes == 8 || kBytes == 16);
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
-  }
-}
-__device__ __forceinline__ void commit_own_copies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-template <int kGroups>
-__device__ __forceinline__ void wait_for_own_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
 }  // namespace micromix::cuda

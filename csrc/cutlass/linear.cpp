@@ -5,12 +5,14 @@
 
 #include <array>
 #include <atomic>
+#include <mutex>
 #include <optional>
 #include <span>
 #include <string>
 #include <tuple>
 
 #include "../cuda/decoded_linear.h"
+#include "../cuda/rows.h"
 #include "../product_operators.h"
 #include "launch.h"
 
@@ -29,20 +31,25 @@ constexpr int kMaxDevices = 64;
 struct Device {
   Atoms atoms;
   int multiprocessors;
+  bool early;  // starts a kernel before the one before it ends
 };
 
 // Of the current device, asked once.
 Device device_of(int index) {
-  static std::array<std::atomic<int>, kMaxDevices> known{};  // 0: not asked
-  static std::array<std::atomic<int>, kMaxDevices> counts{};
+  static std::array<std::atomic<bool>, kMaxDevices> known{};
+  static std::array<Device, kMaxDevices> devices{};
+  static std::mutex asking;
   MICROMIX_CHECK(index < kMaxDevices, "micromix: at most ", kMaxDevices, " CUDA devices");
-  if (known[index] == 0) {
-    int count = 0;
+  if (!known[index]) {
+    const std::lock_guard lock(asking);
+    int count = 0, architecture = 0;
     cuda::check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index), "linear");
-    counts[index] = count;
-    known[index] = 1 + static_cast<int>(blackwell::atoms_of_current_device());
+    const Atoms atoms = blackwell::atoms_of_current_device();
+    if (atoms != Atoms::kNone) cuda::check(cuda::architecture_of_rows(architecture), "linear");
+    devices[index] = {atoms, count, architecture >= 90};
+    known[index] = true;
   }
-  return {static_cast<Atoms>(known[index] - 1), counts[index]};
+  return devices[index];
 }
 
 // Whether the kernel runs, natively or because `format` names its emulation; false: the reference.
@@ -233,7 +240,8 @@ void run(const char* op, Tensor data, Tensor scales, std::span<Layer> layers, in
   if (is_blackwell) {
     blackwell_products(op, device, on, data, scales, m, layers, layout, dtype);
   } else {
-    cuda::decoded_products(op, on, device.multiprocessors, data, scales, m, layers, layout);
+    const cuda::Launcher launcher{on.stream, device.multiprocessors, device.early};
+    cuda::decoded_products(op, launcher, data, scales, m, layers, layout);
   }
 }
 

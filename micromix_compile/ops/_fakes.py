@@ -15,6 +15,10 @@ from ._schemas import EMULATED, NAMESPACE
 _LINE = 64
 _TILE_ROWS = 16
 
+# That of the kernels that decode their operands: csrc/cuda/decoded_weight.h.
+_DECODED_ROWS = 16
+_STEP_BLOCKS = 4
+
 # That of the Blackwell kernel: csrc/cutlass/placed.h.
 _PANEL_ROWS = 8
 _SCALE_WORD = 4
@@ -43,12 +47,22 @@ def placed_bytes(
     layout = MixedLayout.weight_from_code(k4, k6, k8, format)
     if blackwell_kernel(device, emulated):
         return _blackwell_bytes(n, (k4, k6, k8), layout)
+    if decodes_operands(device):
+        return _decoded_bytes(n, layout)
     if torch.device(device).type != "cpu" or not loaded():
-        # Where operands are decoded, the largest scale of each row too.
-        return n * (layout.row_bytes + layout.blocks + decodes_operands(device))
+        return n * (layout.row_bytes + layout.blocks)
     panels = (n + _TILE_ROWS - 1) // _TILE_ROWS
     scale_bytes = (layout.blocks * _TILE_ROWS + _LINE - 1) // _LINE * _LINE
     return _LINE + panels * (scale_bytes + _TILE_ROWS * layout.row_bytes)
+
+
+def _decoded_bytes(n: int, weight: MixedLayout) -> int:
+    chunks = sum(
+        -(-(segment.stop - segment.start) // (BLOCK * _STEP_BLOCKS)) * (4 * segment.fmt.bits + 1)
+        for segment in weight.segments()
+    )
+    panels = -(-n // _DECODED_ROWS)
+    return panels * _DECODED_ROWS * (_STEP_BLOCKS * chunks + 1)
 
 
 def _blackwell_bytes(n: int, counts: tuple[int, int, int], weight: MixedLayout) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from micromix_compile import mx
 from micromix_compile.errors import ReferenceKernelWarning, WeightOnlyDeviceError
 
-from ._extension import decodes_operands, why_reference
+from ._extension import why_reference
 from ._schemas import NAMESPACE, SCHEMAS
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -63,15 +63,13 @@ def unplace_weight(
 
 def _rows(weight: Tensor, n: int, layout: mx.MixedLayout) -> tuple[Tensor, Tensor]:
     """The data and scales, views, of a placed weight."""
-    sizes = [n * layout.row_bytes, n * layout.blocks]
-    if decodes_operands(weight.device):
-        sizes.append(n)  # the largest scale of each row
+    sizes = (n * layout.row_bytes, n * layout.blocks)
     if weight.shape != (sum(sizes),):
         raise ValueError(
             f"weight must be the flat buffer of {sum(sizes)} bytes that micromix::place_weight makes "
             f"on {weight.device} for these arguments, got {tuple(weight.shape)}"
         )
-    data, scales, *_ = weight.split(sizes)
+    data, scales = weight.split(sizes)
     return data.view(n, layout.row_bytes), scales.view(n, layout.blocks)
 
 
