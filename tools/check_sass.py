@@ -2,8 +2,10 @@
 
 Disassembles libmicromix_cuda.so and checks that every linear kernel for sm_120a and sm_121a has the
 block-scaled matrix instructions of its formats and no other matrix instruction, that no kernel of any
-architecture uses local memory (a spill, or an array in memory), and that none that starts before the
-kernel before it in the stream ends (from sm_90 on) loads from global memory before it waits for that.
+architecture uses local memory (a spill, or an array in memory), that none that starts before the
+kernel before it in the stream ends (from sm_90 on) loads from global memory before it waits for that,
+and that warpgroups' matrix instructions do not wait for each other, which ptxas does where it sees
+something else touch their sums.
 Registers, shared memory and counts must be those of docs/sass.md; ``--write`` writes that page.
 """
 
@@ -51,6 +53,7 @@ class Kernel:
     matrix: Counter = field(default_factory=Counter)
     waits: bool = False  # for the kernel before
     early_loads: int = 0  # before the first wait
+    closings: int = 0  # of groups of a warpgroup's matrix instructions
 
 
 class CheckError(Exception):
@@ -106,6 +109,7 @@ def read_machine_code(sass: str, kernels: dict[str, Kernel]) -> None:
                 kernel.waits = True
             else:
                 kernel.matrix[match[1]] += 1
+                kernel.closings += "gsb0" in line
 
 
 def expected_instructions(six: str, mxfp4: bool) -> set[str]:
@@ -143,6 +147,7 @@ def check() -> str:
     faults: list[str] = []
     rows: dict[tuple, dict[str, Kernel]] = {}
     built = architectures()
+    hopper = 0  # kernels with warpgroups' matrix instructions
     for architecture in built:
         for kernel in kernels_of(architecture):
             if kernel.local_bytes or kernel.local_accesses:
@@ -155,6 +160,10 @@ def check() -> str:
                     f"{architecture} {kernel.name}: {kernel.early_loads} global loads before the "
                     "wait for the kernel before"
                 )
+            warpgroups = sum(n for i, n in kernel.matrix.items() if i.startswith("HGMMA"))
+            hopper += warpgroups > 0
+            if 2 * kernel.closings > warpgroups:
+                faults.append(f"{architecture} {kernel.name}: matrix instructions are serialized")
             match = LINEAR.search(kernel.name)
             if not match or architecture not in NATIVE:
                 continue
@@ -170,6 +179,8 @@ def check() -> str:
         missing = 4 * len(shared) - sum(architecture in row for row in rows.values())
         if architecture in built and missing:
             faults.append(f"{architecture}: {missing} linear kernels are missing")
+    if "sm_90a" in built and not hopper:
+        faults.append("sm_90a: no kernel has warpgroups' matrix instructions")
     if not rows:
         faults.append(f"the library has no code for {' or '.join(NATIVE)}, only for {built}")
     if faults:

@@ -15,7 +15,7 @@ __device__ __forceinline__ int find_largest(const PackedRows& rows, const uint8_
   if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = of_warp;
   __syncthreads();
   const int found = __reduce_max_sync(kWarp, of_warps[threadIdx.x % kWarps]);
-  if (threadIdx.x == 0) largest[blockIdx.x] = static_cast<uint8_t>(found);
+  if (threadIdx.x == 0 && blockIdx.y == 0) largest[blockIdx.x] = static_cast<uint8_t>(found);
   return found;
 }
 
@@ -27,14 +27,14 @@ __global__ void __launch_bounds__(kThreads)
   const uint8_t* const scales = rows.scales + row * rows.blocks;
   const uint8_t* const data = rows.data + row * rows.row_bytes;
   const int most = find_largest(rows, scales, largest);
-  const int groups = rows.blocks * kGroups;
-  for (int g = threadIdx.x; g < groups; g += kThreads)
+  const int groups = rows.blocks * kGroups, g = blockIdx.y * kThreads + threadIdx.x;
+  if (g < groups)
     values[row * groups + g] = decode_group(rows, data, g, __ldg(scales + g / kGroups), most);
 }
 
-// A thread has one group of the four blocks of a step: the four lanes' operands of two matrix
-// instructions, which are pieces of 16 bytes. In a slice a piece lies where a swizzle of 128 bytes
-// has it.
+// Thread blocks share out a row. A thread has one group of the four blocks of a step: the four
+// lanes' operands of two matrix instructions, which are pieces of 16 bytes. In a slice a piece lies
+// where a swizzle of 128 bytes has it.
 __global__ void __launch_bounds__(kThreads)
     decode_tiles_kernel(const PackedRows rows, const Steps steps, int64_t padded, uint4* tiles,
                         uint8_t* largest) {
@@ -44,7 +44,8 @@ __global__ void __launch_bounds__(kThreads)
   const uint8_t* const scales = rows.scales + row * rows.blocks;
   const uint8_t* const data = rows.data + row * rows.row_bytes;
   const int most = find_largest(rows, scales, largest);
-  for (int at = threadIdx.x; at < kGroups * steps.count(); at += kThreads) {
+  const int at = blockIdx.y * kThreads + threadIdx.x;
+  if (at < kGroups * steps.count()) {
     const int step = at / kGroups, g = at % kGroups;
     const auto [first, last] = steps.blocks_of(step);
     Eight of_blocks[kStepBlocks];
@@ -115,19 +116,25 @@ __global__ void __launch_bounds__(kThreads)
     finish(results, sums[i], i / results.n, i % results.n);
 }
 
+// Thread blocks that share out a row, one at least: it finds the largest scale.
+dim3 grid_of(const PackedRows& rows, int groups) {
+  return {static_cast<unsigned>(rows.rows),
+          static_cast<unsigned>(groups > 0 ? (groups + kThreads - 1) / kThreads : 1)};
+}
+
 }  // namespace
 
 cudaError_t launch_decode(const PackedRows& rows, void* values, uint8_t* largest,
                           const Launcher& on) {
-  return launch_early(decode_rows_kernel, static_cast<unsigned>(rows.rows), kThreads, 0, on.stream,
-                      on.early, rows, static_cast<uint4*>(values), largest);
+  return launch_early(decode_rows_kernel, grid_of(rows, rows.blocks * kGroups), kThreads, 0,
+                      on.stream, on.early, rows, static_cast<uint4*>(values), largest);
 }
 
 cudaError_t launch_decode_tiles(const PackedRows& rows, const Steps& steps, void* tiles,
                                 uint8_t* largest, const Launcher& on) {
-  return launch_early(decode_tiles_kernel, static_cast<unsigned>(rows.rows), kThreads, 0, on.stream,
-                      on.early, rows, steps, padded_rows(rows.rows), static_cast<uint4*>(tiles),
-                      largest);
+  return launch_early(decode_tiles_kernel, grid_of(rows, steps.count() * kGroups), kThreads, 0,
+                      on.stream, on.early, rows, steps, padded_rows(rows.rows),
+                      static_cast<uint4*>(tiles), largest);
 }
 
 cudaError_t launch_decode_weight(const PlacedRows& weight, void* values, const Launcher& on) {

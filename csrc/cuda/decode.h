@@ -44,9 +44,10 @@ struct Results {
 };
 
 // Where a kernel is launched; `early`: before the one before it ends (early_launch.h).
+constexpr int kMostDevices = 64;
 struct Launcher {
   cudaStream_t stream;
-  int multiprocessors;
+  int device;
   bool early;
 };
 

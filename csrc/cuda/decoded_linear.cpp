@@ -94,7 +94,7 @@ void place_decoded(const char* op, const OnDevice& on, const Tensor& data, const
   const int64_t n = data.size(0);
   if (n == 0) return;
   check(launch_place(packed_rows(own, data, scales, n), Steps(own), writable_bytes_of(placed),
-                     Launcher{on.stream, 0, false}),
+                     Launcher{on.stream, on.index, false}),
         op);
 }
 
@@ -105,8 +105,7 @@ void decoded_products(const char* op, const Launcher& launcher, const Tensor& da
   const mx::MixedLayout own = layout.weight();
   const PackedRows rows = packed_rows(layout, data, scales, m);
   Tensor largest = empty_vector(data, m, aoti_torch_dtype_uint8());
-  static const int64_t few = getenv("MM_FEW") ? atoi(getenv("MM_FEW")) : kFewRows;
-  if (m > few && has_many_rows()) {
+  if (m > kFewRows && has_many_rows()) {
     const Steps steps(own);
     Tensor tiles = empty_vector(data, tile_bytes(steps, m), aoti_torch_dtype_uint8());
     check(launch_decode_tiles(rows, steps, tiles.mutable_data_ptr(), writable_bytes_of(largest),

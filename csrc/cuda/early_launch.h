@@ -6,13 +6,13 @@
 
 namespace micromix::cuda {
 
-// `cluster`: its thread blocks.
-template <typename... Parameters>
-cudaError_t launch_early(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t bytes,
-                         cudaStream_t stream, bool early, dim3 cluster,
-                         const Parameters&... arguments) {
-  cudaLaunchAttribute attributes[2]{};
-  int count = 0;
+constexpr int kMostAttributes = 2;
+
+// `cluster`: its thread blocks. The attributes are to live as long as the result.
+inline cudaLaunchConfig_t early_config(dim3 blocks, dim3 threads, size_t bytes, cudaStream_t stream,
+                                       bool early, dim3 cluster,
+                                       cudaLaunchAttribute (&attributes)[kMostAttributes]) {
+  unsigned count = 0;
   if (early) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
@@ -28,12 +28,16 @@ cudaError_t launch_early(void (*kernel)(Parameters...), dim3 blocks, dim3 thread
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = count;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  return config;
 }
+
 template <typename... Parameters>
 cudaError_t launch_early(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t bytes,
                          cudaStream_t stream, bool early, const Parameters&... arguments) {
-  return launch_early(kernel, blocks, threads, bytes, stream, early, dim3(1), arguments...);
+  cudaLaunchAttribute attributes[kMostAttributes];
+  const cudaLaunchConfig_t config =
+      early_config(blocks, threads, bytes, stream, early, dim3(1), attributes);
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 }  // namespace micromix::cuda

@@ -9,6 +9,9 @@
 //
 // Thread blocks of a cluster either share tokens, of which each copies a part to both, or, where
 // there are few tiles, have a part of K each, and add up their sums in its order.
+#include <array>
+#include <atomic>
+
 #include "bulk_copies.cuh"
 #include "decode.cuh"
 #include "early_launch.h"
@@ -26,6 +29,7 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / 32;  // two warpgroups
 constexpr int kRows = kWarps * kPanelRows;             // of the weight
 constexpr int kMostParts = 8;                          // of K: what any cluster may have
+constexpr int kLeastSteps = 8;                         // of a part
 constexpr int kSharers = 2;                            // of tokens
 
 struct Task {
@@ -38,29 +42,20 @@ struct Task {
 
 template <int kTokens>
 struct Shape {
-  static constexpr int kThreadBlocks = kTokens <= 64 ? 2 : 1;  // of a multiprocessor
-  static constexpr int kSlice = kTokens * kSliceBytes;
-  static constexpr int kSlices = kTokens == 64 ? 5 : kTokens <= 128 ? 8 : 5;
+  static constexpr int kThreadBlocks = kTokens <= 128 ? 2 : 1;  // of a multiprocessor
+  // A step's two slices of tokens are there together, or one after the other.
+  static constexpr int kStagesOfStep = kTokens >= 64 ? 2 : 1;
+  static constexpr int kSlice = kTokens * kSliceBytes, kStage = 2 * kSlice / kStagesOfStep;
+  static constexpr int kStages = 4, kChunks = kTokens == 128 ? 2 : 4;
   static constexpr int kChunk = chunk_bytes(8);  // the largest
-  static constexpr int kChunks = kTokens == 256 ? 3 : 4;
   // The sums as they are added up: of a token in a row, which begins in another bank.
   static constexpr int kSumStride = kRows + 4;
-  static constexpr int kRings = kSlices * kSlice + kWarps * kChunks * kChunk;
+  static constexpr int kRings = kStages * kStage + kWarps * kChunks * kChunk;
   static constexpr int kSumBytes = kTokens * kSumStride * 4;
   static constexpr int kBytes = kRings > kSumBytes ? kRings : kSumBytes;
 };
 
 #if MICROMIX_HAS_WARPGROUPS || !defined(__CUDA_ARCH__)
-
-// A place in a ring of `kPlaces`, and the parity of its turn.
-template <int kPlaces>
-struct Place {
-  int at = 0, parity = 0;
-
-  __device__ __forceinline__ void go_on() {
-    if (++at == kPlaces) at = 0, parity ^= 1;
-  }
-};
 
 // From a chunk in shared memory.
 struct SharedChunk {
@@ -88,84 +83,75 @@ struct SharedChunk {
 template <int kTokens, bool kShared>
 struct Product : Shape<kTokens> {
   using S = Shape<kTokens>;
-  using S::kChunk, S::kChunks, S::kSlice, S::kSlices, S::kSumStride;
+  using S::kChunk, S::kChunks, S::kSlice, S::kStage, S::kStages, S::kStagesOfStep, S::kSumStride;
   static constexpr int kColumns = kTokens < 128 ? kTokens : 128;  // of an instruction
   static constexpr int kPieces = kTokens / kColumns;
-  static constexpr int kSliceCopies = kShared ? kSharers : 1;
+  static constexpr int kCopies = kShared ? kSharers : 1;  // of a slice
 
   const Task& task;
   const PlacedRows& weight;
   const uint32_t shared, barriers;
   const int warp, lane;
-  const int rank, part, parts;  // of those that share tokens; of K
-  int64_t token, first_row;     // the tile's first
-  int begin, end;               // steps
-  int largest[2];               // of the lane's rows, eight apart
+  const int rank, part, parts;     // of those that share tokens; of K
+  int64_t token, first_row;        // the tile's first
+  int begin, end;                  // steps
+  const uint8_t *tokens, *chunks;  // of the first step
+  int largest[2];                  // of the lane's rows, eight apart
   float sums[kTokens / 2];
-  Place<kSlices> slices_used, slices_made;
-  const uint8_t* next_slice;
-  int slices_left;
-  Place<kChunks> chunks_used, chunks_made;
-  const uint8_t* next_chunk;
-  int next_step;
 
   __device__ Product(const Task& task, uint32_t shared, uint32_t barriers)
       : task(task),
         weight(task.weight),
         shared(shared),
         barriers(barriers),
-        warp(threadIdx.x / 32),
+        warp(__shfl_sync(kWarp, threadIdx.x / 32, 0)),  // the compiler sees that all have the same
         lane(threadIdx.x % 32),
         rank(kShared ? blockIdx.x % kSharers : 0),
         part(kShared ? 0 : blockIdx.y),
         parts(kShared ? 1 : gridDim.y) {
-    const int pair = blockIdx.x / kSliceCopies;
+    const int pair = blockIdx.x / kCopies;
     token = int64_t{kTokens} * (pair % task.token_tiles);
-    first_row = int64_t{kRows} * (pair / task.token_tiles * kSliceCopies + rank);
+    first_row = int64_t{kRows} * (pair / task.token_tiles * kCopies + rank);
     const int steps = weight.steps.count();
     begin = steps * part / parts, end = steps * (part + 1) / parts;
-    slices_left = 2 * (end - begin);
-    next_slice = task.tiles + (2 * begin * task.padded + token) * kSliceBytes +
-                 rank * (kSlice / kSliceCopies);
+    tokens =
+        task.tiles + (2 * begin * task.padded + token) * kSliceBytes + rank * (kSlice / kCopies);
     // The last panel stands in for those beyond it.
     const int64_t panel = min(first_row / kPanelRows + warp, panels_of(weight.rows) - 1);
-    next_chunk =
-        weight.panels + panel * weight.steps.panel_bytes() + weight.steps.chunk_start(begin);
-    next_step = begin;
+    chunks = weight.panels + panel * weight.steps.panel_bytes() + weight.steps.chunk_start(begin);
   }
 
-  __device__ __forceinline__ uint32_t slice(int i) const { return shared + i * kSlice; }
+  // The tokens of stage i of all are in place i % kStages, the warp's chunk of step i in place
+  // i % kChunks.
+  __device__ __forceinline__ uint32_t stage(int i) const { return shared + i % kStages * kStage; }
   __device__ __forceinline__ uint32_t chunk(int i) const {
-    return shared + kSlices * kSlice + (warp * kChunks + i) * kChunk;
+    return shared + kStages * kStage + (warp * kChunks + i % kChunks) * kChunk;
   }
-  // A slice is there; all have read it; the warp's chunk is there.
-  __device__ __forceinline__ uint32_t full(int i) const { return barriers + 8 * i; }
-  __device__ __forceinline__ uint32_t empty(int i) const { return full(kSlices + i); }
+  // They are there; all have read them; the chunk is there.
+  __device__ __forceinline__ uint32_t full(int i) const { return barriers + 8 * (i % kStages); }
+  __device__ __forceinline__ uint32_t empty(int i) const { return full(i) + 8 * kStages; }
   __device__ __forceinline__ uint32_t chunk_full(int i) const {
-    return full(2 * kSlices + warp * kChunks + i);
+    return barriers + 8 * (2 * kStages + warp * kChunks + i % kChunks);
   }
 
-  // One thread: the next slice, or this thread block's part of it, to all that share it.
-  __device__ __forceinline__ void copy_slice() {
-    const uint32_t to = slice(slices_made.at), told = full(slices_made.at);
-    expect(told, kSlice);
-    if constexpr (kShared) {
-      constexpr uint32_t kBytes = kSlice / kSharers;
-      copy_bulk_to_cluster(to + rank * kBytes, next_slice, kBytes, told, (1 << kSharers) - 1);
-    } else {
-      copy_bulk(to, next_slice, kSlice, told);
+  // One thread: the tokens of a stage, or this thread block's part of them, to all that share them.
+  __device__ __forceinline__ void copy_stage(int i) const {
+    if (i >= kStagesOfStep * (end - begin)) return;
+    if (i >= kStages) wait(empty(i), (i / kStages - 1) % 2);
+    constexpr int kSlices = 2 / kStagesOfStep, kBytes = kSlice / kCopies;
+    expect(full(i), kStage);
+#pragma unroll
+    for (int j = 0; j < kSlices; ++j) {
+      const uint8_t* const from = tokens + (kSlices * i + j) * task.padded * kSliceBytes;
+      const uint32_t to = stage(i) + j * kSlice + rank * kBytes;
+      if constexpr (kShared) {
+        copy_bulk_to_cluster(to, from, kBytes, full(i), (1 << kSharers) - 1);
+      } else {
+        copy_bulk(to, from, kBytes, full(i));
+      }
     }
-    next_slice += task.padded * kSliceBytes;
-    slices_made.go_on();
-    --slices_left;
   }
-  // In the place of one that all have read.
-  __device__ __forceinline__ void copy_slice_again() {
-    if (slices_left == 0) return;
-    wait(empty(slices_made.at), slices_made.parity ^ 1);
-    copy_slice();
-  }
-  __device__ __forceinline__ void release_slice(int i) const {
+  __device__ __forceinline__ void release_stage(int i) const {
     if constexpr (kShared) {
 #pragma unroll
       for (int r = 0; r < kSharers; ++r) arrive_in_cluster_as_warp(in_thread_block(empty(i), r));
@@ -174,54 +160,54 @@ struct Product : Shape<kTokens> {
     }
   }
 
-  // One lane: the warp's next chunk.
-  __device__ __forceinline__ void copy_chunk() {
-    if (next_step >= end) return;
-    const uint32_t bytes = chunk_bytes(weight.steps.bits_of(next_step));
-    expect(chunk_full(chunks_made.at), bytes);
-    copy_bulk(chunk(chunks_made.at), next_chunk, bytes, chunk_full(chunks_made.at));
-    next_chunk += bytes;
-    ++next_step;
-    chunks_made.go_on();
+  // The warp: the chunk of a step.
+  __device__ __forceinline__ void copy_chunk(int i) {
+    if (begin + i >= end) return;
+    const uint32_t bytes = chunk_bytes(weight.steps.bits_of(begin + i));
+    if (lane == 0) {
+      expect(chunk_full(i), bytes);
+      copy_bulk(chunk(i), chunks, bytes, chunk_full(i));
+    }
+    chunks += bytes;
   }
 
   template <mx::ElementFormat kFormat>
-  __device__ __forceinline__ void multiply_step(bool is_first) {
-    wait(chunk_full(chunks_used.at), chunks_used.parity);
-    const SharedChunk from{chunk(chunks_used.at)};
+  __device__ __forceinline__ void multiply_step(int step) {
+    wait(chunk_full(step), step / kChunks % 2);
+    const SharedChunk from{chunk(step)};
     const uint32_t scales = from.template scales<kFormat>(lane);
     const BlockCodes<kFormat> block[2] = {{lane, 0, from}, {lane, 1, from}};
     const uint32_t factor[2] = {factor_of_block<kFormat>(scales & 0xFF, largest[0]),
                                 factor_of_block<kFormat>(scales >> 8, largest[1])};
     __syncwarp();
-    if (lane == 0) copy_chunk();  // to where all of the warp have read
-    __syncwarp();
-    chunks_used.go_on();
+    copy_chunk(step + kChunks);  // to where all of the warp have read
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      wait(full(slices_used.at), slices_used.parity);
-      const uint64_t tokens = swizzled_rows(slice(slices_used.at));
-      const int before = slices_used.at == 0 ? kSlices - 1 : slices_used.at - 1;
+    for (int s = 0; s < kStagesOfStep; ++s) {
+      const int i = kStagesOfStep * step + s;
+      wait(full(i), i / kStages % 2);
+      constexpr int kGroups = 4 / kStagesOfStep;
 #pragma unroll
-      for (int g = 0; g < 2; ++g) {
-        const Eight a = block[0].decode(2 * half + g, factor[0]);
-        const Eight b = block[1].decode(2 * half + g, factor[1]);
+      for (int g = 0; g < kGroups; ++g) {
+        const Eight a = block[0].decode(kGroups * s + g, factor[0]);
+        const Eight b = block[1].decode(kGroups * s + g, factor[1]);
         const uint32_t operand[2][4] = {{a.x, b.x, a.y, b.y}, {a.z, b.z, a.w, b.w}};
+        const uint64_t columns = swizzled_rows(stage(i));
         before_matrix_instructions();
 #pragma unroll
         for (int j = 0; j < 2; ++j)
 #pragma unroll
           for (int piece = 0; piece < kPieces; ++piece)
             multiply<kColumns>(sums + piece * kColumns / 2, operand[j],
-                               tokens + (piece * kColumns * kSliceBytes + 32 * (2 * g + j)) / 16);
+                               columns + (g / 2 * kSlice + piece * kColumns * kSliceBytes +
+                                          32 * (2 * (g % 2) + j)) /
+                                             16);
         commit_matrix_instructions();
         wait_for_matrix_instructions<1>();
-        if (g == 0 && (half == 1 || !is_first)) release_slice(before);
+        if (g == 0 && i > 0) release_stage(i - 1);
       }
-      // The place of the slice before: the other warpgroups have had half a slice's time.
-      if (threadIdx.x == 0 && (half == 1 || !is_first)) copy_slice_again();
+      // To the place of the stage before: the other warpgroups have had some time.
+      if (threadIdx.x == 0 && i > 0) copy_stage(i - 1 + kStages);
       __syncwarp();
-      slices_used.go_on();
     }
   }
 
@@ -246,7 +232,7 @@ struct Product : Shape<kTokens> {
   template <mx::ElementFormat kFormat>
   __device__ __forceinline__ void multiply_segment(int first, int last) {
 #pragma unroll 1
-    for (int step = first; step < last; ++step) multiply_step<kFormat>(step == begin);
+    for (int step = first; step < last; ++step) multiply_step<kFormat>(step - begin);
     wait_for_matrix_instructions<0>();
     settle_sums();
   }
@@ -290,19 +276,23 @@ struct Product : Shape<kTokens> {
   // The results of the part's tokens: the sums of all parts, in their order.
   __device__ __forceinline__ void finish_tokens(const Columns& columns) const {
     const Results& to = task.results;
-    if (columns.count == 0) return;
+    const int first = kTokens * part / parts + warp;
     const int stop = static_cast<int>(min(int64_t{kTokens} * (part + 1) / parts, to.m - token));
-    for (int t = kTokens * part / parts + warp; t < stop; t += kWarps) {
-      const Power of_row(__ldg(to.largest_of_rows + token + t));
-      const uint32_t own = shared + 4 * (t * kSumStride + columns.row);
+    // A lane has one of the warp's tokens.
+    static_assert(kTokens <= kWarps * 32);
+    const int own = first + kWarps * lane;
+    const int largest_of_own = own < stop ? __ldg(to.largest_of_rows + token + own) : 0;
+    for (int t = first, i = 0; t < stop; t += kWarps, ++i) {
+      const Power of_row(__shfl_sync(kWarp, largest_of_own, i));
+      const uint32_t there = shared + 4 * (t * kSumStride + columns.row);
       float4 four[kShared ? 1 : kMostParts];
       Values<4> y{};
       if constexpr (kShared) {
-        four[0] = load_from_cluster(own);
+        four[0] = load_from_cluster(there);
       } else {
 #pragma unroll
         for (int i = 0; i < kMostParts; ++i)
-          four[i] = i < parts ? load_from_cluster(in_thread_block(own, i)) : float4{};
+          four[i] = i < parts ? load_from_cluster(in_thread_block(there, i)) : float4{};
       }
 #pragma unroll
       for (const float4& of_part : four)
@@ -325,8 +315,8 @@ struct Product : Shape<kTokens> {
 
   __device__ __forceinline__ void run() {
     if (threadIdx.x == 0) {
-      constexpr int kReaders = kWarps * kArrivalsOfWarp * kSliceCopies;
-      for (int i = 0; i < kSlices; ++i) make_barrier(full(i), 1), make_barrier(empty(i), kReaders);
+      constexpr int kReaders = kWarps * kArrivalsOfWarp * kCopies;
+      for (int i = 0; i < kStages; ++i) make_barrier(full(i), 1), make_barrier(empty(i), kReaders);
       if constexpr (kShared) show_barriers();
     }
     if (lane == 0) {
@@ -335,15 +325,14 @@ struct Product : Shape<kTokens> {
     }
     let_the_next_kernel_start();
     wait_for_the_kernel_before();
-    if (lane == 0)
-      for (int i = 0; i < kChunks; ++i) copy_chunk();
+    for (int i = 0; i < kChunks; ++i) copy_chunk(i);
     if constexpr (kShared) {
       meet_cluster();  // others tell this one's barriers
     } else {
       __syncthreads();
     }
     if (threadIdx.x == 0)
-      for (int i = 0; i < kSlices && slices_left > 0; ++i) copy_slice();
+      for (int i = 0; i < kStages; ++i) copy_stage(i);
     __syncwarp();
     multiply_all();
     const Columns columns(*this);
@@ -370,7 +359,7 @@ __global__ void __launch_bounds__(MICROMIX_HAS_WARPGROUPS ? kThreads : 32,
 #if MICROMIX_HAS_WARPGROUPS
   extern __shared__ __align__(1024) uint8_t shared[];
   using S = Shape<kTokens>;
-  __shared__ uint64_t barriers[2 * S::kSlices + kWarps * S::kChunks];
+  __shared__ uint64_t barriers[2 * S::kStages + kWarps * S::kChunks];
   const auto address = [](const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
   };
@@ -379,23 +368,60 @@ __global__ void __launch_bounds__(MICROMIX_HAS_WARPGROUPS ? kThreads : 32,
 }
 
 template <int kTokens>
+struct Kernel {
+  using S = Shape<kTokens>;
+  decltype(&many_rows_kernel<kTokens, false>) run;
+  unsigned blocks, parts, sharers;
+
+  cudaLaunchConfig_t config(const Launcher& on,
+                            cudaLaunchAttribute (&attributes)[kMostAttributes]) const {
+    return early_config({blocks, parts, 1}, kThreads, S::kBytes, on.stream, on.early,
+                        {sharers, parts, 1}, attributes);
+  }
+};
+
+// How many clusters of the parts of K run at once on a device; asked once.
+template <int kTokens>
+int clusters_at_once(unsigned parts, const Launcher& on) {
+  static std::array<std::array<std::atomic<int>, kMostParts + 1>, kMostDevices> known{};
+  std::atomic<int>& count = known[on.device][parts];
+  if (count == 0) {
+    const Kernel<kTokens> kernel{many_rows_kernel<kTokens, false>, 1, parts, 1};
+    cudaLaunchAttribute attributes[kMostAttributes];
+    const cudaLaunchConfig_t config = kernel.config(on, attributes);
+    int found = 0;
+    if (cudaOccupancyMaxActiveClusters(&found, kernel.run, &config) != cudaSuccess)
+      cudaGetLastError();
+    count = found > 0 ? found : -1;
+  }
+  return count;
+}
+
+template <int kTokens>
 cudaError_t launch(Task& task, const Launcher& on) {
   using S = Shape<kTokens>;
+  for (const auto kernel : {many_rows_kernel<kTokens, false>, many_rows_kernel<kTokens, true>})
+    if (const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes))
+      return error;
   task.token_tiles = static_cast<int32_t>((task.results.m + kTokens - 1) / kTokens);
   const int64_t row_tiles = (task.weight.rows + kRows - 1) / kRows;
   const int64_t tiles = task.token_tiles * row_tiles;
-  unsigned parts = 1;
-  while (parts < kMostParts && 2 * parts * tiles <= S::kThreadBlocks * on.multiprocessors)
-    parts *= 2;
-  const bool share = parts == 1 && row_tiles > 1;
-  const auto kernel = share ? many_rows_kernel<kTokens, true> : many_rows_kernel<kTokens, false>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes);
-  if (error != cudaSuccess) return error;
-  const int64_t blocks =
-      share ? task.token_tiles * ((row_tiles + kSharers - 1) / kSharers * kSharers) : tiles;
-  return launch_early(kernel, {static_cast<unsigned>(blocks), parts, 1}, kThreads, S::kBytes,
-                      on.stream, on.early, {share ? kSharers : 1u, parts, 1}, task);
+  // As many parts as run at once.
+  int parts = kMostParts;
+  while (parts > 1 && (task.weight.steps.count() < parts * kLeastSteps ||
+                       clusters_at_once<kTokens>(parts, on) < tiles))
+    --parts;
+  Kernel<kTokens> kernel{many_rows_kernel<kTokens, false>, static_cast<unsigned>(tiles),
+                         static_cast<unsigned>(parts), 1};
+  if (parts == 1 && row_tiles > 1) {
+    const int64_t pairs = (row_tiles + kSharers - 1) / kSharers;
+    kernel = {many_rows_kernel<kTokens, true>,
+              static_cast<unsigned>(task.token_tiles * pairs * kSharers), 1, kSharers};
+  }
+  cudaLaunchAttribute attributes[kMostAttributes];
+  const cudaLaunchConfig_t config = kernel.config(on, attributes);
+  return cudaLaunchKernelEx(&config, kernel.run, task);
 }
 
 }  // namespace
@@ -412,11 +438,15 @@ bool has_many_rows() {
 cudaError_t launch_many_rows(const void* tiles, const PlacedRows& weight, const Results& results,
                              const Launcher& on) {
   Task task{static_cast<const uint8_t*>(tiles), weight, results, padded_rows(results.m), 0};
-  const auto run = results.m <= 16    ? launch<16>
-                   : results.m <= 32  ? launch<32>
-                   : results.m <= 64  ? launch<64>
-                   : results.m <= 128 ? launch<128>
-                                      : launch<256>;
+  // Larger tiles decode less and are faster, but tokens that are not there take as long.
+  constexpr double kGain = 1.15;
+  const auto padded = [&](int64_t tile) {
+    return static_cast<double>((results.m + tile - 1) / tile * tile);
+  };
+  const auto run = results.m <= 32                      ? launch<32>
+                   : results.m <= 64                    ? launch<64>
+                   : kGain * padded(128) <= padded(256) ? launch<128>
+                                                        : launch<256>;
   return run(task, on);
 }
 

@@ -34,14 +34,6 @@ __device__ __forceinline__ void multiply(float* d, const uint32_t (&a)[4], uint6
 #define MICROMIX_A_AND_B "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
 
 template <>
-__device__ __forceinline__ void multiply<16>(float* d, const uint32_t (&a)[4], uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7}, "
-      "{%8, %9, %10, %11}, %12, 1, 1, 1, 0;"
-      : MICROMIX_D8(0)
-      : MICROMIX_A_AND_B);
-}
-template <>
 __device__ __forceinline__ void multiply<32>(float* d, const uint32_t (&a)[4], uint64_t b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, "

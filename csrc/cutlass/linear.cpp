@@ -26,7 +26,7 @@ using torch::stable::detail::from;
 using torch::stable::detail::to;
 
 constexpr int64_t kEmulatedBit = 1 << 8;  // of `format`: ops.EMULATED
-constexpr int kMaxDevices = 64;
+using cuda::kMostDevices;
 
 struct Device {
   Atoms atoms;
@@ -36,10 +36,10 @@ struct Device {
 
 // Of the current device, asked once.
 Device device_of(int index) {
-  static std::array<std::atomic<bool>, kMaxDevices> known{};
-  static std::array<Device, kMaxDevices> devices{};
+  static std::array<std::atomic<bool>, kMostDevices> known{};
+  static std::array<Device, kMostDevices> devices{};
   static std::mutex asking;
-  MICROMIX_CHECK(index < kMaxDevices, "micromix: at most ", kMaxDevices, " CUDA devices");
+  MICROMIX_CHECK(index < kMostDevices, "micromix: at most ", kMostDevices, " CUDA devices");
   if (!known[index]) {
     const std::lock_guard lock(asking);
     int count = 0, architecture = 0;
@@ -240,14 +240,14 @@ void run(const char* op, Tensor data, Tensor scales, std::span<Layer> layers, in
   if (is_blackwell) {
     blackwell_products(op, device, on, data, scales, m, layers, layout, dtype);
   } else {
-    const cuda::Launcher launcher{on.stream, device.multiprocessors, device.early};
+    const cuda::Launcher launcher{on.stream, on.index, device.early};
     cuda::decoded_products(op, launcher, data, scales, m, layers, layout);
   }
 }
 
 // "native", "emulated" (it could be) or "none": what the Blackwell kernel is on a device.
 std::string cuda_atoms(int64_t index) {
-  MICROMIX_CHECK(index >= 0 && index < kMaxDevices, "micromix: no CUDA device ", index);
+  MICROMIX_CHECK(index >= 0 && index < kMostDevices, "micromix: no CUDA device ", index);
   const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(index));
   switch (device_of(static_cast<int>(index)).atoms) {
     case Atoms::kNative:
