@@ -134,6 +134,33 @@ Decoded decode(const BlockedContext& context, const Range& range, const PairBand
   return decoded;
 }
 
+// The products of a strip and a pair: `tiles` of a row tile, whose second is `bytes` on. Beside each
+// of them a part of the next strip is fetched to L2 and, where not null, four lines of sums to L1,
+// and some rows of the pair before are brought to their end. All addresses are in registers.
+template <bool kIntegers, typename EndOfRows>
+[[gnu::always_inline]] inline void multiply_tiles(const uint8_t* a, int64_t bytes,
+                                                  const uint8_t* b, int64_t tiles,
+                                                  const uint8_t* next, int64_t part_bytes,
+                                                  const uint8_t* sums, int64_t end_rows,
+                                                  EndOfRows end_of_rows) {
+  const uint8_t* const end = a + tiles * kTileBytes;
+  for (int64_t row = 0; a < end; row += end_rows) {
+    for (int64_t byte = 0; byte < part_bytes; byte += kLine) {
+      _mm_prefetch(next + byte, _MM_HINT_T1);
+    }
+    next += part_bytes;
+    if (sums) {
+#pragma GCC unroll 4
+      for (int line = 0; line < 4; ++line) _mm_prefetch(sums + line * kLine, _MM_HINT_T0);
+      sums += 4 * kLine;
+    }
+    multiply<2, true, kIntegers>(a, bytes, b);
+    end_of_rows(row, row + end_rows);
+    a += kTileBytes;
+    b += 2 * kTileBytes;
+  }
+}
+
 // Adds the products with the decoded pairs to the sums, or makes them the sums, where `begun` does
 // not have the pair; where `ends`, brings those to their end. A step without integers goes on with
 // the sums in tiles; one with them begins anew and leaves the addition to PairEnd. `tiles` of the
@@ -188,43 +215,29 @@ void multiply_range(const BlockedContext& context, const Range& range, const Dec
                      mixed ? &floats : nullptr, begins, ends);
       }
       const auto multiply_part = [&]<bool kPartIsIntegers>(
-                                     int64_t first, int64_t last, const auto& end_of_rows,
-                                     PairEnd::Lines lines) __attribute__((always_inline)) {
-        for (int64_t i = first; i < last; ++i) {
-          for (int64_t byte = 0; byte < part_bytes; byte += kLine) {
-            _mm_prefetch(next + i * part_bytes + byte, _MM_HINT_T1);
-          }
-          if (fetches_sums) {
-#pragma GCC unroll 4
-            for (int line = 0; line < 4; ++line) {
-              _mm_prefetch(next_sums + (4 * i + line) * kLine, _MM_HINT_T0);
-            }
-          }
-          const int64_t row = (i - first) * end_rows;
-          for (int64_t r = row; r < std::min(row + end_rows, lines.rows); ++r) {
-            _mm_prefetch(lines.first + r * lines.stride, _MM_HINT_T1);
-          }
-          multiply<2, true, kPartIsIntegers>(a + i * kTileBytes, bytes, b + i * 2 * kTileBytes);
-          end_of_rows(row, row + end_rows);
-        }
-      };
+                                     int64_t first, int64_t last, const auto& end_of_rows)
+          __attribute__((always_inline)) {
+            multiply_tiles<kPartIsIntegers>(
+                a + first * kTileBytes, bytes, b + first * 2 * kTileBytes, last - first,
+                next + first * part_bytes, part_bytes,
+                fetches_sums ? next_sums + 4 * first * kLine : nullptr, end_rows, end_of_rows);
+          };
       const auto multiply_first = [&]<bool kPartIsIntegers>(int64_t first, int64_t last) {
         end.visit(task, [&](const auto& end_of_rows) __attribute__((always_inline)) {
-          multiply_part.template operator()<kPartIsIntegers>(first, last, end_of_rows,
-                                                             next_end.lines(task));
+          multiply_part.template operator()<kPartIsIntegers>(first, last, end_of_rows);
         });
       };
       if constexpr (kIntegers) {
         if (!integers_first) {
           multiply_first.template operator()<false>(integer_tiles, tiles);
           exchange_sums(floats, nullptr);
-          multiply_part.template operator()<true>(0, integer_tiles, PairEnd::kNothing, {});
+          multiply_part.template operator()<true>(0, integer_tiles, PairEnd::kNothing);
         } else {
           multiply_first.template operator()<true>(0, integer_tiles);
         }
         exchange_sums(integers, nullptr);
         if (mixed && integers_first) {
-          multiply_part.template operator()<false>(integer_tiles, tiles, PairEnd::kNothing, {});
+          multiply_part.template operator()<false>(integer_tiles, tiles, PairEnd::kNothing);
           exchange_sums(floats, nullptr);
         }
       } else {
