@@ -134,15 +134,14 @@ Decoded decode(const BlockedContext& context, const Range& range, const PairBand
   return decoded;
 }
 
-// The products of a strip and a pair: `tiles` of a row tile, whose second is `bytes` on. Beside each
-// of them a part of the next strip is fetched to L2 and, where not null, four lines of sums to L1,
-// and some rows of the pair before are brought to their end. All addresses are in registers.
+// The products of a strip and a pair: `tiles` of a row tile, whose second is `bytes` on. Beside
+// each of them a part of the next strip is fetched to L2 and, where not null, four lines of sums to
+// L1, and some rows of the pair before are brought to their end. All addresses are in registers.
 template <bool kIntegers, typename EndOfRows>
-[[gnu::always_inline]] inline void multiply_tiles(const uint8_t* a, int64_t bytes,
-                                                  const uint8_t* b, int64_t tiles,
-                                                  const uint8_t* next, int64_t part_bytes,
-                                                  const uint8_t* sums, int64_t end_rows,
-                                                  EndOfRows end_of_rows) {
+[[gnu::always_inline]] inline void multiply_tiles(const uint8_t* a, int64_t bytes, const uint8_t* b,
+                                                  int64_t tiles, const uint8_t* next,
+                                                  int64_t part_bytes, const uint8_t* sums,
+                                                  int64_t end_rows, EndOfRows end_of_rows) {
   const uint8_t* const end = a + tiles * kTileBytes;
   for (int64_t row = 0; a < end; row += end_rows) {
     for (int64_t byte = 0; byte < part_bytes; byte += kLine) {
@@ -214,14 +213,14 @@ void multiply_range(const BlockedContext& context, const Range& range, const Dec
         next_end.add(integers, row_factors, context.column_factors + slot * kPairColumns,
                      mixed ? &floats : nullptr, begins, ends);
       }
-      const auto multiply_part = [&]<bool kPartIsIntegers>(
-                                     int64_t first, int64_t last, const auto& end_of_rows)
-          __attribute__((always_inline)) {
-            multiply_tiles<kPartIsIntegers>(
-                a + first * kTileBytes, bytes, b + first * 2 * kTileBytes, last - first,
-                next + first * part_bytes, part_bytes,
-                fetches_sums ? next_sums + 4 * first * kLine : nullptr, end_rows, end_of_rows);
-          };
+      const auto multiply_part =
+          [&]<bool kPartIsIntegers>(int64_t first, int64_t last, const auto& end_of_rows)
+              __attribute__((always_inline)) {
+                multiply_tiles<kPartIsIntegers>(
+                    a + first * kTileBytes, bytes, b + first * 2 * kTileBytes, last - first,
+                    next + first * part_bytes, part_bytes,
+                    fetches_sums ? next_sums + 4 * first * kLine : nullptr, end_rows, end_of_rows);
+              };
       const auto multiply_first = [&]<bool kPartIsIntegers>(int64_t first, int64_t last) {
         end.visit(task, [&](const auto& end_of_rows) __attribute__((always_inline)) {
           multiply_part.template operator()<kPartIsIntegers>(first, last, end_of_rows);

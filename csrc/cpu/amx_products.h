@@ -36,22 +36,29 @@ template <int kRowTiles, bool kPassing, bool kIntegers = false>
   } else {
     _tile_loadd(6, b, kLine);
   }
-  _tile_loadd(4, a, kLine);
-  MICROMIX_PRODUCT(0, 4, 6);
-  if constexpr (kColumnTiles<kRowTiles> == 2) {
+  const auto load_second = [b] __attribute__((always_inline)) {
     if constexpr (kPassing) {
       _tile_stream_loadd(7, b + kTileBytes, kLine);
     } else {
       _tile_loadd(7, b + kTileBytes, kLine);
     }
-    MICROMIX_PRODUCT(2, 4, 7);
-  }
-  if constexpr (kRowTiles == 2) {
+  };
+  if constexpr (kRowTiles == 2) {  // four products take long enough to load all of the next before
+    load_second();
+    _tile_loadd(4, a, kLine);
     _tile_loadd(5, a + rows, kLine);
+    MICROMIX_PRODUCT(0, 4, 6);
+    MICROMIX_PRODUCT(2, 4, 7);
     MICROMIX_PRODUCT(1, 5, 6);
     MICROMIX_PRODUCT(3, 5, 7);
+    return;
   }
-  if constexpr (kRowTiles > 2) {
+  _tile_loadd(4, a, kLine);
+  MICROMIX_PRODUCT(0, 4, 6);
+  if constexpr (kRowTiles == 1) {
+    load_second();
+    MICROMIX_PRODUCT(2, 4, 7);
+  } else {
     _tile_loadd(5, a + rows, kLine);
     MICROMIX_PRODUCT(1, 5, 6);
     _tile_loadd(4, a + 2 * rows, kLine);
@@ -254,9 +261,8 @@ class PairEnd {
         }
       });
     } else {
-      f([this, &task](int64_t first, int64_t last) __attribute__((always_inline)) {
-        finish_rows<kTerms>(task, first, last);
-      });
+      f([this, &task](int64_t first, int64_t last)
+            __attribute__((always_inline)) { finish_rows<kTerms>(task, first, last); });
     }
   }
 
