@@ -1,5 +1,5 @@
 // The product for few rows, on AVX-512 with VBMI and VNNI: each tile of the weight is decoded to
-// registers once and meets up to 8 rows; up to 3 rows meet two panels at once. It is also the
+// registers once and meets up to 8 rows; up to 4 rows meet two panels at once. It is also the
 // product for many rows where there is no AMX.
 //
 // E2M1 (x2) and E2M3 (x8) are small integers, so a block's dot product is an exact integer: weights
@@ -253,6 +253,7 @@ struct Panels {
   const uint8_t *scales, *tile;
   int64_t bytes;
 
+  Panels from(int p) const { return {scales + p * bytes, tile + p * bytes, bytes}; }
   // The scale bytes of panel p in a block.
   [[gnu::always_inline]] __m128i block_scales(int p, int64_t block) const {
     return _mm_load_si128(reinterpret_cast<const __m128i*>(scales + p * bytes + block * kTileRows));
@@ -406,11 +407,15 @@ void run_rows(const LinearTask& task, const uint8_t* prepared, int64_t first_pan
     if (weight == mx::E2M1 && units.digits == 3) integers.template operator()<4, 3>();
     if (weight == mx::E2M3 && units.digits == 1) integers.template operator()<6, 1>();
     if (weight == mx::E2M3 && units.digits == 3) integers.template operator()<6, 3>();
-    if (weight == mx::E3M2) {
-      pair_blocks<mx::E3M2, kWide, kRows, kPanels>(segment, panels, rows, sums);
-    }
-    if (weight == mx::E4M3) {
-      pair_blocks<mx::E4M3, kWide, kRows, kPanels>(segment, panels, rows, sums);
+    // Floats of more rows and panels than these would not fit the registers.
+    constexpr int kAtOnce = kRows <= 2 ? kPanels : 1;
+    for (int p = 0; p < kPanels; p += kAtOnce) {
+      if (weight == mx::E3M2) {
+        pair_blocks<mx::E3M2, kWide, kRows, kAtOnce>(segment, panels.from(p), rows, sums + p);
+      }
+      if (weight == mx::E4M3) {
+        pair_blocks<mx::E4M3, kWide, kRows, kAtOnce>(segment, panels.from(p), rows, sums + p);
+      }
     }
     panels.tile += segment.blocks * tile_bytes(weight);
   }
@@ -437,6 +442,7 @@ void run_panels(const LinearTask& task, const uint8_t* prepared, int64_t first, 
   if (task.m == 1) return run_few_rows<kWide, 1>(task, prepared, first, last);
   if (task.m == 2) return run_few_rows<kWide, 2>(task, prepared, first, last);
   if (task.m == 3) return run_few_rows<kWide, 3>(task, prepared, first, last);
+  if (task.m == 4) return run_few_rows<kWide, 4>(task, prepared, first, last);
   for (int64_t p = first; p < last; ++p) {
     int64_t m = 0;
     for (; m + 8 <= task.m; m += 8) run_rows<kWide, 8, 1>(task, prepared, p, 0, m);
