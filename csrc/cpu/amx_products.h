@@ -255,8 +255,7 @@ class PairEnd {
         last = last < rows ? last : rows;
         for (int64_t r = first; r < last; ++r) {
           uint16_t* const line = out + r * n;
-          // A store that waits for L3 holds up all others: the next pair's line comes to L2 before.
-          _mm_prefetch(line + kStripRows, _MM_HINT_T1);
+          fetch_next(line);
           store_pair(line, _mm512_add_ps(value(r, 0), low), _mm512_add_ps(value(r, 1), high));
         }
       });
@@ -277,6 +276,11 @@ class PairEnd {
     }
   }
 
+  // A store that waits for L3 holds up all others: the next pair's line comes to L2 before.
+  [[gnu::always_inline]] static void fetch_next(const uint16_t* line) {
+    _mm_prefetch(line + kStripRows, _MM_HINT_T1);
+  }
+
   [[gnu::always_inline]] static void store_pair(uint16_t* out, __m512 low, __m512 high) {
     _mm512_storeu_si512(out, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
   }
@@ -286,6 +290,7 @@ class PairEnd {
   [[gnu::noinline]] void finish_rows(const LinearTask& task, int64_t first, int64_t last) const {
     const Values<kTerms> value = values<kTerms>();
     last = last < rows_ ? last : rows_;
+    for (int64_t r = first; r < last && whole_; ++r) fetch_next(at(task, r));
     for (int c = 0; c < 2 && panel_ + c < last_panel_; ++c) {
       const __mmask16 columns = column_mask(task, panel_ + c);
       for (int64_t r = first; r < last; ++r) {
