@@ -39,21 +39,44 @@ struct Decoded {
   uint8_t pairs[kMaxPairs];
 };
 
-// A panel's blocks that are multiplied as bfloat16 numbers, two tiles apart.
-void decode_bfloat16(const BlockedContext& context, const Step& step, int64_t p, uint8_t* out) {
-  const uint8_t *const panel = context.panel(p), *const next = context.panel(p + 1);
+// A pair of panels, and the next pair, which no hardware would foresee: what is decoded of the one
+// is fetched of the other. The two are decoded block by block in turns: memory gives more to who
+// reads at two places, and what is written has no gaps.
+struct Pair {
+  const uint8_t *panels[2], *next[2];
+
+  Pair(const BlockedContext& context, int64_t p)
+      : panels{context.panel(p), context.panel(p + 1)},
+        next{context.panel(p + 2), context.panel(p + 3)} {}
+
+  template <int kLines>
+  [[gnu::always_inline]] void fetch(int c, int64_t tile) const {
+#pragma GCC unroll 8
+    for (int line = 0; line < kLines; ++line) {
+      _mm_prefetch(next[c] + tile + line * kLine, _MM_HINT_T1);
+    }
+  }
+};
+
+// Lines that are written soon.
+template <int kLines>
+[[gnu::always_inline]] inline void fetch_to_write(const uint8_t* out) {
+#pragma GCC unroll 16
+  for (int line = 0; line < kLines; ++line) __builtin_prefetch(out + line * kLine, 1);
+}
+
+// A pair's blocks that are multiplied as bfloat16 numbers.
+void decode_bfloat16(const BlockedContext& context, const Step& step, const Pair& pair,
+                     uint8_t* out) {
   for_each_block(context.task.layout, context.sizes.scale_bytes, step.integers_end, step.last_block,
                  [&]<mx::ElementFormat kFormat>(int64_t b, int64_t tile) {
-                   // The same block of the next panel, which no hardware would foresee, and the
-                   // place of the block after the next one.
-                   for (int line = 0; line < kFormat.bits; ++line) {
-                     _mm_prefetch(next + tile + line * kLine, _MM_HINT_T1);
+                   for (int c = 0; c < 2; ++c) {
+                     pair.fetch<kFormat.bits>(c, tile);
+                     fetch_to_write<kTileRows>(out + 2 * kTileBytes);
+                     decode_tile<kFormat>(pair.panels[c] + tile, pair.panels[c] + b * kTileRows,
+                                          out);
+                     out += kTileBytes;
                    }
-                   for (int line = 0; line < kTileRows; ++line) {
-                     __builtin_prefetch(out + 2 * kTileBytes + line * kLine, 1);
-                   }
-                   decode_tile<kFormat>(panel + tile, panel + b * kTileRows, out);
-                   out += 2 * kTileBytes;
                  });
 }
 
@@ -76,6 +99,10 @@ PanelBand later_band(const BlockedContext& context, const Step& step, int64_t p,
 PairBands bands_of_pair(const BlockedContext& context, const Step& step, int64_t p) {
   PairBands bands;
   for (int c = 0; c < 2; ++c) {
+    // The scales of the pair after the next one, which will be decoded with them.
+    for (int64_t b = step.first_block; b < step.integers_end; b += kLine / kTileRows) {
+      _mm_prefetch(context.panel(p + 4 + c) + b * kTileRows, _MM_HINT_T0);
+    }
     PanelBand band =
         panel_band(context.panel(p + c), step.first_block, step.integers_end, _mm_set1_epi8(-1));
     bands.first[c] = band;
@@ -86,28 +113,27 @@ PairBands bands_of_pair(const BlockedContext& context, const Step& step, int64_t
   return bands;
 }
 
-// A band of a panel's blocks that are multiplied as integers, and the factors of its rows.
-void decode_band(const BlockedContext& context, const Step& step, int64_t p, const PanelBand& own,
-                 uint8_t* out, float* factors) {
-  const uint8_t *const panel = context.panel(p), *const next = context.panel(p + 1);
-  alignas(16) uint8_t largest[kTileRows];
-  _mm_store_si128(reinterpret_cast<__m128i*>(largest), own.largest);
-  for (int n = 0; n < kTileRows; ++n) factors[n] = band_factor(largest[n]);
+// Bands of a pair's blocks that are multiplied as integers, and the factors of its rows.
+void decode_bands(const BlockedContext& context, const Step& step, const Pair& pair,
+                  const PanelBand* own, uint8_t* out, float* factors) {
+  for (int c = 0; c < 2; ++c) {
+    alignas(16) uint8_t largest[kTileRows];
+    _mm_store_si128(reinterpret_cast<__m128i*>(largest), own[c].largest);
+    for (int n = 0; n < kTileRows; ++n) factors[c * kTileRows + n] = band_factor(largest[n]);
+  }
   for (int64_t i = 0; i < 2 * step.integer_tiles; ++i) {
     const int64_t b = step.first_block + i;
-    uint8_t* const half = out + i / 2 * 2 * kTileBytes + i % 2 * (kTileBytes / 2);
-    if (b == step.integers_end) {  // half a tile is left
-      std::memset(half, 0, kTileBytes / 2);
-      continue;
-    }
     const int64_t tile = context.sizes.scale_bytes + b * tile_bytes(mx::E2M1);
-    for (int line = 0; line < mx::E2M1.bits; ++line) {
-      _mm_prefetch(next + tile + line * kLine, _MM_HINT_T1);
+    for (int c = 0; c < 2; ++c) {
+      uint8_t* const half = out + (i / 2 * 2 + c) * kTileBytes + i % 2 * (kTileBytes / 2);
+      if (b == step.integers_end) {  // half a tile is left
+        std::memset(half, 0, kTileBytes / 2);
+        continue;
+      }
+      pair.fetch<mx::E2M1.bits>(c, tile);
+      fetch_to_write<kTileRows / 2>(half + 2 * kTileBytes);
+      decode_integers(pair.panels[c] + tile, pair.panels[c] + b * kTileRows, own[c].largest, half);
     }
-    for (int line = 0; line < kTileRows / 2; ++line) {
-      __builtin_prefetch(half + 2 * kTileBytes + line * kLine, 1);
-    }
-    decode_integers(panel + tile, panel + b * kTileRows, own.largest, half);
   }
 }
 
@@ -119,19 +145,47 @@ Decoded decode(const BlockedContext& context, const Range& range, const PairBand
   Decoded decoded;
   for (int64_t pair = 0; pair < range.pairs(); ++pair) {
     if (bands[pair].count <= band) continue;
-    for (int c = 0; c < 2; ++c) {
-      const int64_t p = range.p0 + 2 * pair + c;
-      uint8_t* const out = context.decoded + decoded.count * range.pair_bytes() + c * kTileBytes;
-      float* const factors = context.column_factors + decoded.count * kPairColumns + c * kTileRows;
-      if (step.integer_tiles > 0) {
-        decode_band(context, step, p, later_band(context, step, p, bands[pair].first[c], band), out,
-                    factors);
-      }
-      if (band == 0) decode_bfloat16(context, step, p, out + step.integer_tiles * 2 * kTileBytes);
+    const int64_t p = range.p0 + 2 * pair;
+    const Pair panels(context, p);
+    uint8_t* const out = context.decoded + decoded.count * range.pair_bytes();
+    if (step.integer_tiles > 0) {
+      const PanelBand own[2] = {later_band(context, step, p, bands[pair].first[0], band),
+                                later_band(context, step, p + 1, bands[pair].first[1], band)};
+      decode_bands(context, step, panels, own, out,
+                   context.column_factors + decoded.count * kPairColumns);
+    }
+    if (band == 0) {
+      decode_bfloat16(context, step, panels, out + step.integer_tiles * 2 * kTileBytes);
     }
     decoded.pairs[decoded.count++] = static_cast<uint8_t>(pair);
   }
   return decoded;
+}
+
+// The products of a strip and a pair: `tiles` of a row tile, whose second is `bytes` on. Beside
+// each of them a part of the next strip is fetched to L2 and, where not null, four lines of sums to
+// L1, and some rows of the pair before are brought to their end. All addresses are in registers.
+template <bool kIntegers, typename EndOfRows>
+[[gnu::always_inline]] inline void multiply_tiles(const uint8_t* a, int64_t bytes, const uint8_t* b,
+                                                  int64_t tiles, const uint8_t* next,
+                                                  int64_t part_bytes, const uint8_t* sums,
+                                                  int64_t end_rows, EndOfRows end_of_rows) {
+  const uint8_t* const end = a + tiles * kTileBytes;
+  for (int64_t row = 0; a < end; row += end_rows) {
+    for (int64_t byte = 0; byte < part_bytes; byte += kLine) {
+      _mm_prefetch(next + byte, _MM_HINT_T1);
+    }
+    next += part_bytes;
+    if (sums) {
+#pragma GCC unroll 4
+      for (int line = 0; line < 4; ++line) _mm_prefetch(sums + line * kLine, _MM_HINT_T0);
+      sums += 4 * kLine;
+    }
+    multiply<2, true, kIntegers>(a, bytes, b);
+    end_of_rows(row, row + end_rows);
+    a += kTileBytes;
+    b += 2 * kTileBytes;
+  }
 }
 
 // Adds the products with the decoded pairs to the sums, or makes them the sums, where `begun` does
@@ -187,44 +241,30 @@ void multiply_range(const BlockedContext& context, const Range& range, const Dec
         next_end.add(integers, row_factors, context.column_factors + slot * kPairColumns,
                      mixed ? &floats : nullptr, begins, ends);
       }
-      const auto multiply_part = [&]<bool kPartIsIntegers>(
-                                     int64_t first, int64_t last, const auto& end_of_rows,
-                                     PairEnd::Lines lines) __attribute__((always_inline)) {
-        for (int64_t i = first; i < last; ++i) {
-          for (int64_t byte = 0; byte < part_bytes; byte += kLine) {
-            _mm_prefetch(next + i * part_bytes + byte, _MM_HINT_T1);
-          }
-          if (fetches_sums) {
-#pragma GCC unroll 4
-            for (int line = 0; line < 4; ++line) {
-              _mm_prefetch(next_sums + (4 * i + line) * kLine, _MM_HINT_T0);
-            }
-          }
-          const int64_t row = (i - first) * end_rows;
-          for (int64_t r = row; r < std::min(row + end_rows, lines.rows); ++r) {
-            _mm_prefetch(lines.first + r * lines.stride, _MM_HINT_T1);
-          }
-          multiply<2, true, kPartIsIntegers>(a + i * kTileBytes, bytes, b + i * 2 * kTileBytes);
-          end_of_rows(row, row + end_rows);
-        }
-      };
+      const auto multiply_part =
+          [&]<bool kPartIsIntegers>(int64_t first, int64_t last, const auto& end_of_rows)
+              __attribute__((always_inline)) {
+                multiply_tiles<kPartIsIntegers>(
+                    a + first * kTileBytes, bytes, b + first * 2 * kTileBytes, last - first,
+                    next + first * part_bytes, part_bytes,
+                    fetches_sums ? next_sums + 4 * first * kLine : nullptr, end_rows, end_of_rows);
+              };
       const auto multiply_first = [&]<bool kPartIsIntegers>(int64_t first, int64_t last) {
         end.visit(task, [&](const auto& end_of_rows) __attribute__((always_inline)) {
-          multiply_part.template operator()<kPartIsIntegers>(first, last, end_of_rows,
-                                                             next_end.lines(task));
+          multiply_part.template operator()<kPartIsIntegers>(first, last, end_of_rows);
         });
       };
       if constexpr (kIntegers) {
         if (!integers_first) {
           multiply_first.template operator()<false>(integer_tiles, tiles);
           exchange_sums(floats, nullptr);
-          multiply_part.template operator()<true>(0, integer_tiles, PairEnd::kNothing, {});
+          multiply_part.template operator()<true>(0, integer_tiles, PairEnd::kNothing);
         } else {
           multiply_first.template operator()<true>(0, integer_tiles);
         }
         exchange_sums(integers, nullptr);
         if (mixed && integers_first) {
-          multiply_part.template operator()<false>(integer_tiles, tiles, PairEnd::kNothing, {});
+          multiply_part.template operator()<false>(integer_tiles, tiles, PairEnd::kNothing);
           exchange_sums(floats, nullptr);
         }
       } else {

@@ -8,8 +8,8 @@
 namespace micromix::cpu::avx512 {
 namespace {
 
-// Tiles 0-3 hold sums: of 2 row tiles x 2 column tiles, or of 3 or 4 row tiles x 1. Tiles 4 and 5
-// take activations, 6 and 7 the weight.
+// Tiles 0-3 hold sums: of up to 2 row tiles the first column tile's in 0 and 1, the second's in 2
+// and 3; or of 3 or 4 row tiles x 1. Tiles 4 and 5 take activations, 6 and 7 the weight.
 void clear_sums() {
   _tile_zero(0);
   _tile_zero(1);
@@ -36,22 +36,29 @@ template <int kRowTiles, bool kPassing, bool kIntegers = false>
   } else {
     _tile_loadd(6, b, kLine);
   }
-  _tile_loadd(4, a, kLine);
-  MICROMIX_PRODUCT(0, 4, 6);
-  if constexpr (kColumnTiles<kRowTiles> == 2) {
+  const auto load_second = [b] __attribute__((always_inline)) {
     if constexpr (kPassing) {
       _tile_stream_loadd(7, b + kTileBytes, kLine);
     } else {
       _tile_loadd(7, b + kTileBytes, kLine);
     }
-    MICROMIX_PRODUCT(1, 4, 7);
-  }
-  if constexpr (kRowTiles == 2) {
+  };
+  if constexpr (kRowTiles == 2) {  // four products take long enough to load all of the next before
+    load_second();
+    _tile_loadd(4, a, kLine);
     _tile_loadd(5, a + rows, kLine);
-    MICROMIX_PRODUCT(2, 5, 6);
+    MICROMIX_PRODUCT(0, 4, 6);
+    MICROMIX_PRODUCT(2, 4, 7);
+    MICROMIX_PRODUCT(1, 5, 6);
     MICROMIX_PRODUCT(3, 5, 7);
+    return;
   }
-  if constexpr (kRowTiles > 2) {
+  _tile_loadd(4, a, kLine);
+  MICROMIX_PRODUCT(0, 4, 6);
+  if constexpr (kRowTiles == 1) {
+    load_second();
+    MICROMIX_PRODUCT(2, 4, 7);
+  } else {
     _tile_loadd(5, a + rows, kLine);
     MICROMIX_PRODUCT(1, 5, 6);
     _tile_loadd(4, a + 2 * rows, kLine);
@@ -64,7 +71,8 @@ template <int kRowTiles, bool kPassing, bool kIntegers = false>
 }
 #undef MICROMIX_PRODUCT
 
-// The sums of the four tiles in memory: float32, or integers of 32 bits.
+// The sums of the four tiles in memory: float32, or integers of 32 bits. Of 2 row tiles x 2 the
+// rows follow each other, those of the second column tile after all of the first.
 struct alignas(64) Sums {
   float values[4][kTileRows][kTileRows];
 };
@@ -83,26 +91,26 @@ void load_sums(const Sums& sums) {
   _tile_loadd(3, sums.values[3], kLine);
 }
 
-// Stores sums and loads, or clears, the next ones, tile by tile: products on the tiles that are
-// loaded run while others are stored.
-void exchange_sums(Sums& to, const Sums* from) {
+// Stores sums and loads, or clears, the next ones, tile by tile, in the order of their products:
+// products on the tiles that are loaded run while others are stored.
+[[gnu::always_inline]] inline void exchange_sums(Sums& to, const Sums* from) {
   if (!from) {
     _tile_stored(0, to.values[0], kLine);
     _tile_zero(0);
-    _tile_stored(1, to.values[1], kLine);
-    _tile_zero(1);
     _tile_stored(2, to.values[2], kLine);
     _tile_zero(2);
+    _tile_stored(1, to.values[1], kLine);
+    _tile_zero(1);
     _tile_stored(3, to.values[3], kLine);
     _tile_zero(3);
     return;
   }
   _tile_stored(0, to.values[0], kLine);
   _tile_loadd(0, from->values[0], kLine);
-  _tile_stored(1, to.values[1], kLine);
-  _tile_loadd(1, from->values[1], kLine);
   _tile_stored(2, to.values[2], kLine);
   _tile_loadd(2, from->values[2], kLine);
+  _tile_stored(1, to.values[1], kLine);
+  _tile_loadd(1, from->values[1], kLine);
   _tile_stored(3, to.values[3], kLine);
   _tile_loadd(3, from->values[3], kLine);
 }
@@ -161,16 +169,6 @@ class PairEnd {
     ends_ = ends;
   }
 
-  // The lines of the result that this is to write: those of `rows` rows, `stride` numbers apart. A
-  // store that waits for L3 holds up all others, so they are brought to L2 before.
-  struct Lines {
-    const uint16_t* first;
-    int64_t stride, rows;
-  };
-  Lines lines(const LinearTask& task) const {
-    return {at(task, 0), task.n, whole_ && ends_ ? rows_ : 0};
-  }
-
   // Calls f with a function that does slots or, at the end of K, rows [first, last) of the strip,
   // those of them that exist. f is compiled for each kind of end: a loop in it makes no choices.
   template <typename F>
@@ -192,82 +190,95 @@ class PairEnd {
     return static_cast<uint16_t*>(task.out) + (first_row_ + row) * task.n + panel_ * kTileRows;
   }
 
-  // Where a slot's values for the first panel are among those of 2 x 2 tiles; those for the second
-  // are a tile on.
-  static int64_t of_slot(uint64_t slot) {
-    return static_cast<int64_t>((slot / kTileRows * 2 * kTileRows + slot % kTileRows) * kTileRows);
-  }
-
-  // Of one slot and one of the two panels.
+  // What values are made of: copies, so that a loop keeps them in registers. A tile's load that
+  // waits for its address waits behind other loads.
   template <int kTerms>
-  [[gnu::always_inline]] __m512 value(int64_t slot, int panel, __m512 column_factors) const {
-    const int64_t at = of_slot(slot) + panel * kTileRows * kTileRows;
-    const auto load_sum = [at](const Sums* sums) __attribute__((always_inline)) {
-      return _mm512_load_ps(sums->values[0][0] + at);
-    };
-    if constexpr (kTerms == kSums) return load_sum(sums_);
-    const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(integers_->values[0][0] + at));
-    const __m512 scaled = _mm512_mul_ps(sum, column_factors);
-    const __m512 factor = _mm512_set1_ps(row_factors_[slot]);
-    if constexpr (kTerms == kIntegers) return _mm512_mul_ps(scaled, factor);
-    __m512 rest = load_sum(kTerms & kSums ? sums_ : floats_);
-    if constexpr ((kTerms & kSums) && (kTerms & kFloats)) {
-      rest = _mm512_add_ps(rest, load_sum(floats_));
+  struct Values {
+    const float *sums, *integers, *floats, *row_factors;
+    __m512 column_factors[2];
+
+    // Of one slot and one of the two panels.
+    [[gnu::always_inline]] __m512 operator()(int64_t slot, int panel) const {
+      const int64_t at = slot * kTileRows + panel * kStripRows * kTileRows;
+      if constexpr (kTerms == kSums) return _mm512_load_ps(sums + at);
+      const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(integers + at));
+      const __m512 scaled = _mm512_mul_ps(sum, column_factors[panel]);
+      const __m512 factor = _mm512_set1_ps(row_factors[slot]);
+      if constexpr (kTerms == kIntegers) return _mm512_mul_ps(scaled, factor);
+      __m512 rest = _mm512_load_ps((kTerms & kSums ? sums : floats) + at);
+      if constexpr ((kTerms & kSums) && (kTerms & kFloats)) {
+        rest = _mm512_add_ps(rest, _mm512_load_ps(floats + at));
+      }
+      return _mm512_fmadd_ps(scaled, factor, rest);
     }
-    return _mm512_fmadd_ps(scaled, factor, rest);
+  };
+
+  template <int kTerms>
+  [[gnu::always_inline]] Values<kTerms> values() const {
+    const auto first = [](const Sums* sums) { return sums ? sums->values[0][0] : nullptr; };
+    Values<kTerms> values = {first(sums_), first(integers_), first(floats_), row_factors_, {}};
+    if constexpr (kTerms != kSums) {
+      values.column_factors[0] = _mm512_load_ps(column_factors_);
+      values.column_factors[1] = _mm512_load_ps(column_factors_ + kTileRows);
+    }
+    return values;
   }
 
   // Of one row, by its number in the strip.
   template <int kTerms>
-  [[gnu::always_inline]] __m512 value_of_row(int64_t r, int panel, __m512 column_factors) const {
-    if (!arrangement_) return value<kTerms>(r, panel, column_factors);
+  [[gnu::always_inline]] __m512 value_of_row(int64_t r, int panel,
+                                             const Values<kTerms>& value) const {
+    if (!arrangement_) return value(r, panel);
     const int64_t row = first_row_ + r, slot = arrangement_->place(row) - first_slot_;
-    __m512 sum = value<kTerms>(slot, panel, column_factors);
+    __m512 sum = value(slot, panel);
     for (int i = 1; i < arrangement_->slots(row); ++i) {
-      sum = _mm512_add_ps(sum, value<kTerms>(slot + i, panel, column_factors));
+      sum = _mm512_add_ps(sum, value(slot + i, panel));
     }
     return sum;
   }
 
   template <int kTerms, typename F>
   [[gnu::always_inline]] void visit_as(const LinearTask& task, const F& f) const {
-    __m512 low = {}, high = {};
-    if (kTerms != kSums) {
-      low = _mm512_load_ps(column_factors_);
-      high = _mm512_load_ps(column_factors_ + kTileRows);
-    }
+    const Values<kTerms> value = values<kTerms>();
     if (!ends_) {
-      f([this, low, high](int64_t first, int64_t last) __attribute__((always_inline)) {
-        if constexpr (kTerms != kSums) add_up<kTerms>(first, last, low, high);
-      });
+      f([value, sums = sums_->values[0][0]](int64_t first, int64_t last)
+            __attribute__((always_inline)) {
+              if constexpr (kTerms != kSums) add_up<kTerms>(value, sums, first, last);
+            });
     } else if (whole_ && plain_) {
       const auto bias = [&](int panel) {
         const int64_t n = (panel_ + panel) * kTileRows;
         return task.bias ? load_floats(task.bias, task.bias_dtype, n, 0xFFFF) : _mm512_setzero_ps();
       };
-      f([this, low, high, low_bias = bias(0), high_bias = bias(1), out = at(task, 0), n = task.n](
+      f([value, low = bias(0), high = bias(1), out = at(task, 0), n = task.n, rows = rows_](
             int64_t first, int64_t last) __attribute__((always_inline)) {
-        last = last < rows_ ? last : rows_;
+        last = last < rows ? last : rows;
         for (int64_t r = first; r < last; ++r) {
-          store_pair(out + r * n, _mm512_add_ps(value<kTerms>(r, 0, low), low_bias),
-                     _mm512_add_ps(value<kTerms>(r, 1, high), high_bias));
+          uint16_t* const line = out + r * n;
+          fetch_next(line);
+          store_pair(line, _mm512_add_ps(value(r, 0), low), _mm512_add_ps(value(r, 1), high));
         }
       });
     } else {
-      f([this, &task, low, high](int64_t first, int64_t last)
-            __attribute__((always_inline)) { finish_rows<kTerms>(task, first, last, low, high); });
+      f([this, &task](int64_t first, int64_t last)
+            __attribute__((always_inline)) { finish_rows<kTerms>(task, first, last); });
     }
   }
 
   template <int kTerms>
-  [[gnu::always_inline]] void add_up(int64_t first, int64_t last, __m512 low, __m512 high) const {
+  [[gnu::always_inline]] static void add_up(const Values<kTerms>& value, float* sums, int64_t first,
+                                            int64_t last) {
     last = last < kStripRows ? last : kStripRows;
     for (int64_t slot = first; slot < last; ++slot) {
-      float* const sums = sums_->values[0][0] + of_slot(slot);
-      const __m512 second = value<kTerms>(slot, 1, high);
-      _mm512_store_ps(sums, value<kTerms>(slot, 0, low));
-      _mm512_store_ps(sums + kTileRows * kTileRows, second);
+      const __m512 low = value(slot, 0), high = value(slot, 1);
+      _mm512_store_ps(sums + slot * kTileRows, low);
+      _mm512_store_ps(sums + (kStripRows + slot) * kTileRows, high);
     }
+  }
+
+  // A store that waits for L3 holds up all others: the next pair's line comes to L2 before.
+  [[gnu::always_inline]] static void fetch_next(const uint16_t* line) {
+    _mm_prefetch(line + kStripRows, _MM_HINT_T1);
   }
 
   [[gnu::always_inline]] static void store_pair(uint16_t* out, __m512 low, __m512 high) {
@@ -276,14 +287,14 @@ class PairEnd {
 
   // Rows of several slots, or results that are no whole lines of bfloat16.
   template <int kTerms>
-  [[gnu::noinline]] void finish_rows(const LinearTask& task, int64_t first, int64_t last,
-                                     __m512 low_factors, __m512 high_factors) const {
+  [[gnu::noinline]] void finish_rows(const LinearTask& task, int64_t first, int64_t last) const {
+    const Values<kTerms> value = values<kTerms>();
     last = last < rows_ ? last : rows_;
+    for (int64_t r = first; r < last && whole_; ++r) fetch_next(at(task, r));
     for (int c = 0; c < 2 && panel_ + c < last_panel_; ++c) {
       const __mmask16 columns = column_mask(task, panel_ + c);
       for (int64_t r = first; r < last; ++r) {
-        finish(task, first_row_ + r, panel_ + c, columns,
-               value_of_row<kTerms>(r, c, c == 0 ? low_factors : high_factors));
+        finish(task, first_row_ + r, panel_ + c, columns, value_of_row<kTerms>(r, c, value));
       }
     }
   }

@@ -1,6 +1,6 @@
 // The product for few rows, on AVX-512 with VBMI and VNNI: each tile of the weight is decoded to
-// registers once and meets up to 8 rows. It is also the product for many rows where there is no
-// AMX.
+// registers once and meets up to 8 rows; up to 4 rows meet two panels at once. It is also the
+// product for many rows where there is no AMX.
 //
 // E2M1 (x2) and E2M3 (x8) are small integers, so a block's dot product is an exact integer: weights
 // are looked up as unsigned bytes value + offset, and the sum starts at -offset * (sum of the
@@ -248,37 +248,53 @@ template <int kBits>
   }
 }
 
-template <int kBits, int kDigits, bool kWide, int kRows>
+// Panels that are multiplied at once lie `bytes` apart; `scales` and `tile` are those of the first.
+struct Panels {
+  const uint8_t *scales, *tile;
+  int64_t bytes;
+
+  Panels from(int p) const { return {scales + p * bytes, tile + p * bytes, bytes}; }
+  // The scale bytes of panel p in a block.
+  [[gnu::always_inline]] __m128i block_scales(int p, int64_t block) const {
+    return _mm_load_si128(reinterpret_cast<const __m128i*>(scales + p * bytes + block * kTileRows));
+  }
+};
+
+template <int kBits, int kDigits, bool kWide, int kRows, int kPanels>
 [[gnu::always_inline]] inline void integer_blocks(const mx::Segment& segment, float rest,
-                                                  const uint8_t* scales, const uint8_t* tile,
-                                                  const Prepared* rows, __m512* sums) {
+                                                  const Panels& panels, const Prepared* rows,
+                                                  __m512 (*sums)[kRows]) {
   const __m512i table = load(kBits == 4 ? &kE2m1Offset : &kE2m3Offset);
+  const uint8_t* tile = panels.tile;
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
-    __m512i w[8];
-    fetch_ahead<kBits>(tile);
-    decode_bytes<kBits>(tile, table, w);
-    const __m512i scale = _mm512_cvtepu8_epi32(
-        _mm_load_si128(reinterpret_cast<const __m128i*>(scales + b * kTileRows)));
+#pragma GCC unroll 2
+    for (int p = 0; p < kPanels; ++p) {
+      __m512i w[8];
+      fetch_ahead<kBits>(tile + p * panels.bytes);
+      decode_bytes<kBits>(tile + p * panels.bytes, table, w);
+      const __m512i scale = _mm512_cvtepu8_epi32(panels.block_scales(p, b));
 #pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
-      const int32_t* const q =
-          reinterpret_cast<const int32_t*>(rows[m].elements + b * kElementBytes);
-      // Digits apart: one sum after the other would be as long as the processor looks ahead.
-      __m512i dots[kDigits];
+      for (int m = 0; m < kRows; ++m) {
+        const int32_t* const q =
+            reinterpret_cast<const int32_t*>(rows[m].elements + b * kElementBytes);
+        // Digits apart: one sum after the other would be as long as the processor looks ahead.
+        __m512i dots[kDigits];
 #pragma GCC unroll 3
-      for (int d = 0; d < kDigits; ++d) {
-        dots[d] = d == 0 ? _mm512_set1_epi32(rows[m].start[b]) : _mm512_setzero_si512();
+        for (int d = 0; d < kDigits; ++d) {
+          dots[d] = d == 0 ? _mm512_set1_epi32(rows[m].start[b]) : _mm512_setzero_si512();
 #pragma GCC unroll 8
-        for (int g = 0; g < 8; ++g) {
-          dots[d] = _mm512_dpbusd_epi32(dots[d], w[g], _mm512_set1_epi32(q[8 * d + g]));
+          for (int g = 0; g < 8; ++g) {
+            dots[d] = _mm512_dpbusd_epi32(dots[d], w[g], _mm512_set1_epi32(q[8 * d + g]));
+          }
         }
+        __m512i dot = dots[0];
+        if constexpr (kDigits == 3) {
+          dot = _mm512_add_epi32(dot, _mm512_slli_epi32(dots[1], 8));
+          dot = _mm512_add_epi32(dot, _mm512_slli_epi32(dots[2], 16));
+        }
+        sums[p][m] =
+            scaled_sum<kWide>(sums[p][m], _mm512_cvtepi32_ps(dot), scale, rows[m], b, rest);
       }
-      __m512i dot = dots[0];
-      if constexpr (kDigits == 3) {
-        dot = _mm512_add_epi32(dot, _mm512_slli_epi32(dots[1], 8));
-        dot = _mm512_add_epi32(dot, _mm512_slli_epi32(dots[2], 16));
-      }
-      sums[m] = scaled_sum<kWide>(sums[m], _mm512_cvtepi32_ps(dot), scale, rows[m], b, rest);
     }
     tile += kBits * kLine;
   }
@@ -312,94 +328,128 @@ template <mx::ElementFormat kFormat, typename F>
   }
 }
 
-template <mx::ElementFormat kFormat, bool kWide, int kRows>
-[[gnu::always_inline]] inline void pair_blocks(const mx::Segment& segment, const uint8_t* scales,
-                                               const uint8_t* tile, const Prepared* rows,
-                                               __m512* sums) {
-  // Lanes 2n and 2n + 1 of `low` belong to row n of the panel, those of `high` to row n + 8.
-  __m512 low[kRows], high[kRows];
-  for (int m = 0; m < kRows; ++m) low[m] = high[m] = _mm512_setzero_ps();
+template <mx::ElementFormat kFormat, bool kWide, int kRows, int kPanels>
+[[gnu::always_inline]] inline void pair_blocks(const mx::Segment& segment, const Panels& panels,
+                                               const Prepared* rows, __m512 (*sums)[kRows]) {
+  // Lanes 2n and 2n + 1 of `low` belong to row n of a panel, those of `high` to row n + 8.
+  __m512 low[kPanels][kRows], high[kPanels][kRows];
+  for (int p = 0; p < kPanels; ++p) {
+    for (int m = 0; m < kRows; ++m) low[p][m] = high[p][m] = _mm512_setzero_ps();
+  }
+  const uint8_t* tile = panels.tile;
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
-    fetch_ahead<kFormat.bits>(tile);
-    __m512 dot_low[kRows], dot_high[kRows];
-    for (int m = 0; m < kRows; ++m) dot_low[m] = dot_high[m] = _mm512_setzero_ps();
-    for_each_pair<kFormat>(tile, [&](int pair, __m512i words) [[gnu::always_inline]] {
-      const __m512 w_low = _mm512_cvtph_ps(_mm512_castsi512_si256(words));
-      const __m512 w_high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1));
+#pragma GCC unroll 2
+    for (int p = 0; p < kPanels; ++p) {
+      fetch_ahead<kFormat.bits>(tile + p * panels.bytes);
+      __m512 dot_low[kRows], dot_high[kRows];
+      for (int m = 0; m < kRows; ++m) dot_low[m] = dot_high[m] = _mm512_setzero_ps();
+      for_each_pair<kFormat>(
+          tile + p * panels.bytes, [&](int pair, __m512i words) [[gnu::always_inline]] {
+            const __m512 w_low = _mm512_cvtph_ps(_mm512_castsi512_si256(words));
+            const __m512 w_high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1));
+#pragma GCC unroll 8
+            for (int m = 0; m < kRows; ++m) {
+              const double* const pairs =
+                  reinterpret_cast<const double*>(rows[m].elements + b * kElementBytes);
+              const __m512 x = _mm512_castpd_ps(_mm512_set1_pd(pairs[pair]));
+              dot_low[m] = _mm512_fmadd_ps(w_low, x, dot_low[m]);
+              dot_high[m] = _mm512_fmadd_ps(w_high, x, dot_high[m]);
+            }
+          });
+      const __m128i scale = panels.block_scales(p, b);
+      const __m512i scale_low = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(scale, scale));
+      const __m512i scale_high = _mm512_cvtepu8_epi32(_mm_unpackhi_epi8(scale, scale));
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m) {
-        const double* const pairs =
-            reinterpret_cast<const double*>(rows[m].elements + b * kElementBytes);
-        const __m512 x = _mm512_castpd_ps(_mm512_set1_pd(pairs[pair]));
-        dot_low[m] = _mm512_fmadd_ps(w_low, x, dot_low[m]);
-        dot_high[m] = _mm512_fmadd_ps(w_high, x, dot_high[m]);
+        low[p][m] = scaled_sum<kWide>(low[p][m], dot_low[m], scale_low, rows[m], b, 1.0f);
+        high[p][m] = scaled_sum<kWide>(high[p][m], dot_high[m], scale_high, rows[m], b, 1.0f);
       }
-    });
-    const __m128i scale = _mm_load_si128(reinterpret_cast<const __m128i*>(scales + b * kTileRows));
-    const __m512i scale_low = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(scale, scale));
-    const __m512i scale_high = _mm512_cvtepu8_epi32(_mm_unpackhi_epi8(scale, scale));
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
-      low[m] = scaled_sum<kWide>(low[m], dot_low[m], scale_low, rows[m], b, 1.0f);
-      high[m] = scaled_sum<kWide>(high[m], dot_high[m], scale_high, rows[m], b, 1.0f);
     }
     tile += kFormat.bits * kLine;
   }
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-  for (int m = 0; m < kRows; ++m) {
-    const __m512 pairs = _mm512_add_ps(_mm512_permutex2var_ps(low[m], even, high[m]),
-                                       _mm512_permutex2var_ps(low[m], odd, high[m]));
-    sums[m] = _mm512_add_ps(sums[m], pairs);
+  for (int p = 0; p < kPanels; ++p) {
+    for (int m = 0; m < kRows; ++m) {
+      const __m512 pairs = _mm512_add_ps(_mm512_permutex2var_ps(low[p][m], even, high[p][m]),
+                                         _mm512_permutex2var_ps(low[p][m], odd, high[p][m]));
+      sums[p][m] = _mm512_add_ps(sums[p][m], pairs);
+    }
   }
 }
 
-template <bool kWide, int kRows>
-void run_rows(const LinearTask& task, const uint8_t* prepared, int64_t panel_index,
+// Panels `first_panel` and, if they are two, `apart` panels on.
+template <bool kWide, int kRows, int kPanels>
+void run_rows(const LinearTask& task, const uint8_t* prepared, int64_t first_panel, int64_t apart,
               int64_t first_row) {
   const mx::MixedLayout& layout = task.layout;
   const PlacedLayout sizes(layout, task.n);
-  const uint8_t* const scales = task.weight + kLine + panel_index * sizes.panel_bytes;
-  const uint8_t* tile = scales + sizes.scale_bytes;
+  const uint8_t* const scales = task.weight + kLine + first_panel * sizes.panel_bytes;
+  Panels panels = {scales, scales + sizes.scale_bytes, apart * sizes.panel_bytes};
   const auto row = [&](int m) {
     return Prepared(const_cast<uint8_t*>(prepared) + (first_row + m) * prepared_row_bytes(layout),
                     layout.blocks());
   };
   Prepared rows[8] = {row(0), row(1), row(2), row(3), row(4), row(5), row(6), row(7)};
-  __m512 sums[kRows];
-  for (int m = 0; m < kRows; ++m) sums[m] = _mm512_setzero_ps();
+  __m512 sums[kPanels][kRows];
+  for (int p = 0; p < kPanels; ++p) {
+    for (int m = 0; m < kRows; ++m) sums[p][m] = _mm512_setzero_ps();
+  }
   for (const mx::Segment& segment : layout.segments()) {
     if (segment.blocks == 0) continue;
     const mx::ElementFormat weight = layout.weight_format(segment);
     const Units units(task, segment);
     const auto integers = [&]<int kBits, int kDigits>() __attribute__((always_inline)) {
-      integer_blocks<kBits, kDigits, kWide, kRows>(segment, units.rest, scales, tile, rows, sums);
+      integer_blocks<kBits, kDigits, kWide, kRows, kPanels>(segment, units.rest, panels, rows,
+                                                            sums);
     };
     if (weight == mx::E2M1 && units.digits == 1) integers.template operator()<4, 1>();
     if (weight == mx::E2M1 && units.digits == 3) integers.template operator()<4, 3>();
     if (weight == mx::E2M3 && units.digits == 1) integers.template operator()<6, 1>();
     if (weight == mx::E2M3 && units.digits == 3) integers.template operator()<6, 3>();
-    if (weight == mx::E3M2) {
-      pair_blocks<mx::E3M2, kWide, kRows>(segment, scales, tile, rows, sums);
+    // Floats of more rows and panels than these would not fit the registers.
+    constexpr int kAtOnce = kRows <= 2 ? kPanels : 1;
+    for (int p = 0; p < kPanels; p += kAtOnce) {
+      if (weight == mx::E3M2) {
+        pair_blocks<mx::E3M2, kWide, kRows, kAtOnce>(segment, panels.from(p), rows, sums + p);
+      }
+      if (weight == mx::E4M3) {
+        pair_blocks<mx::E4M3, kWide, kRows, kAtOnce>(segment, panels.from(p), rows, sums + p);
+      }
     }
-    if (weight == mx::E4M3) {
-      pair_blocks<mx::E4M3, kWide, kRows>(segment, scales, tile, rows, sums);
-    }
-    tile += segment.blocks * tile_bytes(weight);
+    panels.tile += segment.blocks * tile_bytes(weight);
   }
-  const __mmask16 columns = column_mask(task, panel_index);
-  for (int m = 0; m < kRows; ++m) finish(task, first_row + m, panel_index, columns, sums[m]);
+  for (int p = 0; p < kPanels; ++p) {
+    const int64_t panel = first_panel + p * apart;
+    const __mmask16 columns = column_mask(task, panel);
+    for (int m = 0; m < kRows; ++m) finish(task, first_row + m, panel, columns, sums[p][m]);
+  }
+}
+
+// Few rows take as long as memory gives the weight, and it gives more to who reads at two places:
+// panel i of either half at once.
+template <bool kWide, int kRows>
+void run_few_rows(const LinearTask& task, const uint8_t* prepared, int64_t first, int64_t last) {
+  const int64_t half = (last - first) / 2;
+  for (int64_t p = first; p < first + half; ++p) {
+    run_rows<kWide, kRows, 2>(task, prepared, p, half, 0);
+  }
+  if (first + 2 * half < last) run_rows<kWide, kRows, 1>(task, prepared, last - 1, 0, 0);
 }
 
 template <bool kWide>
 void run_panels(const LinearTask& task, const uint8_t* prepared, int64_t first, int64_t last) {
+  if (task.m == 1) return run_few_rows<kWide, 1>(task, prepared, first, last);
+  if (task.m == 2) return run_few_rows<kWide, 2>(task, prepared, first, last);
+  if (task.m == 3) return run_few_rows<kWide, 3>(task, prepared, first, last);
+  if (task.m == 4) return run_few_rows<kWide, 4>(task, prepared, first, last);
   for (int64_t p = first; p < last; ++p) {
     int64_t m = 0;
-    for (; m + 8 <= task.m; m += 8) run_rows<kWide, 8>(task, prepared, p, m);
-    for (; m + 4 <= task.m; m += 4) run_rows<kWide, 4>(task, prepared, p, m);
-    for (; m + 3 <= task.m; m += 3) run_rows<kWide, 3>(task, prepared, p, m);
-    for (; m + 2 <= task.m; m += 2) run_rows<kWide, 2>(task, prepared, p, m);
-    for (; m < task.m; ++m) run_rows<kWide, 1>(task, prepared, p, m);
+    for (; m + 8 <= task.m; m += 8) run_rows<kWide, 8, 1>(task, prepared, p, 0, m);
+    for (; m + 4 <= task.m; m += 4) run_rows<kWide, 4, 1>(task, prepared, p, 0, m);
+    for (; m + 3 <= task.m; m += 3) run_rows<kWide, 3, 1>(task, prepared, p, 0, m);
+    for (; m + 2 <= task.m; m += 2) run_rows<kWide, 2, 1>(task, prepared, p, 0, m);
+    for (; m < task.m; ++m) run_rows<kWide, 1, 1>(task, prepared, p, 0, m);
   }
 }
 

@@ -64,6 +64,7 @@ def check(isa: str) -> None:
                     torch.ops.micromix.pointwise_quantize(x, x, 2, *rest)
             for m, n, weights in (
                 (1, 1, "match"),
+                (2, 33, "match"),
                 (7, 17, "match"),
                 (70, 33, "mxfp4"),
                 (140, 9, "match"),
