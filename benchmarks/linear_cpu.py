@@ -9,7 +9,7 @@ of the same rounds. With one thread the time is that thread's CPU time, so that 
 machine is not counted; with more it is the clock's. "rotated": each run takes another copy of the
 weight, more copies than the caches hold; "hot": five runs in a row on one, after one that is not
 counted. micromix is the time of quantise and linear together, weight-only that of its one operator,
-reading that of a loop that only reads the same weights' bytes.
+reading that of a loop that only reads the same weights' bytes, at 1, 2 or 4 places at once.
 The memory of every contender is in huge pages where the system gives them. Prints a table; writes it
 as JSON, and a roofline picture.
 """
@@ -39,6 +39,7 @@ from micromix_compile.mx import MixedLayout
 
 SHAPES = ("4096x4096", "4096x14336", "14336x4096", "576x1536", "1536x576")  # K x N
 ROWS = (1, 4, 8, 16, 64, 512, 2048)
+READ_PLACES = (1, 2, 4)  # at once: memory gives more to who reads at several
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "THP_MEM_ALLOC_ENABLE": "1"}
 
 
@@ -61,10 +62,10 @@ def built_probe(directory: Path) -> ctypes.CDLL | None:
     return probe
 
 
-def read_rate(probe: ctypes.CDLL, memory: torch.Tensor) -> float:
-    """Bytes a second of one pass over a tensor."""
+def read_rate(probe: ctypes.CDLL, memory: torch.Tensor, places: int) -> float:
+    """Bytes a second of one pass over a tensor, at so many places at once."""
     words = ctypes.c_int64(memory.nbytes // 8)
-    return probe.read_rate(ctypes.c_void_p(memory.data_ptr()), words)
+    return probe.read_rate(ctypes.c_void_p(memory.data_ptr()), words, ctypes.c_int64(places))
 
 
 def machine_limits(probe: ctypes.CDLL | None) -> dict[str, float]:
@@ -80,7 +81,8 @@ def machine_limits(probe: ctypes.CDLL | None) -> dict[str, float]:
         seconds.append(time.thread_time() - start)
     limits["copy GB/s"] = 2 * source.nbytes / min(seconds) / 1e9
     if probe is not None:
-        limits["read GB/s"] = max(read_rate(probe, source) for _ in range(5)) / 1e9
+        rates = [read_rate(probe, source, places) for places in READ_PLACES for _ in range(5)]
+        limits["read GB/s"] = max(rates) / 1e9
         limits["AMX TFLOP/s"] = probe.amx_rate() / 1e12
     return limits
 
@@ -91,12 +93,13 @@ def placed_weights(weights: list[torch.Tensor], layout: MixedLayout) -> list[tor
     return [torch.ops.micromix.place_weight(data, scales, *counts) for _ in weights]
 
 
-def reading(probe: ctypes.CDLL, placed: list[torch.Tensor]) -> list[peers.Product]:
+def reading(probe: ctypes.CDLL, placed: list[torch.Tensor], places: int) -> list[peers.Product]:
     """Loops that only read the placed weights: what the memory allows a product with one row."""
     # Not in the order of the products, whose weight of this round may be in a cache.
     half = len(placed) // 2
     return [
-        lambda memory=memory: read_rate(probe, memory) for memory in placed[half:] + placed[:half]
+        lambda memory=memory: read_rate(probe, memory, places)
+        for memory in placed[half:] + placed[:half]
     ]
 
 
@@ -169,7 +172,8 @@ def measure(arguments: argparse.Namespace, probe: ctypes.CDLL | None) -> list[di
                     placed, n, x, mix(name, k), weight_only=True
                 )
             if rows == 1 and probe is not None and arguments.threads == 1:
-                contenders[f"reading {name}"] = reading(probe, placed)
+                for places in READ_PLACES:
+                    contenders[f"reading {name} at {places}"] = reading(probe, placed, places)
         for name, make in arguments.peers.items():
             # A compiled graph for every copy takes minutes: compiled peers get a few copies.
             few = 4 if name in ("inductor bf16", "torchao int8", "openvino int4") else 64
