@@ -1,6 +1,6 @@
 // The product for few rows, on AVX-512 with VBMI and VNNI: each tile of the weight is decoded to
-// registers once and meets up to 8 rows; up to 4 rows meet two panels at once. It is also the
-// product for many rows where there is no AMX.
+// registers once and meets up to 8 rows; one row meets four panels at once, up to 4 rows two. It is
+// also the product for many rows where there is no AMX.
 //
 // E2M1 (x2) and E2M3 (x8) are small integers, so a block's dot product is an exact integer: weights
 // are looked up as unsigned bytes value + offset, and the sum starts at -offset * (sum of the
@@ -267,7 +267,7 @@ template <int kBits, int kDigits, bool kWide, int kRows, int kPanels>
   const __m512i table = load(kBits == 4 ? &kE2m1Offset : &kE2m3Offset);
   const uint8_t* tile = panels.tile;
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int p = 0; p < kPanels; ++p) {
       __m512i w[8];
       fetch_ahead<kBits>(tile + p * panels.bytes);
@@ -338,7 +338,7 @@ template <mx::ElementFormat kFormat, bool kWide, int kRows, int kPanels>
   }
   const uint8_t* tile = panels.tile;
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int p = 0; p < kPanels; ++p) {
       fetch_ahead<kFormat.bits>(tile + p * panels.bytes);
       __m512 dot_low[kRows], dot_high[kRows];
@@ -426,15 +426,18 @@ void run_rows(const LinearTask& task, const uint8_t* prepared, int64_t first_pan
   }
 }
 
-// Few rows take as long as memory gives the weight, and it gives more to who reads at two places:
-// panel i of either half at once.
+// Few rows take as long as memory gives the weight, and it gives more to who reads at several
+// places: panel i of each part of the range at once.
 template <bool kWide, int kRows>
 void run_few_rows(const LinearTask& task, const uint8_t* prepared, int64_t first, int64_t last) {
-  const int64_t half = (last - first) / 2;
-  for (int64_t p = first; p < first + half; ++p) {
-    run_rows<kWide, kRows, 2>(task, prepared, p, half, 0);
+  constexpr int kParts = kRows == 1 ? 4 : 2;
+  const int64_t part = (last - first) / kParts;
+  for (int64_t p = first; p < first + part; ++p) {
+    run_rows<kWide, kRows, kParts>(task, prepared, p, part, 0);
   }
-  if (first + 2 * half < last) run_rows<kWide, kRows, 1>(task, prepared, last - 1, 0, 0);
+  for (int64_t p = first + kParts * part; p < last; ++p) {
+    run_rows<kWide, kRows, 1>(task, prepared, p, 0, 0);
+  }
 }
 
 template <bool kWide>
