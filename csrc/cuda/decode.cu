@@ -5,28 +5,33 @@
 namespace micromix::cuda {
 namespace {
 
-constexpr int kThreads = 128, kWarps = kThreads / 32, kGroups = mx::kBlock / 8;
+constexpr int kThreads = 128, kWarps = kThreads / 32;
 
-// Of the thread block's row.
-__device__ __forceinline__ int find_largest(const PackedRows& rows, const uint8_t* scales,
-                                            uint8_t* largest) {
+// A row of some thread blocks, once it is there; they find its largest scale.
+struct Row {
+  int64_t index;
+  const uint8_t *scales, *data;
+  int largest;
+};
+__device__ __forceinline__ Row next_row(const PackedRows& rows, uint8_t* largest) {
   __shared__ int of_warps[kWarps];
-  const int of_warp = largest_scale(scales, rows.blocks, threadIdx.x, kThreads);
+  let_the_next_kernel_start();
+  wait_for_the_kernel_before();
+  Row row{};
+  row.index = blockIdx.x;
+  row.scales = rows.scales + row.index * rows.blocks;
+  row.data = rows.data + row.index * rows.row_bytes;
+  const int of_warp = largest_scale(row.scales, rows.blocks, threadIdx.x, kThreads);
   if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = of_warp;
   __syncthreads();
-  const int found = __reduce_max_sync(kWarp, of_warps[threadIdx.x % kWarps]);
-  if (threadIdx.x == 0 && blockIdx.y == 0) largest[blockIdx.x] = static_cast<uint8_t>(found);
-  return found;
+  row.largest = __reduce_max_sync(kWarp, of_warps[threadIdx.x % kWarps]);
+  if (threadIdx.x == 0 && blockIdx.y == 0) largest[blockIdx.x] = static_cast<uint8_t>(row.largest);
+  return row;
 }
 
 __global__ void __launch_bounds__(kThreads)
     decode_rows_kernel(const PackedRows rows, uint4* values, uint8_t* largest) {
-  let_the_next_kernel_start();
-  wait_for_the_kernel_before();
-  const int64_t row = blockIdx.x;
-  const uint8_t* const scales = rows.scales + row * rows.blocks;
-  const uint8_t* const data = rows.data + row * rows.row_bytes;
-  const int most = find_largest(rows, scales, largest);
+  const auto [row, scales, data, most] = next_row(rows, largest);
   const int groups = rows.blocks * kGroups, g = blockIdx.y * kThreads + threadIdx.x;
   if (g < groups)
     values[row * groups + g] = decode_group(rows, data, g, __ldg(scales + g / kGroups), most);
@@ -38,12 +43,7 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     decode_tiles_kernel(const PackedRows rows, const Steps steps, int64_t padded, uint4* tiles,
                         uint8_t* largest) {
-  let_the_next_kernel_start();
-  wait_for_the_kernel_before();
-  const int64_t row = blockIdx.x;
-  const uint8_t* const scales = rows.scales + row * rows.blocks;
-  const uint8_t* const data = rows.data + row * rows.row_bytes;
-  const int most = find_largest(rows, scales, largest);
+  const auto [row, scales, data, most] = next_row(rows, largest);
   const int at = blockIdx.y * kThreads + threadIdx.x;
   if (at < kGroups * steps.count()) {
     const int step = at / kGroups, g = at % kGroups;

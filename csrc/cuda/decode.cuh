@@ -10,14 +10,16 @@
 
 namespace micromix::cuda {
 
+constexpr int kGroups = mx::kBlock / 8;  // of eight channels in a block
+
 // The factor, in both halves, of a block with this scale byte in a row whose largest is `largest`:
 // bfloat16's exponent of the power of two. Zero where that is too small for a normal number, which
 // is 2^246 and more below the row's largest.
 template <mx::ElementFormat kFormat>
 __device__ __forceinline__ uint32_t factor_of_block(int scale, int largest) {
-  constexpr uint32_t kExponents = 0x00800080;
+  constexpr uint32_t kUnits = 0x00800080;  // of the exponents
   const int exponent = max(2 * mx::kFloat32Bias - kFormat.bias + scale - largest, 0);
-  return scale == mx::kNanScale ? 0x7FFF7FFF : static_cast<uint32_t>(exponent) * kExponents;
+  return scale == mx::kNanScale ? 0x7FFF7FFF : static_cast<uint32_t>(exponent) * kUnits;
 }
 
 // Channels i and i + 4 in the halves of word i: the order of Pairs. All operands of a product have
@@ -31,7 +33,7 @@ __device__ __forceinline__ Eight scaled(const uint32_t (&placed)[4], uint32_t fa
 }
 
 __device__ __forceinline__ Eight decode_e2m1(uint32_t codes, uint32_t factor) {
-  constexpr uint32_t kMagnitudes = 0x01C001C0, kSigns = 0x80008000;
+  constexpr uint32_t kMagnitudes = kExponents | kMantissas;
   const uint32_t placed[4] = {(codes << 6 & kMagnitudes) | (codes << 12 & kSigns),
                               (codes << 2 & kMagnitudes) | (codes << 8 & kSigns),
                               (codes >> 2 & kMagnitudes) | (codes << 4 & kSigns),
@@ -134,7 +136,6 @@ struct ChunkInMemory {
 // Eight channels of a packed row: group g of all of its groups.
 __device__ __forceinline__ Eight decode_group(const PackedRows& rows, const uint8_t* data, int g,
                                               int scale, int largest) {
-  constexpr int kGroups = mx::kBlock / 8;
   const int block = g / kGroups;
   if (block < rows.end4) {
     return decode_e2m1(__ldg(reinterpret_cast<const uint32_t*>(data) + g),

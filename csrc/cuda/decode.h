@@ -22,6 +22,20 @@ struct PackedRows {
   int32_t start6, start8;
   bool e3m2;  // what MXFP6 is
 };
+inline PackedRows packed_rows(const mx::MixedLayout& layout, const uint8_t* data,
+                              const uint8_t* scales, int64_t rows) {
+  const auto segments = layout.segments();
+  return {.data = data,
+          .scales = scales,
+          .rows = rows,
+          .row_bytes = layout.row_bytes(),
+          .end4 = static_cast<int32_t>(segments[1].first_block),
+          .end6 = static_cast<int32_t>(segments[2].first_block),
+          .blocks = static_cast<int32_t>(layout.blocks()),
+          .start6 = static_cast<int32_t>(segments[1].byte_start),
+          .start8 = static_cast<int32_t>(segments[2].byte_start),
+          .e3m2 = layout.format6() == mx::E3M2};
+}
 
 // A weight, or some of its panels, as decoded_weight.h has it.
 struct PlacedRows {
@@ -49,6 +63,7 @@ struct Launcher {
   cudaStream_t stream;
   int device;
   bool early;
+  bool warpgroups;  // whether the device runs many_rows.cu
 };
 
 // place_decoded.cu
@@ -69,7 +84,7 @@ cudaError_t launch_few_rows(const void* x, const PlacedRows& weight, const Resul
                             const Launcher& on);
 
 // many_rows.cu: the product of any number of rows, on Hopper. They are decoded to tiles: slices,
-// half a step of the weight of all rows, which are padded to `padded`.
+// half a step of the weight of all rows and those that pad them.
 constexpr int kSliceBytes = 128;  // of a row
 constexpr int64_t padded_rows(int64_t m) {
   constexpr int64_t kMostTokens = 256;  // of a tile

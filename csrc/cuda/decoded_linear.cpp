@@ -24,21 +24,6 @@ constexpr int64_t kMostWeightBytes = 128 << 20;
 const uint8_t* bytes_of(const Tensor& t) { return static_cast<const uint8_t*>(t.const_data_ptr()); }
 uint8_t* writable_bytes_of(const Tensor& t) { return static_cast<uint8_t*>(t.mutable_data_ptr()); }
 
-PackedRows packed_rows(const mx::MixedLayout& layout, const Tensor& data, const Tensor& scales,
-                       int64_t rows) {
-  const auto segments = layout.segments();
-  return {.data = bytes_of(data),
-          .scales = bytes_of(scales),
-          .rows = rows,
-          .row_bytes = layout.row_bytes(),
-          .end4 = static_cast<int32_t>(segments[1].first_block),
-          .end6 = static_cast<int32_t>(segments[2].first_block),
-          .blocks = static_cast<int32_t>(layout.blocks()),
-          .start6 = static_cast<int32_t>(segments[1].byte_start),
-          .start8 = static_cast<int32_t>(segments[2].byte_start),
-          .e3m2 = layout.format6() == mx::E3M2};
-}
-
 // Rows of a placed weight from `first` on, which begins a panel.
 PlacedRows placed_rows(const mx::MixedLayout& own, const Layer& layer, int64_t first,
                        int64_t rows) {
@@ -93,8 +78,8 @@ void place_decoded(const char* op, const OnDevice& on, const Tensor& data, const
   const mx::MixedLayout own = layout.weight();
   const int64_t n = data.size(0);
   if (n == 0) return;
-  check(launch_place(packed_rows(own, data, scales, n), Steps(own), writable_bytes_of(placed),
-                     Launcher{on.stream, on.index, false}),
+  check(launch_place(packed_rows(own, bytes_of(data), bytes_of(scales), n), Steps(own),
+                     writable_bytes_of(placed), Launcher{on.stream, on.index, false, false}),
         op);
 }
 
@@ -103,31 +88,21 @@ void decoded_products(const char* op, const Launcher& launcher, const Tensor& da
                       const mx::MixedLayout& layout) {
   if (m == 0) return;
   const mx::MixedLayout own = layout.weight();
-  const PackedRows rows = packed_rows(layout, data, scales, m);
+  const PackedRows rows = packed_rows(layout, bytes_of(data), bytes_of(scales), m);
+  const bool few = m <= kFewRows, tiled = !few && launcher.warpgroups;
   Tensor largest = empty_vector(data, m, aoti_torch_dtype_uint8());
-  if (m > kFewRows && has_many_rows()) {
-    const Steps steps(own);
-    Tensor tiles = empty_vector(data, tile_bytes(steps, m), aoti_torch_dtype_uint8());
-    check(launch_decode_tiles(rows, steps, tiles.mutable_data_ptr(), writable_bytes_of(largest),
-                              launcher),
-          op);
-    for (const Layer& layer : layers) {
-      if (layer.n == 0) continue;
-      const PlacedRows weight = placed_rows(own, layer, 0, layer.n);
-      check(launch_many_rows(tiles.const_data_ptr(), weight,
-                             results_of(op, layer, largest, weight, m, 0), launcher),
-            op);
-    }
-    return;
-  }
-  Tensor x = empty_values(data, m, layout.channels());
-  check(launch_decode(rows, x.mutable_data_ptr(), writable_bytes_of(largest), launcher), op);
+  Tensor x = tiled ? empty_vector(data, tile_bytes(Steps(own), m), aoti_torch_dtype_uint8())
+                   : empty_values(data, m, layout.channels());
+  check(tiled ? launch_decode_tiles(rows, Steps(own), x.mutable_data_ptr(),
+                                    writable_bytes_of(largest), launcher)
+              : launch_decode(rows, x.mutable_data_ptr(), writable_bytes_of(largest), launcher),
+        op);
   for (const Layer& layer : layers) {
-    if (m <= kFewRows) {
-      if (layer.n == 0) continue;
+    if (layer.n == 0) continue;
+    if (few || tiled) {
       const PlacedRows weight = placed_rows(own, layer, 0, layer.n);
-      check(launch_few_rows(x.const_data_ptr(), weight,
-                            results_of(op, layer, largest, weight, m, 0), launcher),
+      check((few ? launch_few_rows : launch_many_rows)(
+                x.const_data_ptr(), weight, results_of(op, layer, largest, weight, m, 0), launcher),
             op);
       continue;
     }

@@ -10,7 +10,7 @@
 namespace micromix::cuda {
 namespace {
 
-constexpr int kTokens = 8, kGroups = mx::kBlock / 8;
+constexpr int kTokens = 8;
 
 __device__ __forceinline__ void multiply(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                          uint32_t a3, uint32_t b0, uint32_t b1) {

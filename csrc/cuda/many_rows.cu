@@ -63,15 +63,14 @@ struct SharedChunk {
 
   template <typename Words>
   __device__ __forceinline__ Words words(int from) const {
-    Words x;
     if constexpr (sizeof(Words) == 16) {
-      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                   : "r"(chunk + from));
+      const Narrow<8> x = load_shared(chunk + from);
+      return {x.word[0], x.word[1], x.word[2], x.word[3]};
     } else {
+      Words x;
       asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(chunk + from));
+      return x;
     }
-    return x;
   }
   template <mx::ElementFormat kFormat>
   __device__ __forceinline__ uint32_t scales(int lane) const {
@@ -185,11 +184,11 @@ struct Product : Shape<kTokens> {
     for (int s = 0; s < kStagesOfStep; ++s) {
       const int i = kStagesOfStep * step + s;
       wait(full(i), i / kStages % 2);
-      constexpr int kGroups = 4 / kStagesOfStep;
+      constexpr int kOfStage = kGroups / kStagesOfStep;
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
-        const Eight a = block[0].decode(kGroups * s + g, factor[0]);
-        const Eight b = block[1].decode(kGroups * s + g, factor[1]);
+      for (int g = 0; g < kOfStage; ++g) {
+        const Eight a = block[0].decode(kOfStage * s + g, factor[0]);
+        const Eight b = block[1].decode(kOfStage * s + g, factor[1]);
         const uint32_t operand[2][4] = {{a.x, b.x, a.y, b.y}, {a.z, b.z, a.w, b.w}};
         const uint64_t columns = swizzled_rows(stage(i));
         before_matrix_instructions();

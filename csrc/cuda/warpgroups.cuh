@@ -65,14 +65,15 @@ __device__ __forceinline__ void multiply<128>(float* d, const uint32_t (&a)[4], 
 #undef MICROMIX_D8
 #undef MICROMIX_A_AND_B
 
-// All threads of all thread blocks of the cluster have come here; and what they wrote to shared
-// memory is there, or nobody looks at this thread block's any more.
+// All threads of all thread blocks of the cluster have come here, and what they wrote to shared
+// memory is there.
 __device__ __forceinline__ void meet_cluster() {
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"
       "barrier.cluster.wait.acquire.aligned;" ::
           : "memory");
 }
+// The same for the end: nobody looks at this thread block's shared memory any more.
 __device__ __forceinline__ void leave_cluster() {
   asm volatile(
       "barrier.cluster.arrive.relaxed.aligned;\n"

@@ -31,7 +31,8 @@ using cuda::kMostDevices;
 struct Device {
   Atoms atoms;
   int multiprocessors;
-  bool early;  // starts a kernel before the one before it ends
+  bool early;       // starts a kernel before the one before it ends
+  bool warpgroups;  // runs csrc/cuda/many_rows.cu
 };
 
 // Of the current device, asked once.
@@ -46,7 +47,7 @@ Device device_of(int index) {
     cuda::check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index), "linear");
     const Atoms atoms = blackwell::atoms_of_current_device();
     if (atoms != Atoms::kNone) cuda::check(cuda::architecture_of_rows(architecture), "linear");
-    devices[index] = {atoms, count, architecture >= 90};
+    devices[index] = {atoms, count, architecture >= 90, cuda::has_many_rows()};
     known[index] = true;
   }
   return devices[index];
@@ -240,7 +241,7 @@ void run(const char* op, Tensor data, Tensor scales, std::span<Layer> layers, in
   if (is_blackwell) {
     blackwell_products(op, device, on, data, scales, m, layers, layout, dtype);
   } else {
-    const cuda::Launcher launcher{on.stream, on.index, device.early};
+    const cuda::Launcher launcher{on.stream, on.index, device.early, device.warpgroups};
     cuda::decoded_products(op, launcher, data, scales, m, layers, layout);
   }
 }

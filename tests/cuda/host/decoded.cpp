@@ -13,19 +13,9 @@ extern "C" void place_and_decode(const uint8_t* data, const uint8_t* scales, con
                                  int64_t n, int64_t k4, int64_t k6, int64_t k8, int code,
                                  uint8_t* placed, void* values) {
   const mx::MixedLayout own{k4, k6, k8, code};
-  const auto segments = own.segments();
-  const PackedRows rows{.data = data,
-                        .scales = scales,
-                        .rows = n,
-                        .row_bytes = own.row_bytes(),
-                        .end4 = static_cast<int32_t>(segments[1].first_block),
-                        .end6 = static_cast<int32_t>(segments[2].first_block),
-                        .blocks = static_cast<int32_t>(own.blocks()),
-                        .start6 = static_cast<int32_t>(segments[1].byte_start),
-                        .start8 = static_cast<int32_t>(segments[2].byte_start),
-                        .e3m2 = own.format6() == mx::E3M2};
+  const PackedRows rows = packed_rows(own, data, scales, n);
   const Steps steps(own);
-  const Launcher on{nullptr, 0, false};
+  const Launcher on{nullptr, 0, false, false};
   launch_place(rows, steps, placed, on);
   launch_decode_weight({placed, largest, n, steps, rows.e3m2}, values, on);
 }
@@ -35,5 +25,5 @@ extern "C" void finish_sums(const float* sums, const uint8_t* largest_of_rows,
                             int64_t n, float* out) {
   const Results results{largest_of_rows, largest_of_columns, m, n, n, bias, Dtype::kFloat32, out,
                         Dtype::kFloat32};
-  launch_finish(sums, results, Launcher{nullptr, 0, false});
+  launch_finish(sums, results, Launcher{nullptr, 0, false, false});
 }
