@@ -30,8 +30,9 @@ struct PairedRows {
   static_assert(is_narrow(kTypes) && kWarps == 16);
   using Words = uint32_t[kRows][kWords];
   // Where the compiler has registers for it: what stays the same from turn to turn stays in them.
-  static constexpr bool kKeeps = kBFloat16 && kArchitecture == 90;
+  static constexpr bool kKeeps = keeps(kArchitecture, kTypes);
   static constexpr bool kKeepsVectors = kKeeps && !kTwo;
+  static constexpr bool kWideVectors = has_wide_vectors(kArchitecture, kFunction, kTypes, kTwo);
   // How the next rows come: two operands by bulk copies to shared memory, a turn or two ahead; one
   // to registers, while this turn's are there, or for an order, which needs them, as soon as it
   // may.
@@ -81,8 +82,9 @@ struct PairedRows {
     const uint32_t own = address(areas) + 2 * kGroup * threadIdx.x;
     stages = own;
     constexpr int kOfStages = kStreams ? 2 * kPairedStages : 0;
+    constexpr int kOfVectors = kNorm + kWideVectors;
     if constexpr (kNorm) vectors = kept_in_register<kKeepsVectors>(own + kOfStages * area());
-    results = address(areas) + (kOfStages + kNorm) * area();
+    results = address(areas) + (kOfStages + kOfVectors) * area();
     own_results = results + kPairedEnd + paired_place(kGroup * threadIdx.x);
   }
   static __device__ __forceinline__ uint32_t area() { return kPairedArea * blockDim.x; }
@@ -90,22 +92,28 @@ struct PairedRows {
     return kept_in_register<kKeeps>(static_cast<uint32_t>(__cvta_generic_to_shared(x)));
   }
 
-  // This thread's channels of an operand.
+  // This thread's channels of two rows of an operand.
   struct Channels {
-    const char* at;  // of row 0
-    uint32_t row_bytes;
-    __device__ __forceinline__ explicit Channels(const RowInput& from)
-        : at(kept_in_register<kKeeps>(static_cast<const char*>(from.data) +
-                                      2 * kGroup * threadIdx.x)),
-          row_bytes(static_cast<uint32_t>(2 * from.stride)) {}
-    __device__ __forceinline__ const char* of(int row) const {
-      return at + uint64_t{static_cast<uint32_t>(row)} * row_bytes;
+    const RowInput& from;
+    const Strides& strides;
+    const char* at;  // of the first row
+
+    __device__ __forceinline__ Channels(const RowInput& from, const Strides& strides, int row)
+        : from(from), strides(strides) {
+      find(row);
     }
+    __device__ __forceinline__ void find(int row) {
+      at = static_cast<const char*>(from.data) + strides.before(row) + 2 * kGroup * threadIdx.x;
+    }
+    __device__ __forceinline__ void go_on() { at += strides.turn; }
   };
-  // Two rows. Leaves x as it is where there is nothing.
-  __device__ __forceinline__ void load(const Channels& from, int row, Words& x) const {
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) load_words_if(row + i < rows_of_x, from.of(row + i), x[i]);
+  // Two rows, `row` and the next, of the turn after the one that was loaded last. Leaves x as it is
+  // where there is nothing.
+  __device__ __forceinline__ void load(Channels& channels, int row, Words& x) const {
+    if constexpr (!kKeeps) channels.find(row);  // again
+    load_words_if(row < rows_of_x, channels.at, x[0]);
+    load_words_if(row + 1 < rows_of_x, channels.at + channels.strides.row, x[1]);
+    if constexpr (kKeeps) channels.go_on();
   }
   // The same of a stage.
   __device__ __forceinline__ uint32_t place_of_row(int stage, int operand, int row) const {
@@ -196,7 +204,8 @@ struct PairedRows {
   __device__ __forceinline__ void add_statistics(const Words& x, const Roles& roles) const {
     Products of_row[kRows];
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) of_row[i] = products_of_lanes<kLayerNorm>(x[i], kBFloat16);
+    for (int i = 0; i < kRows; ++i)
+      of_row[i] = products_of_lanes<kLayerNorm>(x[i], roles(Roles::kUpper), kBFloat16);
     // Squares are in every fourth lane, another one in each eight of them; the lane beside it may
     // as well have the values. So the same three exchanges add up both, and of the rows one in the
     // even and the other in the odd lanes.
@@ -255,28 +264,60 @@ struct PairedRows {
     if constexpr (kLayerNorm) load_vector(task.bias, kMinusZeros, of_thread.bias.word);
     return of_thread;
   }
+  // They wait in shared memory, 16 bytes of all threads side by side: weight and bias, or in
+  // float32 those of the first four channels, and then of the others.
+  __device__ __forceinline__ uint32_t place_of_vector(int i) const {
+    return vectors + i * (area() / 2);
+  }
   __device__ __forceinline__ void keep_vectors(const Vectors& of_thread) const {
-    store_shared(vectors, of_thread.weight.word);
-    if constexpr (kLayerNorm) store_shared(vectors + area() / 2, of_thread.bias.word);
+    const auto keep = [&](const Narrow<kGroup>& x, int bias) {
+      if constexpr (!kWideVectors) return store_shared(place_of_vector(bias), x.word);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t wide[4];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const float2 v = widen_pair(x.word[2 * half + j], kBFloat16);
+          wide[2 * j] = __float_as_uint(v.x), wide[2 * j + 1] = __float_as_uint(v.y);
+        }
+        store_shared(place_of_vector(2 * half + bias), wide);
+      }
+    };
+    keep(of_thread.weight, 0);
+    if constexpr (kLayerNorm) keep(of_thread.bias, 1);
   }
   __device__ __forceinline__ Vectors load_vectors() const {
     Vectors of_thread{};
-    of_thread.weight = load_shared(vectors);
-    if constexpr (kLayerNorm) of_thread.bias = load_shared(vectors + area() / 2);
+    of_thread.weight = load_shared(place_of_vector(0));
+    if constexpr (kLayerNorm) of_thread.bias = load_shared(place_of_vector(1));
     return of_thread;
   }
   // x becomes what `f` makes of a value, the weight and the bias of its channel, and its row.
   template <typename F>
   __device__ __forceinline__ void each(Words& x, const Vectors& vectors, F f) const {
-#pragma unroll
-    for (int j = 0; j < kWords; ++j) {
-      const float2 w = widen_pair(vectors.weight.word[j], kBFloat16);
-      const float2 b = widen_pair(kLayerNorm ? vectors.bias.word[j] : 0u, kBFloat16);
+    const auto each_of = [&](int j, float2 w, float2 b) {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         const float2 v = widen_pair(x[i][j], kBFloat16);
         x[i][j] = narrow_pair(f(v.x, w.x, b.x, i), f(v.y, w.y, b.y, i), kBFloat16);
       }
+    };
+    if constexpr (kWideVectors) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Narrow<8> weight = load_shared(place_of_vector(2 * half)),
+                        bias = load_shared(place_of_vector(2 * half + 1));
+        const auto pair = [](const Narrow<8>& of, int j) {
+          return float2{__uint_as_float(of.word[2 * j]), __uint_as_float(of.word[2 * j + 1])};
+        };
+#pragma unroll
+        for (int j = 0; j < 2; ++j) each_of(2 * half + j, pair(weight, j), pair(bias, j));
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kWords; ++j)
+        each_of(j, widen_pair(vectors.weight.word[j], kBFloat16),
+                widen_pair(kLayerNorm ? vectors.bias.word[j] : 0u, kBFloat16));
     }
   }
   __device__ __forceinline__ void rms_norm(Words& x, float inverse_k) const {
@@ -316,7 +357,8 @@ struct PairedRows {
       factor[i] = __shfl_sync(kWarp, of_lane.factor, 16 * i);
       plus[i] = __shfl_sync(kWarp, of_lane.plus, 16 * i);
     }
-    const Vectors vectors = load_vectors();
+    Vectors vectors{};
+    if constexpr (!kWideVectors) vectors = load_vectors();
     if (all_near) {
       each(x, vectors, [&](float v, float w, float b, int i) {
         return fmaf(fmaf(v, factor[i], plus[i]), w, b);
@@ -389,8 +431,8 @@ struct PairedRows {
     if constexpr (kTwo) fetch(task.second, row);
     prepare_shared();
     Words x{}, second{};
-    const Channels x_from(task.x), second_from(task.second);
-    const PairOutput<kKeeps> to(rows.output, count);
+    Channels x_from(task.x, rows.x, row), second_from(task.second, rows.second, row);
+    PairOutput<kKeeps> to(rows, row);
     wait_for_the_kernel_before();
     if constexpr (kStreams) {
 #pragma unroll 1
@@ -471,7 +513,9 @@ struct PairedRows {
         for (int i = 0; i < kGroup; ++i)
           asm volatile("ld.shared.b32 %0, [%1];" : "=r"(y[i]) : "r"(place(i)) : "memory");
       }
+      if constexpr (!kKeeps) to.find(row);  // again
       quantize_pair<kBFloat16>(to, row, count, y);
+      if constexpr (kKeeps) to.go_on();
       if constexpr (kAhead) {
 #pragma unroll
         for (int i = 0; i < kRows; ++i)

@@ -24,6 +24,8 @@ __device__ __forceinline__ Values<8> values_of_row(const RowPair& y, int row) {
 // first five bits are how far its row's scale lies in those of both rows.
 struct Roles {
   static constexpr uint32_t kValues = 0x100, kSquares = 0x200, kExchanges = 0x400, kMxfp4 = 0x800;
+  static constexpr uint32_t kCodes = 0x1000, kFirstScale = 0x2000, kSecondScale = 0x4000;
+  static constexpr uint32_t kUpper = 0x8000;  // half of its eight lanes
   static constexpr uint32_t kOdd = 0x80000000;
   uint32_t bits;
   __device__ __forceinline__ bool operator()(uint32_t role) const {
@@ -32,57 +34,60 @@ struct Roles {
 };
 
 // Where a thread's codes of two rows go, and in the first two threads of a block the scale of the
-// first and of the second row. Of rows below `rows_of_codes` the codes are this thread's to store;
-// of a pair whose first row is below `rows_of_scale` it stores a scale.
+// first and of the second row.
 template <bool kKept>
 struct PairOutput {
+  const Rows& rows;
   const Output& out;
   Roles roles;
-  int rows_of_codes, rows_of_scale;
-  uint8_t* data;    // of row 0
-  uint8_t* scales;  // of row 0, or of row 1 in the second thread of a block
+  uint8_t* data;    // of the first row
+  uint8_t* scales;  // of the first row, or of the second in the second thread of a block
 
-  __device__ __forceinline__ PairOutput(const Output& out, int count) : out(out) {
-    const int group = threadIdx.x, first = threadIdx.x / 32 * 8;  // block of the warp
-    const int at = block() < out.end4    ? 4 * group
-                   : block() >= out.end6 ? out.start8 + 8 * (group - 4 * out.end6)
-                                         : out.start6 + 24 * (block() - out.end4) + 8 * part();
-    data = kept_in_register<kKept>(out.data + at);
-    scales = kept_in_register<kKept>(out.scales + part() * out.blocks + block());
+  // For two rows, from `row` on.
+  __device__ __forceinline__ PairOutput(const Rows& rows, int row) : rows(rows), out(rows.output) {
+    find(row);
+    const int first = threadIdx.x / 32 * 8;  // block of the warp
     // Codes between the threads of a warp, where it has a block of MXFP6.
-    const bool exchanges = first < out.end6 && first + 8 > out.end4;
-    const int codes = block() < out.blocks ? count : 0;
-    rows_of_codes = kept_in_register<kKept>(codes);
-    rows_of_scale = kept_in_register<kKept>(part() < 2 ? codes - part() : 0);
+    const bool exchanges = first < out.end6 && first + 8 > out.end4, there = block() < out.blocks;
     const uint32_t lane = threadIdx.x % 32;
-    roles.bits = kept_in_register<kKept>((part() & 1 ? 16u : 0u) | (lane & 1 ? Roles::kOdd : 0u) |
-                                         (lane % 4 == lane / 8 ? Roles::kSquares : 0u) |
-                                         ((lane % 4 ^ 1) == lane / 8 ? Roles::kValues : 0u) |
-                                         (exchanges ? Roles::kExchanges : 0u) |
-                                         (block() < out.end4 ? Roles::kMxfp4 : 0u));
+    const auto role = [](bool is, uint32_t bit) { return is ? bit : 0; };
+    roles.bits = kept_in_register<kKept>(
+        role(part() & 1, 16) | role(lane & 1, Roles::kOdd) | role(lane & 4, Roles::kUpper) |
+        role(lane % 4 == lane / 8, Roles::kSquares) |
+        role((lane % 4 ^ 1) == lane / 8, Roles::kValues) | role(exchanges, Roles::kExchanges) |
+        role(block() < out.end4, Roles::kMxfp4) | role(there, Roles::kCodes) |
+        role(there && part() == 0, Roles::kFirstScale) |
+        role(there && part() == 1, Roles::kSecondScale));
   }
   static __device__ __forceinline__ int block() { return threadIdx.x / 4; }
   static __device__ __forceinline__ int part() { return threadIdx.x % 4; }  // of a block
 
-  __device__ __forceinline__ void store_scale(uint32_t bytes, int row) const {
-    if (row < rows_of_scale)
-      scales[uint64_t{static_cast<uint32_t>(row)} * static_cast<uint32_t>(out.blocks)] =
-          static_cast<uint8_t>(__funnelshift_r(bytes, 0, roles.bits));
+  __device__ __forceinline__ void find(int row) {
+    const int group = threadIdx.x;
+    const int at = block() < out.end4    ? 4 * group
+                   : block() >= out.end6 ? out.start8 + 8 * (group - 4 * out.end6)
+                                         : out.start6 + 24 * (block() - out.end4) + 8 * part();
+    data = out.data + rows.data.before(row) + at;
+    scales = out.scales + rows.scales.before(row + part()) + block();
+  }
+  // To the rows of the next turn: a third of the instructions that it takes to find them.
+  __device__ __forceinline__ void go_on() { data += rows.data.turn, scales += rows.scales.turn; }
+  // Of the first row and, where `both`, the second.
+  __device__ __forceinline__ void store_scale(uint32_t bytes, bool both) const {
+    if (roles(both ? Roles::kFirstScale | Roles::kSecondScale : Roles::kFirstScale))
+      *scales = static_cast<uint8_t>(__funnelshift_r(bytes, 0, roles.bits));
   }
   // Calls `store` with the place of this thread's codes and the number of the row.
   template <typename Store>
-  __device__ __forceinline__ void each_row(int row, Store store) const {
-    const auto row_bytes = static_cast<uint32_t>(out.row_bytes);
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (row + i < rows_of_codes)
-        store(data + uint64_t{static_cast<uint32_t>(row + i)} * row_bytes, i);
+  __device__ __forceinline__ void each_row(bool both, Store store) const {
+    if (roles(Roles::kCodes)) store(data, 0);
+    if (roles(Roles::kCodes) && both) store(data + rows.data.row, 1);
   }
-  __device__ __forceinline__ void store4(const Codes (&codes)[2], int row) const {
-    each_row(row, [&](uint8_t* at, int i) { *reinterpret_cast<uint32_t*>(at) = codes[i].low; });
+  __device__ __forceinline__ void store4(const Codes (&codes)[2], bool both) const {
+    each_row(both, [&](uint8_t* at, int i) { *reinterpret_cast<uint32_t*>(at) = codes[i].low; });
   }
-  __device__ __forceinline__ void store8(const Codes (&codes)[2], int row) const {
-    each_row(row, [&](uint8_t* at, int i) {
+  __device__ __forceinline__ void store8(const Codes (&codes)[2], bool both) const {
+    each_row(both, [&](uint8_t* at, int i) {
       *reinterpret_cast<uint2*>(at) = {codes[i].low, codes[i].high};
     });
   }
@@ -166,6 +171,7 @@ __device__ __forceinline__ void quantize_pair(const PairOutput<kKept>& to, int r
       quantize_group<8>(OutputRow(out, row + i), threadIdx.x, values_of_row<kBFloat16>(y, i));
     return;
   }
+  const bool both = row + 1 < count;
   uint32_t amax = y[0];
 #pragma unroll
   for (int i = 1; i < 8; ++i) amax = largest_pair(amax, y[i], kBFloat16);
@@ -176,16 +182,16 @@ __device__ __forceinline__ void quantize_pair(const PairOutput<kKept>& to, int r
   Codes codes[2] = {};
   if (!to.roles(Roles::kExchanges)) {  // the warp has no MXFP6
     if (to.roles(Roles::kMxfp4)) {
-      to.store_scale(encode_pair<kBFloat16, mx::E2M1>(out, out.increment4, amax, y, codes), row);
-      to.store4(codes, row);
+      to.store_scale(encode_pair<kBFloat16, mx::E2M1>(out, out.increment4, amax, y, codes), both);
+      to.store4(codes, both);
     } else {
-      to.store_scale(encode_pair<kBFloat16, mx::E4M3>(out, out.increment8, amax, y, codes), row);
-      to.store8(codes, row);
+      to.store_scale(encode_pair<kBFloat16, mx::E4M3>(out, out.increment8, amax, y, codes), both);
+      to.store8(codes, both);
     }
     return;
   }
   with_format(out, to.block(), [&]<mx::ElementFormat kFormat>(uint32_t increment) {
-    to.store_scale(encode_pair<kBFloat16, kFormat>(out, increment, amax, y, codes), row);
+    to.store_scale(encode_pair<kBFloat16, kFormat>(out, increment, amax, y, codes), both);
   });
   Codes next[2];  // of the next thread: see store_part
 #pragma unroll
@@ -194,11 +200,11 @@ __device__ __forceinline__ void quantize_pair(const PairOutput<kKept>& to, int r
     next[i].high = __shfl_down_sync(kWarp, codes[i].high, 1);
   }
   if (to.block() < out.end4) {
-    to.store4(codes, row);
+    to.store4(codes, both);
   } else if (to.block() >= out.end6) {
-    to.store8(codes, row);
+    to.store8(codes, both);
   } else if (to.part() < 3) {
-    to.each_row(row, [&](uint8_t* at, int i) { store_mxfp6(at, to.part(), codes[i], next[i]); });
+    to.each_row(both, [&](uint8_t* at, int i) { store_mxfp6(at, to.part(), codes[i], next[i]); });
   }
 }
 

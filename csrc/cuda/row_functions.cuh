@@ -37,8 +37,10 @@ __device__ __forceinline__ void add_products(float (&sums)[4], uint32_t low, uin
 struct Products {
   float squares, sum;
 };
+// `upper`: whether the lane is in the upper half of its eight.
 template <bool kSum, int kWords>
-__device__ __forceinline__ Products products_of_lanes(const uint32_t (&x)[kWords], bool bfloat16) {
+__device__ __forceinline__ Products products_of_lanes(const uint32_t (&x)[kWords], bool upper,
+                                                      bool bfloat16) {
   const uint32_t kOnes = bfloat16 ? 0x3F803F80 : 0x3C003C00;
   float even[4] = {}, odd[4] = {}, ones[4] = {};
 #pragma unroll
@@ -48,8 +50,7 @@ __device__ __forceinline__ Products products_of_lanes(const uint32_t (&x)[kWords
     if constexpr (kSum) add_products(ones, x[i], x[i + 1], kOnes, bfloat16);
   }
   // A lane has columns 2 * (lane % 4) and the next of rows lane / 4 and 8 + lane / 4.
-  const bool second = threadIdx.x / 4 % 2;
-  return {second ? even[1] + odd[3] : even[0] + odd[2], ones[0] + ones[2]};
+  return {upper ? even[1] + odd[3] : even[0] + odd[2], ones[0] + ones[2]};
 }
 
 // A normalised value is (v - from) * factor + plus; an RMSNorm's v * factor.

@@ -113,8 +113,8 @@ Launch paired(const RowTask& task, Types types, int64_t count, const RowOutput& 
   launch.types = types;
   launch.placement = Placement::kPaired;
   launch.threads = static_cast<int>(threads);
-  launch.bytes = paired_bytes(launch.threads, ordered, task.row_function,
-                              two && paired_streams(limits.architecture));
+  launch.bytes =
+      paired_bytes(launch.threads, task.row_function, types, ordered, two, limits.architecture);
   launch.blocks = static_cast<int>(
       std::min(limits.multiprocessors * (kThreadsOf64Registers / threads), (count + 1) / 2));
   return launch;
@@ -199,6 +199,14 @@ void launch(const OnDevice& device, const Limits& limits, const RowTask& task, i
   Launch launch = choose(task, count, output, limits);
   rows.inverse_k = 1.0f / static_cast<float>(task.k);
   rows.stages = launch.stages;
+  const auto strides = [&](int64_t row_bytes) {
+    return Strides{static_cast<uint32_t>(row_bytes),
+                   2 * static_cast<uint64_t>(row_bytes) * launch.blocks};
+  };
+  rows.x = strides(2 * task.x.stride);
+  rows.second = strides(2 * task.second.stride);
+  rows.data = strides(rows.output.row_bytes);
+  rows.scales = strides(rows.output.blocks);
   rows.fetched = limits.multiprocessors;  // more get in the way of those that run
   launch.stream = device.stream;
   launch.early = limits.architecture >= 90;

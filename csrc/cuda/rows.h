@@ -24,12 +24,22 @@ struct Output {
   bool order_aligned, aligned4, aligned8;       // to 16 bytes: the order, the 4- and 8-bit elements
 };
 
+// Bytes from a row to the next, and to that of a thread block's next turn.
+struct Strides {
+  uint32_t row;
+  uint64_t turn;
+  MX_HOST_DEVICE uint64_t before(int row_number) const {
+    return uint64_t{static_cast<uint32_t>(row_number)} * row;
+  }
+};
+
 // The arguments of a row kernel.
 struct Rows {
   RowTask task;
-  int32_t k, count;  // channels and rows
-  int32_t stages;    // of the streamed kernel
-  float inverse_k;   // 1 / k
+  int32_t k, count;                 // channels and rows
+  int32_t stages;                   // of the streamed kernel
+  Strides x, second, data, scales;  // of the paired kernel
+  float inverse_k;                  // 1 / k
   uint32_t fetched;  // of the direct kernel: rows that are fetched before the kernel before ends
   Output output;
 };
@@ -83,6 +93,14 @@ constexpr int64_t streamed_bytes(int64_t k, int operands, int stages, int thread
 // two zeros, which are what the order's -1 reads, and two NaNs for what is not there.
 constexpr int kPairedArea = 4 * kPairedGroup;
 constexpr int kPairedZero = 0, kPairedNan = 8, kPairedEnd = 32, kPairedStages = 2;
+// Where registers and shared memory were counted: what stays the same from turn to turn stays in
+// registers, and a LayerNorm's weight and bias wait in float32.
+constexpr bool keeps(int architecture, Types types) {
+  return architecture == 90 && types == Types::kBFloat16;
+}
+constexpr bool has_wide_vectors(int architecture, RowFunction function, Types types, bool two) {
+  return keeps(architecture, types) && function == RowFunction::kLayerNorm && !two;
+}
 // Where registers were counted, and bulk copies are.
 constexpr bool paired_streams(int architecture) { return architecture == 90; }
 // A LayerNorm of a sum in an order has too many registers for sm_80.
@@ -90,9 +108,11 @@ constexpr bool is_paired(int architecture, RowFunction function, bool ordered, b
   return architecture >= 90 || function != RowFunction::kLayerNorm || !ordered || !two;
 }
 // 16 bytes are free after every 32 channels of results.
-constexpr int paired_bytes(int threads, bool ordered, RowFunction function, bool streams) {
-  const int areas =
-      (streams ? 2 * kPairedStages : 0) + (function != RowFunction::kPointwise) + ordered;
+constexpr int paired_bytes(int threads, RowFunction function, Types types, bool ordered, bool two,
+                           int architecture) {
+  const int areas = (two && paired_streams(architecture) ? 2 * kPairedStages : 0) +
+                    (function != RowFunction::kPointwise) +
+                    has_wide_vectors(architecture, function, types, two) + ordered;
   const int free_bytes = ordered ? kPairedArea * threads / 8 : 0;
   return kPairedEnd + areas * kPairedArea * threads + free_bytes;
 }

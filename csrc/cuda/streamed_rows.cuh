@@ -252,7 +252,7 @@ struct Stream {
 #pragma unroll
     for (int i = 0; i < 4 * kPieces; ++i) words[i] = bits[i / 4].word[i % 4];
     constexpr bool kSum = kFunction == RowFunction::kLayerNorm;
-    const Products products = products_of_lanes<kSum>(words, kBFloat16);
+    const Products products = products_of_lanes<kSum>(words, threadIdx.x & 4, kBFloat16);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (lane % 4 == lane / 8) {
       const int part = Parts::kOfWarp * warp + lane / 4;
