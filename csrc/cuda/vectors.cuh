@@ -41,13 +41,6 @@ template <bool kKept>
 __device__ __forceinline__ int kept_in_register(int x) {
   return static_cast<int>(kept_in_register<kKept>(static_cast<uint32_t>(x)));
 }
-template <bool kKept, typename T>
-__device__ __forceinline__ T* kept_in_register(T* x) {
-  const auto bits = reinterpret_cast<uint64_t>(x);
-  const uint64_t low = kept_in_register<kKept>(static_cast<uint32_t>(bits));
-  const uint64_t high = kept_in_register<kKept>(static_cast<uint32_t>(bits >> 32));
-  return reinterpret_cast<T*>(low | high << 32);
-}
 
 // Asks for a line, or a row, in the second-level cache. That reads nothing, so it may come before
 // the wait: what the kernel before still writes goes to the same cache.
