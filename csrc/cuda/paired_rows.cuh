@@ -272,15 +272,13 @@ struct PairedRows {
   __device__ __forceinline__ void keep_vectors(const Vectors& of_thread) const {
     const auto keep = [&](const Narrow<kGroup>& x, int bias) {
       if constexpr (!kWideVectors) return store_shared(place_of_vector(bias), x.word);
+      const Values<kGroup> wide = unpack(x, kBFloat16);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        uint32_t wide[4];
+        uint32_t words[4];
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const float2 v = widen_pair(x.word[2 * half + j], kBFloat16);
-          wide[2 * j] = __float_as_uint(v.x), wide[2 * j + 1] = __float_as_uint(v.y);
-        }
-        store_shared(place_of_vector(2 * half + bias), wide);
+        for (int j = 0; j < 4; ++j) words[j] = __float_as_uint(wide.v[4 * half + j]);
+        store_shared(place_of_vector(2 * half + bias), words);
       }
     };
     keep(of_thread.weight, 0);
