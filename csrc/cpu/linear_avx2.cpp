@@ -1,7 +1,10 @@
-// The product on AVX2 with FMA and F16C: each tile of the weight is decoded to float32 once for up
-// to 16 rows. Elements of every format become float16 numbers by moving their bits: the exponent's
-// bias makes them a power of two too small, and subnormal elements subnormal numbers, which the
-// conversion to float32 keeps.
+// The product on AVX2 with FMA and F16C. Each tile of the weight is decoded once for up to 32 rows,
+// or in registers for one.
+//
+// E2M1 (x2) and E2M3 (x8) are small integers, so a block's dot product is an exact integer: weights
+// are unsigned bytes value + offset, and the sum starts at -offset * (sum of the activations). All
+// else is multiplied in float32: elements of every format become float16 numbers by moving their
+// bits, subnormal ones included, and float32 by conversion.
 #include "avx2.h"
 #include "float_rows.h"
 
@@ -10,12 +13,33 @@ namespace {
 
 using namespace avx2;
 
-constexpr int kRows = 16;  // rows that share a decoded tile
+constexpr int kMaxRows = 32;  // rows that share a decoded tile
+
+constexpr bool is_small_integer(mx::ElementFormat f) { return f == mx::E2M1 || f == mx::E2M3; }
+constexpr int integer_factor(mx::ElementFormat f) { return f == mx::E2M1 ? 2 : 8; }
+// What makes every element that many times positive: its largest.
+constexpr int integer_offset(mx::ElementFormat f) { return f == mx::E2M1 ? 12 : 60; }
 
 // What an element's value is over that of its float16: 2^(15 - bias).
 constexpr float float16_factor(mx::ElementFormat format) {
   return mx::scale_value(static_cast<uint8_t>(mx::kFloat32Bias + 15 - format.bias));
 }
+
+// How a segment is multiplied, which decides how its activations are prepared.
+struct Units {
+  bool integers;
+  int64_t element_bytes;  // of a prepared block: 32 signed bytes or 32 floats
+  float factor;           // activations are multiplied by this when they become floats,
+  float rest;             // and products by this, beside the scales
+
+  Units(const LinearTask& task, const mx::Segment& segment) {
+    const mx::ElementFormat weight = task.layout.weight_format(segment);
+    integers = !task.weight_only && is_small_integer(segment.format) && is_small_integer(weight);
+    element_bytes = mx::kBlock * (integers ? 1 : sizeof(float));
+    factor = float16_factor(weight);
+    rest = integers ? 1.0f / (integer_factor(segment.format) * integer_factor(weight)) : 1.0f;
+  }
+};
 
 // Codes, one in each word, to float16.
 template <mx::ElementFormat kFormat>
@@ -27,126 +51,240 @@ template <mx::ElementFormat kFormat>
                          _mm256_slli_epi16(rest, 10 - kFormat.mantissa_bits));
 }
 
-// A prepared row: per block the value of its scale, and its scale byte; then the elements in
-// float32, times the float16 factor of the weight, channels 1 and 2 of each four exchanged.
-struct Prepared {
-  float* factor;
-  uint8_t* scale;
-  float* elements;
-
-  Prepared(uint8_t* row, int64_t blocks)
-      : factor(reinterpret_cast<float*>(row)),
-        scale(row + round_up(blocks, 16) * sizeof(float)),
-        elements(reinterpret_cast<float*>(scale + round_up(blocks, kLine))) {}
-};
-
-int64_t prepared_row_bytes(const mx::MixedLayout& layout) {
-  return round_up(layout.blocks(), 16) * sizeof(float) + round_up(layout.blocks(), kLine) +
-         layout.channels() * sizeof(float);
+// E2M3 codes, one in each byte with the high 2 bits clear, to 8 times their values.
+[[gnu::always_inline]] inline __m256i e2m3_bytes(__m256i codes) {
+  // Magnitudes up to 15 are their codes.
+  const __m256i large =
+      _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_setr_epi8(
+                              16, 18, 20, 22, 24, 26, 28, 30, 32, 36, 40, 44, 48, 52, 56, 60)),
+                          _mm256_and_si256(codes, _mm256_set1_epi8(0xF)));
+  const __m256i small = _mm256_and_si256(codes, _mm256_set1_epi8(0xF));
+  const __m256i magnitude = _mm256_blendv_epi8(small, large, _mm256_slli_epi16(codes, 3));
+  // A sign byte that is not zero: magnitudes stay where it is positive.
+  const __m256i sign = _mm256_or_si256(_mm256_slli_epi16(codes, 2), _mm256_set1_epi8(1));
+  return _mm256_sign_epi8(magnitude, sign);
 }
 
-int64_t prepared_bytes(const LinearTask& task) { return task.m * prepared_row_bytes(task.layout); }
+// Where the parts of a prepared row lie. Of each block: a factor, its scale over the integer
+// factors; the start of the integer sum; the scale byte, for the exact path. Then the elements, a
+// segment's behind the other's: of a block 32 signed bytes, or 32 floats with channels 1 and 2 of
+// each four exchanged, the order in which pairs of words come out of a tile.
+struct RowLayout {
+  int64_t start, scale, elements, bytes;
 
-// One decoded tile: 16 pairs of channels x 16 rows of the panel x 2 channels.
-struct alignas(kLine) Decoded {
-  float values[16][4][8];
+  explicit RowLayout(const LinearTask& task) {
+    const int64_t blocks = task.layout.blocks();
+    start = round_up(blocks * sizeof(float), kLine);
+    scale = 2 * start;
+    elements = scale + round_up(blocks, kLine);
+    bytes = elements;
+    for (const mx::Segment& segment : task.layout.segments()) {
+      bytes += segment.blocks * Units(task, segment).element_bytes;
+    }
+    bytes = round_up(bytes, kLine) | kLine;  // an odd number of lines: rows fall to all cache sets
+  }
 };
 
-int64_t scratch_bytes(const LinearTask&) { return sizeof(Decoded) + kRows * 4 * 8 * sizeof(float); }
+// A prepared row.
+struct Prepared {
+  float* factor;
+  int32_t* start;
+  uint8_t* scale;
+  uint8_t* elements;
 
-// The place of a channel in its block.
-constexpr int place_of(int k) { return k % 4 == 1 ? k + 1 : k % 4 == 2 ? k - 1 : k; }
+  [[gnu::always_inline]] Prepared(uint8_t* row, const RowLayout& at)
+      : factor(reinterpret_cast<float*>(row)),
+        start(reinterpret_cast<int32_t*>(row + at.start)),
+        scale(row + at.scale),
+        elements(row + at.elements) {}
+};
 
-void prepare_floats(const LinearTask& task, int64_t first_row, int64_t last_row,
-                    uint8_t* prepared) {
-  const mx::MixedLayout& layout = task.layout;
-  for (int64_t r = first_row; r < last_row; ++r) {
-    const Prepared row(prepared + r * prepared_row_bytes(layout), layout.blocks());
-    for (const mx::Segment& segment : layout.segments()) {
-      const float factor = float16_factor(layout.weight_format(segment));
-      for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
-        float values[mx::kBlock];
-        load_block(task, r, b, segment.hadamard, values);
-        row.scale[b] = normalise_block(values);
-        row.factor[b] = mx::scale_value(row.scale[b]);
-        for (int k = 0; k < mx::kBlock; ++k) {
-          row.elements[b * mx::kBlock + place_of(k)] = values[k] * factor;
-        }
+int64_t prepared_bytes(const LinearTask& task) { return task.m * RowLayout(task).bytes; }
+
+// A segment's tile as floats: 16 pairs of channels x 16 rows of the panel x 2 channels.
+struct alignas(kLine) FloatTile {
+  float values[16][4][8];
+};
+// Sums of a row: of products of integers, 16 rows of the panel; of floats, pairs of them.
+struct alignas(kLine) Sums {
+  float integers[2][8];
+  float pairs[4][8];
+};
+struct Scratch {
+  FloatTile tile;
+  Sums sums[kMaxRows];
+};
+
+int64_t scratch_bytes(const LinearTask&) { return sizeof(Scratch); }
+
+[[gnu::always_inline]] inline int32_t sum_lanes(__m256i x) {
+  __m128i y = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  y = _mm_add_epi32(y, _mm_shuffle_epi32(y, 0b01001110));
+  return _mm_cvtsi128_si32(_mm_add_epi32(y, _mm_shuffle_epi32(y, 0b10110001)));
+}
+
+constexpr int8_t kE2m1Bytes[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+[[gnu::always_inline]] inline __m256i e2m1_table() {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kE2m1Bytes)));
+}
+
+// Stores a block of codes as signed bytes.
+template <mx::ElementFormat kFormat>
+[[gnu::always_inline]] inline void store_integers(const Prepared& row, int64_t b, __m256i codes,
+                                                  int offset, uint8_t* elements) {
+  __m256i q;
+  if constexpr (kFormat == mx::E2M1) {
+    q = _mm256_shuffle_epi8(e2m1_table(), codes);
+  } else {
+    q = e2m3_bytes(codes);
+  }
+  _mm256_store_si256(reinterpret_cast<__m256i*>(elements), q);
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), q);
+  row.start[b] = -offset * sum_lanes(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+// Stores 8 elements of a block as floats.
+[[gnu::always_inline]] inline void store_floats(float* elements, __m256 x, float factor) {
+  _mm256_store_ps(elements, _mm256_permute_ps(_mm256_mul_ps(x, _mm256_set1_ps(factor)), 0xD8));
+}
+
+template <mx::ElementFormat kFormat>
+[[gnu::always_inline]] inline void prepare_segment(const Prepared& row, const mx::Segment& segment,
+                                                   const Units& units, int offset,
+                                                   const uint8_t* packed, uint8_t* elements) {
+  for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
+    alignas(32) uint8_t codes[mx::kBlock];
+    mx::unpack_block(packed, kFormat.bits, codes);
+    if constexpr (is_small_integer(kFormat)) {
+      if (units.integers) store_integers<kFormat>(row, b, load(codes), offset, elements);
+    }
+    if (!units.integers) {
+      const float factor = units.factor * float16_factor(kFormat);
+      for (int i = 0; i < mx::kBlock; i += 16) {
+        const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(codes + i));
+        const __m256i halves = to_float16<kFormat>(_mm256_cvtepu8_epi16(bytes));
+        float* const out = reinterpret_cast<float*>(elements) + i;
+        store_floats(out, _mm256_cvtph_ps(_mm256_castsi256_si128(halves)), factor);
+        store_floats(out + 8, _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)), factor);
+      }
+      if constexpr (kFormat == mx::E4M3) {
+        const __m256i nan = _mm256_set1_epi8(0x7F);
+        const __m256i equal = _mm256_cmpeq_epi8(_mm256_and_si256(load(codes), nan), nan);
+        if (_mm256_movemask_epi8(equal)) row.scale[b] = mx::kNanScale;
       }
     }
+    row.factor[b] = mx::scale_value(row.scale[b]) * units.rest;
+    packed += mx::block_bytes(kFormat);
+    elements += units.element_bytes;
+  }
+}
+
+// Float activations, block by block over a power of two.
+void prepare_floats(const LinearTask& task, int64_t r, const Prepared& row,
+                    const mx::Segment& segment, const Units& units, uint8_t* elements) {
+  for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
+    alignas(32) float values[mx::kBlock];
+    load_block(task, r, b, segment.hadamard, values);
+    row.scale[b] = normalise_block(values);
+    row.factor[b] = mx::scale_value(row.scale[b]);
+    for (int i = 0; i < mx::kBlock; i += 8) {
+      store_floats(reinterpret_cast<float*>(elements) + i, _mm256_load_ps(values + i),
+                   units.factor);
+    }
+    elements += units.element_bytes;
   }
 }
 
 void prepare(const LinearTask& task, int64_t first_row, int64_t last_row, uint8_t* prepared) {
-  if (task.weight_only) return prepare_floats(task, first_row, last_row, prepared);
   const mx::MixedLayout& layout = task.layout;
+  const RowLayout at(task);
   for (int64_t r = first_row; r < last_row; ++r) {
-    const Prepared row(prepared + r * prepared_row_bytes(layout), layout.blocks());
-    const uint8_t* const scales = task.scales + r * layout.blocks();
+    const Prepared row(prepared + r * at.bytes, at);
+    uint8_t* elements = row.elements;
+    if (!task.weight_only) {
+      std::memcpy(row.scale, task.scales + r * layout.blocks(), layout.blocks());
+    }
     for (const mx::Segment& segment : layout.segments()) {
-      const float factor = float16_factor(layout.weight_format(segment));
-      float values[256];
-      for (int code = 0; code < 1 << segment.format.bits; ++code) {
-        values[code] = mx::decode(static_cast<uint8_t>(code), segment.format) * factor;
-      }
-      const uint8_t* packed = task.data + r * layout.row_bytes() + segment.byte_start;
-      for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
-        uint8_t codes[mx::kBlock];
-        mx::unpack_block(packed, segment.format.bits, codes);
-        uint8_t scale = scales[b];
-        for (int k = 0; k < mx::kBlock; ++k) {
-          row.elements[b * mx::kBlock + place_of(k)] = values[codes[k]];
-          if (mx::is_nan(codes[k], segment.format)) scale = mx::kNanScale;
-        }
-        row.scale[b] = scale;
-        row.factor[b] = mx::scale_value(scale);
-        packed += mx::block_bytes(segment.format);
-      }
-    }
-  }
-}
-
-// Words 2n + h of half a line of a tile are channel c + 2h of row n of the panel; four results.
-[[gnu::always_inline]] inline void store_pair(float (*out)[8], int half, __m256i halves) {
-  _mm256_store_ps(out[2 * half], _mm256_cvtph_ps(_mm256_castsi256_si128(halves)));
-  _mm256_store_ps(out[2 * half + 1], _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)));
-}
-
-template <mx::ElementFormat kFormat>
-[[gnu::always_inline]] inline void decode_tile(const uint8_t* tile, Decoded& out) {
-  const __m256i low_byte = _mm256_set1_epi16(0xFF);
-  for (int g = 0; g < 8; ++g) {
-    for (int half = 0; half < 2; ++half) {
-      __m256i codes;
-      if constexpr (kFormat.bits == 8) {
-        codes = load(tile + g * kLine + half * 32);
+      const Units units(task, segment);
+      const int offset = integer_offset(layout.weight_format(segment));
+      const uint8_t* const packed =
+          task.weight_only ? nullptr : task.data + r * layout.row_bytes() + segment.byte_start;
+      if (task.weight_only) {
+        prepare_floats(task, r, row, segment, units, elements);
+      } else if (segment.format == mx::E2M1) {
+        prepare_segment<mx::E2M1>(row, segment, units, offset, packed, elements);
+      } else if (segment.format == mx::E2M3) {
+        prepare_segment<mx::E2M3>(row, segment, units, offset, packed, elements);
+      } else if (segment.format == mx::E3M2) {
+        prepare_segment<mx::E3M2>(row, segment, units, offset, packed, elements);
       } else {
-        const int j = g / 2;
-        const __m256i line = load(tile + j * kLine + half * 32);
-        const __m256i nibbles = g % 2 ? _mm256_srli_epi16(line, 4) : line;
-        codes = _mm256_and_si256(nibbles, _mm256_set1_epi8(0xF));
-        if constexpr (kFormat.bits == 6) {
-          const int shift = 4 * (j % 2) + 2 * (g % 2);
-          const __m256i high = load(tile + (4 + j / 2) * kLine + half * 32);
-          const __m256i moved =
-              shift < 4 ? _mm256_slli_epi16(high, 4 - shift) : _mm256_srli_epi16(high, shift - 4);
-          codes = _mm256_or_si256(codes, _mm256_and_si256(moved, _mm256_set1_epi8(0x30)));
-        }
+        prepare_segment<mx::E4M3>(row, segment, units, offset, packed, elements);
       }
-      store_pair(out.values[2 * g], half, to_float16<kFormat>(_mm256_and_si256(codes, low_byte)));
-      store_pair(out.values[2 * g + 1], half, to_float16<kFormat>(_mm256_srli_epi16(codes, 8)));
+      elements += segment.blocks * units.element_bytes;
     }
   }
+}
+
+// Bits 0 to 3 of the codes of line j of a tile of 4- or 6-bit codes, for one half of the panel's
+// rows, and for 6-bit codes bits 4 and 5: those of channels 8j + i, or 8j + 4 + i.
+template <int kBits>
+[[gnu::always_inline]] inline __m256i tile_codes(const uint8_t* tile, int j, int second, int half) {
+  const __m256i line = load(tile + j * kLine + half * 32);
+  const __m256i low =
+      _mm256_and_si256(second ? _mm256_srli_epi16(line, 4) : line, _mm256_set1_epi8(0xF));
+  if constexpr (kBits == 4) return low;
+  const __m256i high = load(tile + (4 + j / 2) * kLine + half * 32);
+  const int shift = 4 - 4 * (j % 2) - 2 * second;
+  const __m256i moved =
+      shift < 0 ? _mm256_srli_epi16(high, -shift) : _mm256_slli_epi16(high, shift);
+  return _mm256_or_si256(low, _mm256_and_si256(moved, _mm256_set1_epi8(0x30)));
+}
+
+// The weights of 8 rows of a panel as unsigned bytes: 8 vectors of 8 rows x 4 channels.
+template <int kBits>
+[[gnu::always_inline]] inline void decode_bytes(const uint8_t* tile, int half, __m256i* w) {
+#pragma GCC unroll 8
+  for (int g = 0; g < 8; ++g) {
+    const __m256i codes = tile_codes<kBits>(tile, g / 2, g % 2, half);
+    if constexpr (kBits == 4) {
+      const __m256i table = _mm256_add_epi8(e2m1_table(), _mm256_set1_epi8(12));
+      w[g] = _mm256_shuffle_epi8(table, codes);
+    } else {
+      w[g] = _mm256_add_epi8(e2m3_bytes(codes), _mm256_set1_epi8(60));
+    }
+  }
+}
+
+// The dot products of a block of activations with 8 rows. A product of two bytes of 4-bit codes
+// fits 16 bits eight times over, activations of 6 bits included; of 6-bit codes twice.
+template <int kBits>
+[[gnu::always_inline]] inline __m256i dot_bytes(const __m256i* w, const uint8_t* elements) {
+  const int32_t* const q = reinterpret_cast<const int32_t*>(elements);
+  const __m256i ones = _mm256_set1_epi16(1);
+  constexpr int kAtOnce = kBits == 4 ? 8 : 2;
+  __m256i dot;
+#pragma GCC unroll 4
+  for (int g = 0; g < 8; g += kAtOnce) {
+    __m256i words = _mm256_maddubs_epi16(w[g], _mm256_set1_epi32(q[g]));
+#pragma GCC unroll 8
+    for (int i = 1; i < kAtOnce; ++i) {
+      words = _mm256_add_epi16(words, _mm256_maddubs_epi16(w[g + i], _mm256_set1_epi32(q[g + i])));
+    }
+    const __m256i sum = _mm256_madd_epi16(words, ones);
+    dot = g == 0 ? sum : _mm256_add_epi32(dot, sum);
+  }
+  return dot;
 }
 
 // sum + dot * 2^(weight scale + activation scale - 254): see the same in linear_avx512.cpp.
 template <bool kWide>
 [[gnu::always_inline]] inline __m256 scaled_sum(__m256 sum, __m256 dot, __m256i weight_scale,
-                                                float factor, int scale) {
+                                                const Prepared& row, int64_t block, float rest) {
   if constexpr (!kWide) {
     const __m256 power = _mm256_castsi256_ps(_mm256_slli_epi32(weight_scale, 23));
-    return _mm256_fmadd_ps(_mm256_mul_ps(dot, power), _mm256_set1_ps(factor), sum);
+    return _mm256_fmadd_ps(_mm256_mul_ps(dot, power), _mm256_set1_ps(row.factor[block]), sum);
   }
+  const int scale = row.scale[block];
   const __m256i power = _mm256_add_epi32(weight_scale, _mm256_set1_epi32(scale - 254));
   const __m256i half = _mm256_srai_epi32(power, 1);
   const auto power_of_two = [](__m256i e) {
@@ -154,7 +292,7 @@ template <bool kWide>
     e = _mm256_min_epi32(_mm256_max_epi32(e, _mm256_setzero_si256()), _mm256_set1_epi32(254));
     return _mm256_castsi256_ps(_mm256_slli_epi32(e, 23));
   };
-  __m256 scaled = _mm256_mul_ps(dot, power_of_two(half));
+  __m256 scaled = _mm256_mul_ps(_mm256_mul_ps(dot, _mm256_set1_ps(rest)), power_of_two(half));
   scaled = _mm256_mul_ps(scaled, power_of_two(_mm256_sub_epi32(power, half)));
   const __m256i nan_scale = _mm256_set1_epi32(mx::kNanScale);
   __m256i nan = _mm256_cmpeq_epi32(weight_scale, nan_scale);
@@ -164,92 +302,227 @@ template <bool kWide>
   return _mm256_add_ps(sum, scaled);
 }
 
-// Adds a block's products of one or two rows to their sums, [row][4][8].
-template <bool kWide, int kCount>
-[[gnu::always_inline]] inline void add_block(const Decoded& tile, const uint8_t* scales,
-                                             const Prepared* rows, int64_t block, float* sums) {
-  __m256 dot[kCount][4];
-  for (int m = 0; m < kCount; ++m) {
-    for (int q = 0; q < 4; ++q) dot[m][q] = _mm256_setzero_ps();
-  }
-  for (int pair = 0; pair < 16; ++pair) {
+template <int kBits>
+[[gnu::always_inline]] inline void fetch_ahead(const uint8_t* tile) {
+#pragma GCC unroll 8
+  for (int line = 0; line < kBits; ++line) _mm_prefetch(tile + 2048 + line * kLine, _MM_HINT_T0);
+}
+
+// A panel's product with some rows: what is known of both.
+struct Product {
+  const uint8_t* scales;  // of the panel
+  const uint8_t* tile;    // the next
+  uint8_t* rows;
+  RowLayout at;
+  int count;  // of rows
+  Sums* sums;
+  FloatTile* decoded;
+  int64_t elements = 0;  // where a row's next block lies, from its elements on
+
+  [[gnu::always_inline]] Prepared row(int m) const { return Prepared(rows + m * at.bytes, at); }
+};
+
+// The products of a segment's blocks with the rows; of one row the sums stay in registers.
+template <int kBits, bool kWide, bool kOneRow>
+void integer_blocks(Product& product, const mx::Segment& segment, const Units& units) {
+  const uint8_t* tile = product.tile;
+  const uint8_t* elements = product.rows + product.at.elements + product.elements;
+  uint8_t* const rows = product.rows;
+  const uint8_t* const scales = product.scales;
+  const RowLayout at = product.at;
+  const int count = product.count;
+  Sums* const sums = product.sums;
+  __m256 own[2] = {_mm256_load_ps(sums->integers[0]), _mm256_load_ps(sums->integers[1])};
+  for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
+    if constexpr (kOneRow) fetch_ahead<kBits>(tile);
 #pragma GCC unroll 2
-    for (int m = 0; m < kCount; ++m) {
-      const double* const pairs =
-          reinterpret_cast<const double*>(rows[m].elements + block * mx::kBlock);
-      const __m256 x = _mm256_castpd_ps(_mm256_broadcast_sd(pairs + pair));
-#pragma GCC unroll 4
-      for (int q = 0; q < 4; ++q) {
-        dot[m][q] = _mm256_fmadd_ps(_mm256_load_ps(tile.values[pair][q]), x, dot[m][q]);
+    for (int half = 0; half < 2; ++half) {
+      __m256i w[8];
+      decode_bytes<kBits>(tile, half, w);
+      const __m256i scale = _mm256_cvtepu8_epi32(
+          _mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + b * kTileRows + 8 * half)));
+      const auto add = [&](int64_t row, __m256 sum) [[gnu::always_inline]] {
+        const Prepared from(rows + row, at);
+        const __m256i dot =
+            _mm256_add_epi32(dot_bytes<kBits>(w, elements + row), _mm256_set1_epi32(from.start[b]));
+        return scaled_sum<kWide>(sum, _mm256_cvtepi32_ps(dot), scale, from, b, units.rest);
+      };
+      if constexpr (kOneRow) {
+        own[half] = add(0, own[half]);
+        continue;
+      }
+      int64_t row = 0;
+      for (int m = 0; m < count; ++m, row += at.bytes) {
+        float* const sum = sums[m].integers[half];
+        _mm256_store_ps(sum, add(row, _mm256_load_ps(sum)));
       }
     }
+    tile += kBits * kLine;
+    elements += mx::kBlock;
   }
-  const __m128i scale = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales));
+  if constexpr (kOneRow) {
+    for (int half = 0; half < 2; ++half) _mm256_store_ps(sums->integers[half], own[half]);
+  }
+  product.tile = tile;
+  product.elements += segment.blocks * mx::kBlock;
+}
+
+// A tile as floats over float16_factor: calls f(pair of channels, quarter of the panel, 8 floats).
+// Words 2n + h of half a line are channel c + 2h of row n.
+template <mx::ElementFormat kFormat, typename F>
+[[gnu::always_inline]] inline void for_each_quarter(const uint8_t* tile, const F& f) {
+  const auto halves = [&](int pair, int half, __m256i words) [[gnu::always_inline]] {
+    f(pair, 2 * half, _mm256_cvtph_ps(_mm256_castsi256_si128(words)));
+    f(pair, 2 * half + 1, _mm256_cvtph_ps(_mm256_extracti128_si256(words, 1)));
+  };
+#pragma GCC unroll 8
+  for (int g = 0; g < 8; ++g) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      __m256i codes;
+      if constexpr (kFormat.bits == 8) {
+        codes = load(tile + g * kLine + half * 32);
+      } else {
+        codes = tile_codes<kFormat.bits>(tile, g / 2, g % 2, half);
+      }
+      const __m256i even = _mm256_and_si256(codes, _mm256_set1_epi16(0xFF));
+      halves(2 * g, half, to_float16<kFormat>(even));
+      halves(2 * g + 1, half, to_float16<kFormat>(_mm256_srli_epi16(codes, 8)));
+    }
+  }
+}
+
+// Adds a block's dot products, [row][quarter], to the sums of rows m and on.
+template <bool kWide, int kRows>
+[[gnu::always_inline]] inline void add_pairs(const Product& product, int m, int64_t b,
+                                             const __m256 (*dot)[4]) {
+  const __m128i scale =
+      _mm_load_si128(reinterpret_cast<const __m128i*>(product.scales + b * kTileRows));
   const __m128i low = _mm_unpacklo_epi8(scale, scale), high = _mm_unpackhi_epi8(scale, scale);
   const __m256i twice[4] = {_mm256_cvtepu8_epi32(low), _mm256_cvtepu8_epi32(_mm_srli_si128(low, 8)),
                             _mm256_cvtepu8_epi32(high),
                             _mm256_cvtepu8_epi32(_mm_srli_si128(high, 8))};
-  for (int m = 0; m < kCount; ++m) {
+  for (int i = 0; i < kRows; ++i) {
     for (int q = 0; q < 4; ++q) {
-      float* const sum = sums + (4 * m + q) * 8;
-      _mm256_store_ps(sum, scaled_sum<kWide>(_mm256_load_ps(sum), dot[m][q], twice[q],
-                                             rows[m].factor[block], rows[m].scale[block]));
+      float* const sum = product.sums[m + i].pairs[q];
+      _mm256_store_ps(sum, scaled_sum<kWide>(_mm256_load_ps(sum), dot[i][q], twice[q],
+                                             product.row(m + i), b, 1.0f));
     }
+  }
+}
+
+[[gnu::always_inline]] inline __m256 pair_of(const Product& product, int m, int pair) {
+  const uint8_t* const elements = product.rows + m * product.at.bytes + product.at.elements;
+  const auto* const pairs = reinterpret_cast<const double*>(elements + product.elements);
+  return _mm256_castpd_ps(_mm256_broadcast_sd(pairs + pair));
+}
+
+// The products of a decoded tile with kRows rows.
+template <bool kWide, int kRows>
+[[gnu::always_inline]] inline void multiply_tile(const Product& product, int m, int64_t b) {
+  __m256 dot[kRows][4];
+  for (int i = 0; i < kRows; ++i) {
+    for (int q = 0; q < 4; ++q) dot[i][q] = _mm256_setzero_ps();
+  }
+  for (int pair = 0; pair < 16; ++pair) {
+    __m256 x[kRows];
+    for (int i = 0; i < kRows; ++i) x[i] = pair_of(product, m + i, pair);
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+      const __m256 w = _mm256_load_ps(product.decoded->values[pair][q]);
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) dot[i][q] = _mm256_fmadd_ps(w, x[i], dot[i][q]);
+    }
+  }
+  add_pairs<kWide, kRows>(product, m, b, dot);
+}
+
+template <mx::ElementFormat kFormat, bool kWide>
+void float_blocks(Product& product, const mx::Segment& segment, const Units& units) {
+  for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
+    if (product.count == 1) {
+      __m256 dot[1][4];
+      for (int q = 0; q < 4; ++q) dot[0][q] = _mm256_setzero_ps();
+      for_each_quarter<kFormat>(
+          product.tile, [&](int pair, int q, __m256 w) [[gnu::always_inline]] {
+            dot[0][q] = _mm256_fmadd_ps(w, pair_of(product, 0, pair), dot[0][q]);
+          });
+      add_pairs<kWide, 1>(product, 0, b, dot);
+    } else {
+      for_each_quarter<kFormat>(product.tile,
+                                [&](int pair, int q, __m256 w) [[gnu::always_inline]] {
+                                  _mm256_store_ps(product.decoded->values[pair][q], w);
+                                });
+      int m = 0;
+      for (; m + 3 <= product.count; m += 3) multiply_tile<kWide, 3>(product, m, b);
+      if (product.count - m == 2) multiply_tile<kWide, 2>(product, m, b);
+      if (product.count - m == 1) multiply_tile<kWide, 1>(product, m, b);
+    }
+    product.tile += tile_bytes(kFormat);
+    product.elements += units.element_bytes;
   }
 }
 
 template <bool kWide>
-void run_rows(const LinearTask& task, const uint8_t* prepared, const uint8_t* panel,
-              int64_t scale_bytes, int64_t first_row, int rows, Decoded& decoded, float* sums) {
+void run_rows(const LinearTask& task, Product product) {
   const mx::MixedLayout& layout = task.layout;
-  const auto row = [&](int64_t m) {
-    return Prepared(const_cast<uint8_t*>(prepared) + (first_row + m) * prepared_row_bytes(layout),
-                    layout.blocks());
-  };
-  const uint8_t* tile = panel + scale_bytes;
+  const bool one = product.count == 1;
   for (const mx::Segment& segment : layout.segments()) {
-    const mx::ElementFormat format = layout.weight_format(segment);
-    for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
-      if (format == mx::E2M1) decode_tile<mx::E2M1>(tile, decoded);
-      if (format == mx::E2M3) decode_tile<mx::E2M3>(tile, decoded);
-      if (format == mx::E3M2) decode_tile<mx::E3M2>(tile, decoded);
-      if (format == mx::E4M3) decode_tile<mx::E4M3>(tile, decoded);
-      int m = 0;
-      for (; m + 2 <= rows; m += 2) {
-        const Prepared two[2] = {row(m), row(m + 1)};
-        add_block<kWide, 2>(decoded, panel + b * kTileRows, two, b, sums + m * 32);
-      }
-      if (m < rows) {
-        const Prepared one = row(m);
-        add_block<kWide, 1>(decoded, panel + b * kTileRows, &one, b, sums + m * 32);
-      }
-      tile += tile_bytes(format);
+    const mx::ElementFormat weight = layout.weight_format(segment);
+    const Units units(task, segment);
+    if (weight == mx::E2M1) {
+      (!units.integers ? float_blocks<mx::E2M1, kWide>
+       : one           ? integer_blocks<4, kWide, true>
+                       : integer_blocks<4, kWide, false>)(product, segment, units);
+    } else if (weight == mx::E2M3) {
+      (!units.integers ? float_blocks<mx::E2M3, kWide>
+       : one           ? integer_blocks<6, kWide, true>
+                       : integer_blocks<6, kWide, false>)(product, segment, units);
+    } else if (weight == mx::E3M2) {
+      float_blocks<mx::E3M2, kWide>(product, segment, units);
+    } else {
+      float_blocks<mx::E4M3, kWide>(product, segment, units);
     }
   }
 }
 
+// Adds the bias, rounds once, and stores what a row has of a panel.
+void finish(const LinearTask& task, int64_t row, int64_t panel, const Sums& sums) {
+  const int64_t first = panel * kTileRows;
+  for (int c = 0; c < kTileRows && first + c < task.n; ++c) {
+    const float* const pair = &sums.pairs[0][0] + 2 * c;
+    const float bias = task.bias ? load_float(task.bias, task.bias_dtype, first + c) : 0.0f;
+    store_float(task.out, task.out_dtype, row * task.n + first + c,
+                (&sums.integers[0][0])[c] + (pair[0] + pair[1]) + bias);
+  }
+}
+
 void run(const LinearTask& task, const uint8_t* prepared, int64_t first_panel, int64_t last_panel,
-         void* scratch) {
+         void* scratch_memory) {
   const PlacedLayout sizes(task.layout, task.n);
+  const RowLayout at(task);
   const bool wide = reinterpret_cast<const PlacedHeader*>(task.weight)->has_wide_scales;
-  Decoded& decoded = *static_cast<Decoded*>(scratch);
-  float* const sums = reinterpret_cast<float*>(&decoded + 1);
-  for (int64_t p = first_panel; p < last_panel; ++p) {
-    const uint8_t* const panel = task.weight + kLine + p * sizes.panel_bytes;
-    const int64_t left = task.n - p * kTileRows;
-    const int columns = static_cast<int>(left < kTileRows ? left : kTileRows);
-    for (int64_t m0 = 0; m0 < task.m; m0 += kRows) {
-      const int rows = static_cast<int>(task.m - m0 < kRows ? task.m - m0 : kRows);
-      std::memset(sums, 0, rows * 32 * sizeof(float));
-      const auto f = wide ? run_rows<true> : run_rows<false>;
-      f(task, prepared, panel, sizes.scale_bytes, m0, rows, decoded, sums);
-      for (int m = 0; m < rows; ++m) {
-        for (int c = 0; c < columns; ++c) {
-          const int64_t n = p * kTileRows + c;
-          const float bias = task.bias ? load_float(task.bias, task.bias_dtype, n) : 0.0f;
-          const float* const pair = sums + m * 32 + 2 * c;
-          store_float(task.out, task.out_dtype, (m0 + m) * task.n + n, pair[0] + pair[1] + bias);
-        }
+  Scratch& scratch = *static_cast<Scratch*>(scratch_memory);
+  // Rows that stay in the second-level cache meet all panels, then the next do.
+  constexpr int64_t kCached = 256 << 10;
+  const int64_t groups = kCached / (at.bytes * kMaxRows);
+  const int64_t chunk = (groups < 1 ? 1 : groups) * kMaxRows;
+  for (int64_t chunk_start = 0; chunk_start < task.m; chunk_start += chunk) {
+    const int64_t chunk_end = chunk_start + chunk < task.m ? chunk_start + chunk : task.m;
+    for (int64_t p = first_panel; p < last_panel; ++p) {
+      const uint8_t* const panel = task.weight + kLine + p * sizes.panel_bytes;
+      for (int64_t m0 = chunk_start; m0 < chunk_end; m0 += kMaxRows) {
+        const int rows = static_cast<int>(chunk_end - m0 < kMaxRows ? chunk_end - m0 : kMaxRows);
+        std::memset(scratch.sums, 0, rows * sizeof(Sums));
+        const Product product = {panel,
+                                 panel + sizes.scale_bytes,
+                                 const_cast<uint8_t*>(prepared) + m0 * at.bytes,
+                                 at,
+                                 rows,
+                                 scratch.sums,
+                                 &scratch.tile};
+        (wide ? run_rows<true> : run_rows<false>)(task, product);
+        for (int m = 0; m < rows; ++m) finish(task, m0 + m, p, scratch.sums[m]);
       }
     }
   }
