@@ -199,8 +199,14 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--rows", type=_positive, default=1, metavar="M", help="of a forward")
     report.add_argument("--output", type=Path, required=True, metavar="PNG", help="write it here")
 
-    demo = command("demo", _demo, "SmolLM2-135M in bf16, MXFP8, MXFP4 and the mix, side by side")
+    demo = command(
+        "demo", _demo, "SmolLM2-135M as it is, in MXFP8, MXFP4 and the mix, side by side"
+    )
     demo.add_argument("--prompt", help="what the model is asked")
+    demo.add_argument(
+        "--dtype", choices=("bfloat16", "float32"),
+        help="of the model (default: bfloat16, and float32 on a CPU without AVX-512)",
+    )  # fmt: skip
     demo.add_argument(
         "--output", type=Path, default=Path("demo-output"), metavar="DIR",
         help="where the picture, the figures and the plan go (default: %(default)s)",
@@ -746,6 +752,8 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
+    import torch
+
     from micromix_compile.errors import MissingPackageError
 
     try:
@@ -756,7 +764,8 @@ def _demo(arguments: argparse.Namespace) -> None:
         raise MissingPackageError(
             package=error.name, purpose="the demo", install="'micromix-compile[demo]'"
         ) from error
-    demo.run(prompt=arguments.prompt or demo.PROMPT, output=arguments.output)
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    demo.run(prompt=arguments.prompt or demo.PROMPT, output=arguments.output, dtype=dtype)
 
 
 def _env(arguments: argparse.Namespace) -> None:

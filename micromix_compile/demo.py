@@ -1,10 +1,12 @@
-"""`micromix demo`: SmolLM2-135M in bf16, MXFP8, MXFP4 and the MicroMix mix, side by side. Every figure is measured in the run.
+"""`micromix demo`: SmolLM2-135M as it is, in MXFP8, MXFP4 and the MicroMix mix, side by side. Every figure is measured in the run.
+
+As it is: in bf16, or, on a CPU for which torch has no fast bf16 products, in float32, and so is then what surrounds the quantised layers.
 
 What is measured how, so that the table can be judged:
 
-* perplexity: half of the built-in text, which calibration has not seen. bf16 runs eagerly; the others run the lowered graph, with
+* perplexity: half of the built-in text, which calibration has not seen. The model as it is runs eagerly; the others run the lowered graph, with
   the same operators and weights as the decode graph, without Inductor around it (a second graph each would double the demo's time).
-* weight bytes: of the decoder's linear layers, scales and padding counted. Embedding and output head stay in bf16.
+* weight bytes: of the decoder's linear layers, scales and padding counted. Embedding and output head stay as they are.
 * decode: batch 1, static cache, one compiled step, the variants in turns.
 * compile: from the first call of the step to its first token, caches empty; packing of the weights included.
 """
@@ -39,7 +41,7 @@ _CACHE_TOKENS = 256
 
 @dataclass
 class Variant:
-    """One row of the table. `plan` is None for bf16; what is measured is filled in as the demo goes."""
+    """One row of the table. `plan` is None for the model as it is; what is measured is filled in as the demo goes."""
 
     name: str
     plan: ModelPlan | None
@@ -52,8 +54,23 @@ class Variant:
     decoder: Decoder | None = field(default=None, repr=False)
 
 
-def run(prompt: str = PROMPT, output: str | Path = "demo-output") -> list[Variant]:
-    """Run the demo; prints the table, writes `plan.png`, `results.json` and the plan to `output`, returns the rows."""
+def fast_dtype() -> torch.dtype:
+    """bfloat16, or float32 on a CPU without AVX-512, where torch's bfloat16 products take several times as long as its float32 ones."""
+    return torch.bfloat16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else torch.float32
+
+
+def run(
+    prompt: str = PROMPT,
+    output: str | Path = "demo-output",
+    dtype: torch.dtype | None = None,
+) -> list[Variant]:
+    """Run the demo; prints the table, writes `plan.png`, `results.json` and the plan to `output`, returns the rows.
+
+    `dtype` is the model's: float32, bfloat16 or float16; None takes `fast_dtype()`.
+    """
+    chosen = dtype is None
+    dtype = dtype or fast_dtype()
+    base = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False)
@@ -62,8 +79,8 @@ def run(prompt: str = PROMPT, output: str | Path = "demo-output") -> list[Varian
     def say(what: str) -> None:
         console.print(f"[dim]{time.perf_counter() - began:4.0f} s[/dim]  {what} ...")
 
-    say("loading SmolLM2-135M")
-    model, tokenizer = load_smollm2()
+    say(f"loading SmolLM2-135M in {base}")
+    model, tokenizer = load_smollm2(dtype)
     seen, unseen = halves(builtin_text())
     calibration_windows = token_windows(tokenizer, seen, _WINDOW, _CALIBRATION_WINDOWS)
     windows = token_windows(tokenizer, unseen, _WINDOW, _TEST_WINDOWS)
@@ -73,14 +90,14 @@ def run(prompt: str = PROMPT, output: str | Path = "demo-output") -> list[Varian
     batches = [{"input_ids": window[None]} for window in calibration_windows]
     calibration = micromix.calibrate(model).run(batches)
     variants = [
-        Variant("bf16", None),
+        Variant(base, None, weight_bits=8.0 * dtype.itemsize),
         Variant("MXFP8", calibration.plan(micromix.Recipe(format="mxfp8"))),
         Variant("MXFP4", calibration.plan(micromix.Recipe(format="mxfp4"))),
         Variant("mix", calibration.plan(micromix.Recipe())),
     ]
     mix = variants[-1].plan
     elements = sum(shape.out_features * shape.in_features for shape in mix.shapes.values())
-    variants[0].weight_bytes = elements * model.dtype.itemsize
+    variants[0].weight_bytes = elements * dtype.itemsize
     mix.save(output / "smollm2.micromix.safetensors")
 
     for variant in variants:
@@ -107,12 +124,14 @@ def run(prompt: str = PROMPT, output: str | Path = "demo-output") -> list[Varian
         console.print(f"{variant.name:>6}: {variant.text}", markup=False)
     console.print()
     console.print(table(variants))
-    console.print(_NOTE, style="dim")
+    console.print(_NOTE.format(base=base), style="dim")
+    if chosen and dtype == torch.float32:
+        console.print(_FLOAT32_NOTE, style="dim")
     rates = variants[0].speed.rates
     if max(rates) > 1.5 * min(rates):
         console.print(
-            f"This machine was busy with other work: bf16 decode varied from {min(rates):.1f} to "
-            f"{max(rates):.1f} tok/s between rounds. Run it again on an idle one for speeds."
+            f"This machine was busy with other work: {base} decode varied from {min(rates):.1f} "
+            f"to {max(rates):.1f} tok/s between rounds. Run it again on an idle one for speeds."
         )
     console.print(f"written: {output}/plan.png, results.json, smollm2.micromix.safetensors")
     console.print(f"the whole demo took {time.perf_counter() - began:.0f} s")
@@ -154,11 +173,16 @@ def _compile(model, variant: Variant) -> None:
 
 
 _NOTE = (
-    "Perplexity on half of the text that calibration has not seen, its difference to bf16 ± "
-    "standard error (bf16 runs eagerly, the others their lowered graph without Inductor). "
+    "Perplexity on half of the text that calibration has not seen, its difference to {base} ± "
+    "standard error ({base} runs eagerly, the others their lowered graph without Inductor). "
     "MB: the decoder's linear layers in memory. bits: per weight, scales counted. tok/s: decode at "
-    "batch 1, compiled, the median of turns, and its ratio to bf16 of stock Inductor. compile: "
+    "batch 1, compiled, the median of turns, and its ratio to {base} of stock Inductor. compile: "
     "the first decode call with empty caches, packing included."
+)
+
+_FLOAT32_NOTE = (
+    "fp32: torch has no fast bf16 products for this CPU (they need AVX-512), and is several times "
+    "slower in bf16. --dtype bfloat16 runs the demo in it all the same."
 )
 
 
@@ -166,7 +190,7 @@ def table(variants: list[Variant]) -> Table:
     """The table of the demo; the first variant is what the others are compared with."""
     base = variants[0]
     result = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("", "perplexity", "to bf16", "MB", "", "bits", "tok/s", "", "compile"):
+    for heading in ("", "perplexity", f"to {base.name}", "MB", "", "bits", "tok/s", "", "compile"):
         result.add_column(heading)
     for column in result.columns[1:]:
         column.justify, column.no_wrap = "right", True

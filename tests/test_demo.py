@@ -86,7 +86,9 @@ def test_picture(tmp_path):
 def tiny_demo(monkeypatch):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
-    monkeypatch.setattr(demo, "load_smollm2", lambda: (tiny_llama(layers=1), tokenizer))
+    monkeypatch.setattr(
+        demo, "load_smollm2", lambda dtype: (tiny_llama(layers=1, dtype=dtype), tokenizer)
+    )
     for name, value in {
         "_WINDOW": 64,
         "_CALIBRATION_WINDOWS": 2,
@@ -97,9 +99,20 @@ def tiny_demo(monkeypatch):
         monkeypatch.setattr(demo, name, value)
 
 
-def test_whole_demo(tiny_demo, tmp_path, capsys):
-    variants = demo.run(prompt="What?", output=tmp_path)
-    assert [variant.name for variant in variants] == ["bf16", "MXFP8", "MXFP4", "mix"]
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [("AVX512", torch.bfloat16), ("AVX2", torch.float32)]
+)
+def test_dtype_is_one_in_which_torch_is_fast(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert demo.fast_dtype() == dtype
+
+
+@pytest.mark.parametrize(
+    ("dtype", "base"), [(torch.bfloat16, "bf16"), (torch.float32, "fp32")], ids=["bf16", "fp32"]
+)
+def test_whole_demo(tiny_demo, tmp_path, capsys, dtype, base):
+    variants = demo.run(prompt="What?", output=tmp_path, dtype=dtype)
+    assert [variant.name for variant in variants] == [base, "MXFP8", "MXFP4", "mix"]
     out = capsys.readouterr().out
     assert all(word in out for word in ("perplexity", "MB", "tok/s", "compile", "What?"))
 
@@ -107,7 +120,10 @@ def test_whole_demo(tiny_demo, tmp_path, capsys):
     assert len(plan) == 7
     bits = {variant.name: variant.weight_bits for variant in variants}
     # 8 and 4 bits, and a scale byte for 32 elements; K of down_proj is 96, a whole number of blocks.
-    assert bits["bf16"] == 16
+    assert bits[base] == 8 * dtype.itemsize
+    elements = sum(s.out_features * s.in_features for s in plan.shapes.values())
+    assert variants[0].weight_bytes == elements * dtype.itemsize
+    assert f"to {base}" in out
     assert bits["MXFP8"] == pytest.approx(8.25)
     assert bits["MXFP4"] == pytest.approx(4.25)
     assert bits["mix"] == pytest.approx(plan.weight_bits)
