@@ -58,7 +58,8 @@ def built_probe(directory: Path) -> ctypes.CDLL | None:
     if subprocess.run(command, capture_output=True, check=False).returncode != 0:
         return None
     probe = ctypes.CDLL(str(library))
-    probe.read_rate.restype = probe.amx_rate.restype = ctypes.c_double
+    for function in (probe.read_rate, probe.fma_rate, probe.amx_rate):
+        function.restype = ctypes.c_double
     return probe
 
 
@@ -69,7 +70,7 @@ def read_rate(probe: ctypes.CDLL, memory: torch.Tensor, places: int) -> float:
 
 
 def machine_limits(probe: ctypes.CDLL | None) -> dict[str, float]:
-    """GB/s read by one thread, GB/s moved by torch's copy, TFLOP/s of AMX from registers."""
+    """GB/s read by one thread, GB/s moved by torch's copy, TFLOP/s from registers of AVX2's float32 and AMX's bf16 products."""
     source = torch.ones(1 << 27, dtype=torch.int64)  # 1 GiB
     target = torch.empty_like(source)
     limits = {}
@@ -83,6 +84,7 @@ def machine_limits(probe: ctypes.CDLL | None) -> dict[str, float]:
     if probe is not None:
         rates = [read_rate(probe, source, places) for places in READ_PLACES for _ in range(5)]
         limits["read GB/s"] = max(rates) / 1e9
+        limits["FMA TFLOP/s"] = max(probe.fma_rate() for _ in range(5)) / 1e12
         limits["AMX TFLOP/s"] = probe.amx_rate() / 1e12
     return limits
 
@@ -175,9 +177,7 @@ def measure(arguments: argparse.Namespace, probe: ctypes.CDLL | None) -> list[di
                 for places in READ_PLACES:
                     contenders[f"reading {name} at {places}"] = reading(probe, placed, places)
         for name, make in arguments.peers.items():
-            # A compiled graph for every copy takes minutes: compiled peers get a few copies.
-            few = 4 if name in ("inductor bf16", "torchao int8", "openvino int4") else 64
-            contenders[name] = make(weights[:few], x)
+            contenders[name] = make(weights[: peers.PEERS[name].copies], x)
         rounds = max(5, min(arguments.rounds, int(arguments.rounds * 64 / (rows + 63))))
         for name, times in run_times(contenders, rounds, hot).items():
             seconds = statistics.median(times)
@@ -204,13 +204,13 @@ def measure(arguments: argparse.Namespace, probe: ctypes.CDLL | None) -> list[di
 
 
 def report(group: list[dict]) -> None:
-    """A table of the contenders on one shape; ratios over each bf16 peer."""
-    bf16 = {r["name"]: r["microseconds"] for r in group if r["name"].endswith("bf16")}
+    """A table of the contenders on one shape; ratios over each peer that is not quantised."""
+    plain = {r["name"]: r["microseconds"] for r in group if r["name"].endswith(("bf16", "fp32"))}
     head = group[0]
     title = f"{head['shape']}  M={head['rows']}  {'hot' if head['hot'] else 'rotated'}"
-    print(f"\n{title:<34}{'us':>10}{'GB/s':>8}{'GFLOP/s':>9}", *(f"{'x ' + p:>16}" for p in bf16))
+    print(f"\n{title:<34}{'us':>10}{'GB/s':>8}{'GFLOP/s':>9}", *(f"{'x ' + p:>16}" for p in plain))
     for r in group:
-        ratios = (f"{time / r['microseconds']:>16.2f}" for time in bf16.values())
+        ratios = (f"{time / r['microseconds']:>16.2f}" for time in plain.values())
         numbers = f"{r['microseconds']:>10.1f}{r['GB/s']:>8.1f}{r['GFLOP/s']:>9.0f}"
         print(f"  {r['name']:<32}{numbers}", *ratios, flush=True)
 
@@ -230,22 +230,18 @@ def draw(results: list[dict], limits: dict[str, float], path: Path) -> None:
         xs, ys = [r["flop/byte"] for r in points], [r["GFLOP/s"] for r in points]
         axes.scatter(xs, ys, s=28, marker=marker, label=name, alpha=0.8)
     low, high = min(r["flop/byte"] for r in results), max(r["flop/byte"] for r in results)
-    roof = limits.get("AMX TFLOP/s", 0) * 1e3 or math.inf
+    peak = "AMX TFLOP/s" if limits.get("AMX TFLOP/s") else "FMA TFLOP/s"
+    roof = limits.get(peak, math.inf) * 1e3
     for limit, style in (("read GB/s", "-"), ("copy GB/s", ":")):
         if limit in limits:
             rate = limits[limit]
             xs = (low, min(max(roof / rate, low), high), high)  # memory, the bend, the tile unit
             ys = [min(x * rate, roof) for x in xs]
             axes.plot(xs, ys, "k" + style, lw=1, label=f"{limit}: {rate:.0f}")
-    if limits.get("AMX TFLOP/s"):
-        peak = limits["AMX TFLOP/s"]
-        axes.axhline(
-            peak * 1e3,
-            color="k",
-            ls="--",
-            lw=1,
-            label=f"AMX bf16 from registers: {peak:.1f} TFLOP/s",
-        )
+    if peak in limits:
+        kind = "AMX bf16" if peak.startswith("AMX") else "AVX2 float32"
+        label = f"{kind} from registers: {limits[peak]:.2g} TFLOP/s"
+        axes.axhline(roof, color="k", ls="--", lw=1, label=label)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte of weight", ylabel="GFLOP/s")
     threads = torch.get_num_threads()
     axes.set_title(f"linear layers, {threads} thread(s), {ops.kernel_name('cpu')}")

@@ -1,5 +1,5 @@
-// What one thread of this machine can do: bytes read from memory, bytes copied, and bfloat16
-// products on AMX (zero where there is none). Built and called by linear_cpu.py.
+// What one thread of this machine can do: bytes read from memory, float32 products on AVX2, and
+// bfloat16 products on AMX (zero where there is none). Built and called by linear_cpu.py.
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -46,6 +46,23 @@ extern "C" double read_rate(const uint64_t* memory, int64_t words, int64_t place
   const double elapsed = seconds() - start;
   asm volatile("" : : "r"(sums) : "memory");
   return static_cast<double>(part * places) * sizeof(uint64_t) / elapsed;
+}
+
+// Operations a second of AVX2's fused multiply-adds of float32 numbers that stay in registers.
+extern "C" [[gnu::target("avx2,fma")]] double fma_rate() {
+  __m256 sums[12];
+  for (__m256& sum : sums) sum = _mm256_setzero_ps();
+  const __m256 x = _mm256_set1_ps(0.5f);
+  const int64_t rounds = 4000000;
+  const double start = seconds();
+  for (int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 12
+    for (__m256& sum : sums) {
+      sum = _mm256_fmadd_ps(x, x, sum);
+      asm volatile("" : "+x"(sum));
+    }
+  }
+  return static_cast<double>(rounds) * 12 * 2 * 8 / (seconds() - start);
 }
 
 // Operations a second of AMX bfloat16 products of random tiles that stay in registers.

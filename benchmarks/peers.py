@@ -16,14 +16,18 @@ from torch import Tensor
 Product = Callable[[], object]
 
 
-def eager(weights: list[Tensor], x: Tensor) -> list[Product]:
-    """torch's own bf16 product."""
+def eager(weights: list[Tensor], x: Tensor, dtype: torch.dtype = torch.bfloat16) -> list[Product]:
+    """torch's own product."""
+    weights, x = [weight.to(dtype) for weight in weights], x.to(dtype)
     return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]
 
 
-def inductor(weights: list[Tensor], x: Tensor) -> list[Product]:
+def inductor(
+    weights: list[Tensor], x: Tensor, dtype: torch.dtype = torch.bfloat16
+) -> list[Product]:
     """Inductor with freezing: the weight is packed for oneDNN when the graph is compiled."""
     products = []
+    weights, x = [weight.to(dtype) for weight in weights], x.to(dtype)
     for weight in weights:
         layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
         layer.weight = torch.nn.Parameter(weight, requires_grad=False)
@@ -177,18 +181,23 @@ def openvino_int4(weights: list[Tensor], x: Tensor) -> list[Product]:
     return products
 
 
+FEW = 4  # copies where each is compiled, which takes long
+
+
 class Peer(NamedTuple):
     make: Callable[[list[Tensor], Tensor], list[Product]]
     bits: float = 16  # of an element of its weight, scales included
     module: str = "torch"
     package: str = "torch"  # that has the module
+    copies: int = 64  # of the weight, at most
 
 
 PEERS = {
     "eager bf16": Peer(eager),
-    "inductor bf16": Peer(inductor),
-    "torchao int8": Peer(torchao_int8, 8, "torchao", "torchao"),
-    "openvino int4": Peer(openvino_int4, 4.5, "openvino", "openvino"),
+    "inductor bf16": Peer(inductor, copies=FEW),
+    "inductor fp32": Peer(functools.partial(inductor, dtype=torch.float32), 32, copies=FEW),
+    "torchao int8": Peer(torchao_int8, 8, "torchao", "torchao", FEW),
+    "openvino int4": Peer(openvino_int4, 4.5, "openvino", "openvino", FEW),
     "ggml q4_0": Peer(ggml_q4_0, 4.5, "llama_cpp", "llama-cpp-python"),
     "ggml q4_0 repacked": Peer(
         functools.partial(ggml_q4_0, repacks=True), 4.5, "llama_cpp", "llama-cpp-python"

@@ -46,17 +46,6 @@ constexpr Table<uint16_t> bfloat16_table(mx::ElementFormat format) {
 
 [[gnu::always_inline]] inline __m512i load(const void* p) { return _mm512_load_si512(p); }
 
-// Fetches the lines of a tile some tiles on: the hardware's own prefetching, which begins anew at
-// every 4 KB, leaves an eighth of the memory's speed unused.
-template <int kBits>
-[[gnu::always_inline]] inline void fetch_ahead(const uint8_t* tile) {
-  constexpr int64_t kDistance = 2048;
-#pragma GCC unroll 8
-  for (int line = 0; line < kBits; ++line) {
-    _mm_prefetch(tile + kDistance + line * kLine, _MM_HINT_T0);
-  }
-}
-
 // The 32 codes of a block of packed 6-bit elements, one a byte; the high 2 bits are not cleared.
 [[gnu::always_inline]] inline __m256i unpack6(const uint8_t* packed) {
   const __m256i spread = _mm256_setr_epi8(0, 1, 2, 3, 4, 5, 0, 0, 6, 7, 8, 9, 10, 11, 0, 0, 12, 13,

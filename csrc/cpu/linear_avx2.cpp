@@ -302,12 +302,6 @@ template <bool kWide>
   return _mm256_add_ps(sum, scaled);
 }
 
-template <int kBits>
-[[gnu::always_inline]] inline void fetch_ahead(const uint8_t* tile) {
-#pragma GCC unroll 8
-  for (int line = 0; line < kBits; ++line) _mm_prefetch(tile + 2048 + line * kLine, _MM_HINT_T0);
-}
-
 // A panel's product with some rows: what is known of both.
 struct Product {
   const uint8_t* scales;  // of the panel
@@ -411,10 +405,10 @@ template <bool kWide, int kRows>
   }
 }
 
-[[gnu::always_inline]] inline __m256 pair_of(const Product& product, int m, int pair) {
+// The pairs of row m's next block.
+[[gnu::always_inline]] inline const double* pairs_of(const Product& product, int m) {
   const uint8_t* const elements = product.rows + m * product.at.bytes + product.at.elements;
-  const auto* const pairs = reinterpret_cast<const double*>(elements + product.elements);
-  return _mm256_castpd_ps(_mm256_broadcast_sd(pairs + pair));
+  return reinterpret_cast<const double*>(elements + product.elements);
 }
 
 // The products of a decoded tile with kRows rows.
@@ -424,12 +418,15 @@ template <bool kWide, int kRows>
   for (int i = 0; i < kRows; ++i) {
     for (int q = 0; q < 4; ++q) dot[i][q] = _mm256_setzero_ps();
   }
+  const FloatTile& tile = *product.decoded;
+  const double* pairs[kRows];
+  for (int i = 0; i < kRows; ++i) pairs[i] = pairs_of(product, m + i);
   for (int pair = 0; pair < 16; ++pair) {
     __m256 x[kRows];
-    for (int i = 0; i < kRows; ++i) x[i] = pair_of(product, m + i, pair);
+    for (int i = 0; i < kRows; ++i) x[i] = _mm256_castpd_ps(_mm256_broadcast_sd(pairs[i] + pair));
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) {
-      const __m256 w = _mm256_load_ps(product.decoded->values[pair][q]);
+      const __m256 w = _mm256_load_ps(tile.values[pair][q]);
 #pragma GCC unroll 4
       for (int i = 0; i < kRows; ++i) dot[i][q] = _mm256_fmadd_ps(w, x[i], dot[i][q]);
     }
@@ -441,11 +438,14 @@ template <mx::ElementFormat kFormat, bool kWide>
 void float_blocks(Product& product, const mx::Segment& segment, const Units& units) {
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
     if (product.count == 1) {
+      fetch_ahead<kFormat.bits>(product.tile);
+      const double* const pairs = pairs_of(product, 0);
       __m256 dot[1][4];
       for (int q = 0; q < 4; ++q) dot[0][q] = _mm256_setzero_ps();
       for_each_quarter<kFormat>(
           product.tile, [&](int pair, int q, __m256 w) [[gnu::always_inline]] {
-            dot[0][q] = _mm256_fmadd_ps(w, pair_of(product, 0, pair), dot[0][q]);
+            const __m256 x = _mm256_castpd_ps(_mm256_broadcast_sd(pairs + pair));
+            dot[0][q] = _mm256_fmadd_ps(w, x, dot[0][q]);
           });
       add_pairs<kWide, 1>(product, 0, b, dot);
     } else {

@@ -84,4 +84,13 @@ MX_HOST_DEVICE constexpr uint8_t tile_code(const uint8_t* tile, int bits, int ro
   return static_cast<uint8_t>(low | ((tile[at.high] >> at.high_shift) & 0x3) << 4);
 }
 
+// Fetches the lines of a tile some tiles on: the hardware's own prefetching, which begins anew at
+// every 4 KB, leaves an eighth of the memory's speed unused, and more on some processors.
+template <int kLines>
+[[gnu::always_inline]] inline void fetch_ahead(const uint8_t* tile) {
+  constexpr int64_t kDistance = 2048;
+#pragma GCC unroll 8
+  for (int line = 0; line < kLines; ++line) __builtin_prefetch(tile + kDistance + line * kLine);
+}
+
 }  // namespace micromix::cpu
