@@ -41,28 +41,26 @@ struct Units {
   }
 };
 
-// Codes, one in each word, to float16.
-template <mx::ElementFormat kFormat>
-[[gnu::always_inline]] inline __m256i to_float16(__m256i codes) {
-  constexpr int kSign = 1 << (kFormat.bits - 1);
-  const __m256i sign = _mm256_and_si256(codes, _mm256_set1_epi16(kSign));
-  const __m256i rest = _mm256_and_si256(codes, _mm256_set1_epi16(kSign - 1));
-  return _mm256_or_si256(_mm256_slli_epi16(sign, 16 - kFormat.bits),
-                         _mm256_slli_epi16(rest, 10 - kFormat.mantissa_bits));
+// The low (or, if `odd`, the high) bytes of words, whose lowest bits are codes, to float16.
+template <mx::ElementFormat kFormat, bool kOdd = false>
+[[gnu::always_inline]] inline __m256i to_float16(__m256i words) {
+  // The code goes to the top of its word; from there its sign stays, and the rest moves down.
+  constexpr int kUp = (kOdd ? 8 : 16) - kFormat.bits;
+  constexpr int kDown = 6 - kFormat.bits + kFormat.mantissa_bits;
+  constexpr int kRest = ((1 << (kFormat.bits - 1)) - 1) << (10 - kFormat.mantissa_bits);
+  const __m256i top = kUp ? _mm256_slli_epi16(words, kUp) : words;
+  return _mm256_and_si256(_mm256_srai_epi16(top, kDown),
+                          _mm256_set1_epi16(static_cast<int16_t>(0x8000 | kRest)));
 }
 
-// E2M3 codes, one in each byte with the high 2 bits clear, to 8 times their values.
-[[gnu::always_inline]] inline __m256i e2m3_bytes(__m256i codes) {
+// E2M3 codes to 8 times their values, from the low 4 bits, and two vectors in which the top bit of
+// a byte is the code's bit 4, and its sign.
+[[gnu::always_inline]] inline __m256i e2m3_bytes(__m256i low, __m256i bit4, __m256i sign) {
+  const __m256i from16 = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(16, 18, 20, 22, 24, 26, 28, 30, 32, 36, 40, 44, 48, 52, 56, 60));
   // Magnitudes up to 15 are their codes.
-  const __m256i large =
-      _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_setr_epi8(
-                              16, 18, 20, 22, 24, 26, 28, 30, 32, 36, 40, 44, 48, 52, 56, 60)),
-                          _mm256_and_si256(codes, _mm256_set1_epi8(0xF)));
-  const __m256i small = _mm256_and_si256(codes, _mm256_set1_epi8(0xF));
-  const __m256i magnitude = _mm256_blendv_epi8(small, large, _mm256_slli_epi16(codes, 3));
-  // A sign byte that is not zero: magnitudes stay where it is positive.
-  const __m256i sign = _mm256_or_si256(_mm256_slli_epi16(codes, 2), _mm256_set1_epi8(1));
-  return _mm256_sign_epi8(magnitude, sign);
+  const __m256i magnitude = _mm256_blendv_epi8(low, _mm256_shuffle_epi8(from16, low), bit4);
+  return _mm256_sign_epi8(magnitude, _mm256_or_si256(sign, _mm256_set1_epi8(1)));
 }
 
 // Where the parts of a prepared row lie. Of each block: a factor, its scale over the integer
@@ -136,7 +134,8 @@ template <mx::ElementFormat kFormat>
   if constexpr (kFormat == mx::E2M1) {
     q = _mm256_shuffle_epi8(e2m1_table(), codes);
   } else {
-    q = e2m3_bytes(codes);
+    q = e2m3_bytes(_mm256_and_si256(codes, _mm256_set1_epi8(0xF)), _mm256_slli_epi16(codes, 3),
+                   _mm256_slli_epi16(codes, 2));
   }
   _mm256_store_si256(reinterpret_cast<__m256i*>(elements), q);
   const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), q);
@@ -225,55 +224,64 @@ void prepare(const LinearTask& task, int64_t first_row, int64_t last_row, uint8_
   }
 }
 
-// Bits 0 to 3 of the codes of line j of a tile of 4- or 6-bit codes, for one half of the panel's
-// rows, and for 6-bit codes bits 4 and 5: those of channels 8j + i, or 8j + 4 + i.
+// Of a tile of 4- or 6-bit codes bits 0 to 3, of 4 channels (the group) and half the panel's rows.
+[[gnu::always_inline]] inline __m256i low_bits(const uint8_t* tile, int group, int half) {
+  const __m256i line = load(tile + group / 2 * kLine + half * 32);
+  const __m256i nibbles = group % 2 ? _mm256_srli_epi16(line, 4) : line;
+  return _mm256_and_si256(nibbles, _mm256_set1_epi8(0xF));
+}
+
+// Bits 4 and 5 of 6-bit codes, of which bit 4 comes to bit `to` of its byte; other bits are any.
+[[gnu::always_inline]] inline __m256i high_bits(const uint8_t* tile, int group, int half, int to) {
+  const __m256i line = load(tile + (4 + group / 4) * kLine + half * 32);
+  const int shift = to - 2 * (group % 4);
+  return shift < 0 ? _mm256_srli_epi16(line, -shift) : _mm256_slli_epi16(line, shift);
+}
+
+// The codes, one a byte.
 template <int kBits>
-[[gnu::always_inline]] inline __m256i tile_codes(const uint8_t* tile, int j, int second, int half) {
-  const __m256i line = load(tile + j * kLine + half * 32);
-  const __m256i low =
-      _mm256_and_si256(second ? _mm256_srli_epi16(line, 4) : line, _mm256_set1_epi8(0xF));
+[[gnu::always_inline]] inline __m256i tile_codes(const uint8_t* tile, int group, int half) {
+  if constexpr (kBits == 8) return load(tile + group * kLine + half * 32);
+  const __m256i low = low_bits(tile, group, half);
   if constexpr (kBits == 4) return low;
-  const __m256i high = load(tile + (4 + j / 2) * kLine + half * 32);
-  const int shift = 4 - 4 * (j % 2) - 2 * second;
-  const __m256i moved =
-      shift < 0 ? _mm256_srli_epi16(high, -shift) : _mm256_slli_epi16(high, shift);
-  return _mm256_or_si256(low, _mm256_and_si256(moved, _mm256_set1_epi8(0x30)));
+  const __m256i high = high_bits(tile, group, half, 4);
+  return _mm256_or_si256(low, _mm256_and_si256(high, _mm256_set1_epi8(0x30)));
 }
 
-// The weights of 8 rows of a panel as unsigned bytes: 8 vectors of 8 rows x 4 channels.
+// The values as unsigned bytes, with an offset.
 template <int kBits>
-[[gnu::always_inline]] inline void decode_bytes(const uint8_t* tile, int half, __m256i* w) {
-#pragma GCC unroll 8
-  for (int g = 0; g < 8; ++g) {
-    const __m256i codes = tile_codes<kBits>(tile, g / 2, g % 2, half);
-    if constexpr (kBits == 4) {
-      const __m256i table = _mm256_add_epi8(e2m1_table(), _mm256_set1_epi8(12));
-      w[g] = _mm256_shuffle_epi8(table, codes);
-    } else {
-      w[g] = _mm256_add_epi8(e2m3_bytes(codes), _mm256_set1_epi8(60));
-    }
-  }
+[[gnu::always_inline]] inline __m256i unsigned_bytes(const uint8_t* tile, int group, int half) {
+  const __m256i offset = _mm256_set1_epi8(integer_offset(kBits == 4 ? mx::E2M1 : mx::E2M3));
+  const __m256i low = low_bits(tile, group, half);
+  if constexpr (kBits == 4) return _mm256_shuffle_epi8(_mm256_add_epi8(e2m1_table(), offset), low);
+  return _mm256_add_epi8(
+      e2m3_bytes(low, high_bits(tile, group, half, 7), high_bits(tile, group, half, 6)), offset);
 }
 
-// The dot products of a block of activations with 8 rows. A product of two bytes of 4-bit codes
-// fits 16 bits eight times over, activations of 6 bits included; of 6-bit codes twice.
+// The dot products of a block of activations with 8 rows, group by group. Sums of products stay in
+// 16 bits where they fit: of 4-bit weights all, 6-bit activations included; of 6-bit weights the
+// pairs of two groups.
 template <int kBits>
-[[gnu::always_inline]] inline __m256i dot_bytes(const __m256i* w, const uint8_t* elements) {
-  const int32_t* const q = reinterpret_cast<const int32_t*>(elements);
-  const __m256i ones = _mm256_set1_epi16(1);
-  constexpr int kAtOnce = kBits == 4 ? 8 : 2;
-  __m256i dot;
-#pragma GCC unroll 4
-  for (int g = 0; g < 8; g += kAtOnce) {
-    __m256i words = _mm256_maddubs_epi16(w[g], _mm256_set1_epi32(q[g]));
-#pragma GCC unroll 8
-    for (int i = 1; i < kAtOnce; ++i) {
-      words = _mm256_add_epi16(words, _mm256_maddubs_epi16(w[g + i], _mm256_set1_epi32(q[g + i])));
-    }
-    const __m256i sum = _mm256_madd_epi16(words, ones);
-    dot = g == 0 ? sum : _mm256_add_epi32(dot, sum);
+struct Dot {
+  static constexpr int kAtOnce = kBits == 4 ? 8 : 2;
+  __m256i words, sum;
+
+  [[gnu::always_inline]] void add(int group, __m256i w, __m256i x) {
+    const __m256i products = _mm256_maddubs_epi16(w, x);
+    words = group % kAtOnce == 0 ? products : _mm256_add_epi16(words, products);
+    if ((group + 1) % kAtOnce != 0) return;
+    const __m256i sums = _mm256_madd_epi16(words, _mm256_set1_epi16(1));
+    sum = group < kAtOnce ? sums : _mm256_add_epi32(sum, sums);
   }
-  return dot;
+  [[gnu::always_inline]] __m256 over(int32_t start) const {
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(sum, _mm256_set1_epi32(start)));
+  }
+};
+
+// The scale bytes of 8 rows of a panel in a block.
+[[gnu::always_inline]] inline __m256i half_scales(const uint8_t* scales, int64_t block, int half) {
+  return _mm256_cvtepu8_epi32(
+      _mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + block * kTileRows + 8 * half)));
 }
 
 // sum + dot * 2^(weight scale + activation scale - 254): see the same in linear_avx512.cpp.
@@ -316,47 +324,71 @@ struct Product {
   [[gnu::always_inline]] Prepared row(int m) const { return Prepared(rows + m * at.bytes, at); }
 };
 
-// The products of a segment's blocks with the rows; of one row the sums stay in registers.
-template <int kBits, bool kWide, bool kOneRow>
+// The products of a segment's blocks with several rows: the weights of half a panel wait in
+// registers for all of them.
+template <int kBits, bool kWide>
 void integer_blocks(Product& product, const mx::Segment& segment, const Units& units) {
-  const uint8_t* tile = product.tile;
   const uint8_t* elements = product.rows + product.at.elements + product.elements;
+  const uint8_t* tile = product.tile;
   uint8_t* const rows = product.rows;
   const uint8_t* const scales = product.scales;
   const RowLayout at = product.at;
   const int count = product.count;
   Sums* const sums = product.sums;
-  __m256 own[2] = {_mm256_load_ps(sums->integers[0]), _mm256_load_ps(sums->integers[1])};
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
-    if constexpr (kOneRow) fetch_ahead<kBits>(tile);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       __m256i w[8];
-      decode_bytes<kBits>(tile, half, w);
-      const __m256i scale = _mm256_cvtepu8_epi32(
-          _mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + b * kTileRows + 8 * half)));
-      const auto add = [&](int64_t row, __m256 sum) [[gnu::always_inline]] {
-        const Prepared from(rows + row, at);
-        const __m256i dot =
-            _mm256_add_epi32(dot_bytes<kBits>(w, elements + row), _mm256_set1_epi32(from.start[b]));
-        return scaled_sum<kWide>(sum, _mm256_cvtepi32_ps(dot), scale, from, b, units.rest);
-      };
-      if constexpr (kOneRow) {
-        own[half] = add(0, own[half]);
-        continue;
-      }
+#pragma GCC unroll 8
+      for (int g = 0; g < 8; ++g) w[g] = unsigned_bytes<kBits>(tile, g, half);
+      const __m256i scale = half_scales(scales, b, half);
       int64_t row = 0;
       for (int m = 0; m < count; ++m, row += at.bytes) {
+        const Prepared from(rows + row, at);
+        const int32_t* const q = reinterpret_cast<const int32_t*>(elements + row);
+        Dot<kBits> dot;
+#pragma GCC unroll 8
+        for (int g = 0; g < 8; ++g) dot.add(g, w[g], _mm256_set1_epi32(q[g]));
         float* const sum = sums[m].integers[half];
-        _mm256_store_ps(sum, add(row, _mm256_load_ps(sum)));
+        _mm256_store_ps(sum, scaled_sum<kWide>(_mm256_load_ps(sum), dot.over(from.start[b]), scale,
+                                               from, b, units.rest));
       }
     }
     tile += kBits * kLine;
     elements += mx::kBlock;
   }
-  if constexpr (kOneRow) {
-    for (int half = 0; half < 2; ++half) _mm256_store_ps(sums->integers[half], own[half]);
+  product.tile = tile;
+  product.elements += segment.blocks * mx::kBlock;
+}
+
+// The same with one row: all happens in registers, line by line.
+template <int kBits, bool kWide>
+void integer_blocks_of_one_row(Product& product, const mx::Segment& segment, const Units& units) {
+  const Prepared row = product.row(0);
+  const int32_t* q = reinterpret_cast<const int32_t*>(row.elements + product.elements);
+  const uint8_t* tile = product.tile;
+  const uint8_t* const scales = product.scales;
+  float (*const sums)[8] = product.sums->integers;
+  __m256 low = _mm256_load_ps(sums[0]), high = _mm256_load_ps(sums[1]);
+  for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
+    fetch_ahead<kBits>(tile);
+    Dot<kBits> dot_low, dot_high;
+#pragma GCC unroll 8
+    for (int g = 0; g < 8; ++g) {
+      const __m256i x = _mm256_set1_epi32(q[g]);
+      dot_low.add(g, unsigned_bytes<kBits>(tile, g, 0), x);
+      dot_high.add(g, unsigned_bytes<kBits>(tile, g, 1), x);
+    }
+    const int32_t start = row.start[b];
+    low =
+        scaled_sum<kWide>(low, dot_low.over(start), half_scales(scales, b, 0), row, b, units.rest);
+    high = scaled_sum<kWide>(high, dot_high.over(start), half_scales(scales, b, 1), row, b,
+                             units.rest);
+    tile += kBits * kLine;
+    q += mx::kBlock / sizeof(int32_t);
   }
+  _mm256_store_ps(sums[0], low);
+  _mm256_store_ps(sums[1], high);
   product.tile = tile;
   product.elements += segment.blocks * mx::kBlock;
 }
@@ -373,15 +405,9 @@ template <mx::ElementFormat kFormat, typename F>
   for (int g = 0; g < 8; ++g) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      __m256i codes;
-      if constexpr (kFormat.bits == 8) {
-        codes = load(tile + g * kLine + half * 32);
-      } else {
-        codes = tile_codes<kFormat.bits>(tile, g / 2, g % 2, half);
-      }
-      const __m256i even = _mm256_and_si256(codes, _mm256_set1_epi16(0xFF));
-      halves(2 * g, half, to_float16<kFormat>(even));
-      halves(2 * g + 1, half, to_float16<kFormat>(_mm256_srli_epi16(codes, 8)));
+      const __m256i codes = tile_codes<kFormat.bits>(tile, g, half);
+      halves(2 * g, half, to_float16<kFormat>(codes));
+      halves(2 * g + 1, half, to_float16<kFormat, true>(codes));
     }
   }
 }
@@ -472,12 +498,12 @@ void run_rows(const LinearTask& task, Product product) {
     const Units units(task, segment);
     if (weight == mx::E2M1) {
       (!units.integers ? float_blocks<mx::E2M1, kWide>
-       : one           ? integer_blocks<4, kWide, true>
-                       : integer_blocks<4, kWide, false>)(product, segment, units);
+       : one           ? integer_blocks_of_one_row<4, kWide>
+                       : integer_blocks<4, kWide>)(product, segment, units);
     } else if (weight == mx::E2M3) {
       (!units.integers ? float_blocks<mx::E2M3, kWide>
-       : one           ? integer_blocks<6, kWide, true>
-                       : integer_blocks<6, kWide, false>)(product, segment, units);
+       : one           ? integer_blocks_of_one_row<6, kWide>
+                       : integer_blocks<6, kWide>)(product, segment, units);
     } else if (weight == mx::E3M2) {
       float_blocks<mx::E3M2, kWide>(product, segment, units);
     } else {
@@ -486,14 +512,30 @@ void run_rows(const LinearTask& task, Product product) {
   }
 }
 
+// Sums of 8 rows of a panel.
+[[gnu::always_inline]] inline __m256 half_sums(const Sums& sums, int half) {
+  const __m256 pairs = _mm256_hadd_ps(_mm256_load_ps(sums.pairs[2 * half]),
+                                      _mm256_load_ps(sums.pairs[2 * half + 1]));
+  const __m256d in_order = _mm256_permute4x64_pd(_mm256_castps_pd(pairs), 0b11011000);
+  return _mm256_add_ps(_mm256_load_ps(sums.integers[half]), _mm256_castpd_ps(in_order));
+}
+
 // Adds the bias, rounds once, and stores what a row has of a panel.
 void finish(const LinearTask& task, int64_t row, int64_t panel, const Sums& sums) {
-  const int64_t first = panel * kTileRows;
-  for (int c = 0; c < kTileRows && first + c < task.n; ++c) {
-    const float* const pair = &sums.pairs[0][0] + 2 * c;
-    const float bias = task.bias ? load_float(task.bias, task.bias_dtype, first + c) : 0.0f;
-    store_float(task.out, task.out_dtype, row * task.n + first + c,
-                (&sums.integers[0][0])[c] + (pair[0] + pair[1]) + bias);
+  for (int half = 0; half < 2; ++half) {
+    const int64_t first = panel * kTileRows + 8 * half, left = task.n - first;
+    __m256 x = half_sums(sums, half);
+    if (left >= 8) {
+      if (task.bias) x = _mm256_add_ps(x, load_floats(task.bias, task.bias_dtype, first));
+      store_eight(task.out, task.out_dtype, row * task.n + first, x);
+      continue;
+    }
+    alignas(32) float values[8];
+    _mm256_store_ps(values, x);
+    for (int c = 0; c < left; ++c) {
+      const float bias = task.bias ? load_float(task.bias, task.bias_dtype, first + c) : 0.0f;
+      store_float(task.out, task.out_dtype, row * task.n + first + c, values[c] + bias);
+    }
   }
 }
 
