@@ -310,14 +310,15 @@ template <bool kWide>
   return _mm256_add_ps(sum, scaled);
 }
 
-// A panel's product with some rows: what is known of both.
+// The product of a panel with some rows, or of several panels with one: what is known of both.
 struct Product {
-  const uint8_t* scales;  // of the panel
-  const uint8_t* tile;    // the next
+  const uint8_t* scales = nullptr;  // of the first panel
+  const uint8_t* tile = nullptr;    // the next
+  int64_t apart = 0;                // bytes from a panel to the next
   uint8_t* rows;
   RowLayout at;
-  int count;  // of rows
-  Sums* sums;
+  int count;   // of rows
+  Sums* sums;  // of each row, or of each panel
   FloatTile* decoded;
   int64_t elements = 0;  // where a row's next block lies, from its elements on
 
@@ -361,154 +362,206 @@ void integer_blocks(Product& product, const mx::Segment& segment, const Units& u
   product.elements += segment.blocks * mx::kBlock;
 }
 
-// The same with one row: all happens in registers, line by line.
-template <int kBits, bool kWide>
+// The same with one row, and kPanels panels: all happens in registers, line by line.
+template <int kBits, bool kWide, int kPanels>
 void integer_blocks_of_one_row(Product& product, const mx::Segment& segment, const Units& units) {
   const Prepared row = product.row(0);
   const int32_t* q = reinterpret_cast<const int32_t*>(row.elements + product.elements);
   const uint8_t* tile = product.tile;
   const uint8_t* const scales = product.scales;
-  float (*const sums)[8] = product.sums->integers;
-  __m256 low = _mm256_load_ps(sums[0]), high = _mm256_load_ps(sums[1]);
-  for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
-    fetch_ahead<kBits>(tile);
-    Dot<kBits> dot_low, dot_high;
-#pragma GCC unroll 8
-    for (int g = 0; g < 8; ++g) {
-      const __m256i x = _mm256_set1_epi32(q[g]);
-      dot_low.add(g, unsigned_bytes<kBits>(tile, g, 0), x);
-      dot_high.add(g, unsigned_bytes<kBits>(tile, g, 1), x);
+  const int64_t apart = product.apart;
+  __m256 sums[kPanels][2];
+  for (int p = 0; p < kPanels; ++p) {
+    for (int half = 0; half < 2; ++half) {
+      sums[p][half] = _mm256_load_ps(product.sums[p].integers[half]);
     }
-    const int32_t start = row.start[b];
-    low =
-        scaled_sum<kWide>(low, dot_low.over(start), half_scales(scales, b, 0), row, b, units.rest);
-    high = scaled_sum<kWide>(high, dot_high.over(start), half_scales(scales, b, 1), row, b,
-                             units.rest);
+  }
+  for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
+#pragma GCC unroll 2
+    for (int p = 0; p < kPanels; ++p) {
+      fetch_ahead<kBits>(tile + p * apart);
+      Dot<kBits> dot[2];
+#pragma GCC unroll 8
+      for (int g = 0; g < 8; ++g) {
+        const __m256i x = _mm256_set1_epi32(q[g]);
+        dot[0].add(g, unsigned_bytes<kBits>(tile + p * apart, g, 0), x);
+        dot[1].add(g, unsigned_bytes<kBits>(tile + p * apart, g, 1), x);
+      }
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const __m256i scale = half_scales(scales + p * apart, b, half);
+        sums[p][half] = scaled_sum<kWide>(sums[p][half], dot[half].over(row.start[b]), scale, row,
+                                          b, units.rest);
+      }
+    }
     tile += kBits * kLine;
     q += mx::kBlock / sizeof(int32_t);
   }
-  _mm256_store_ps(sums[0], low);
-  _mm256_store_ps(sums[1], high);
+  for (int p = 0; p < kPanels; ++p) {
+    for (int half = 0; half < 2; ++half) {
+      _mm256_store_ps(product.sums[p].integers[half], sums[p][half]);
+    }
+  }
   product.tile = tile;
   product.elements += segment.blocks * mx::kBlock;
 }
 
-// A tile as floats over float16_factor: calls f(pair of channels, quarter of the panel, 8 floats).
-// Words 2n + h of half a line are channel c + 2h of row n.
-template <mx::ElementFormat kFormat, typename F>
-[[gnu::always_inline]] inline void for_each_quarter(const uint8_t* tile, const F& f) {
-  const auto halves = [&](int pair, int half, __m256i words) [[gnu::always_inline]] {
-    f(pair, 2 * half, _mm256_cvtph_ps(_mm256_castsi256_si128(words)));
-    f(pair, 2 * half + 1, _mm256_cvtph_ps(_mm256_extracti128_si256(words, 1)));
+// The next tiles of kPanels panels as floats over float16_factor: calls f(panel, pair of channels,
+// quarter of the panel, 8 floats). Words 2n + h of half a line are channel c + 2h of row n.
+template <mx::ElementFormat kFormat, int kPanels, typename F>
+[[gnu::always_inline]] inline void for_each_quarter(const Product& product, const F& f) {
+  const auto halves = [&](int p, int pair, int half, __m256i words) [[gnu::always_inline]] {
+    f(p, pair, 2 * half, _mm256_cvtph_ps(_mm256_castsi256_si128(words)));
+    f(p, pair, 2 * half + 1, _mm256_cvtph_ps(_mm256_extracti128_si256(words, 1)));
   };
 #pragma GCC unroll 8
   for (int g = 0; g < 8; ++g) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      const __m256i codes = tile_codes<kFormat.bits>(tile, g, half);
-      halves(2 * g, half, to_float16<kFormat>(codes));
-      halves(2 * g + 1, half, to_float16<kFormat, true>(codes));
+#pragma GCC unroll 2
+      for (int p = 0; p < kPanels; ++p) {
+        const uint8_t* const tile = product.tile + p * product.apart;
+        const __m256i codes = tile_codes<kFormat.bits>(tile, g, half);
+        halves(p, 2 * g, half, to_float16<kFormat>(codes));
+        halves(p, 2 * g + 1, half, to_float16<kFormat, true>(codes));
+      }
     }
   }
 }
 
-// Adds a block's dot products, [row][quarter], to the sums of rows m and on.
-template <bool kWide, int kRows>
-[[gnu::always_inline]] inline void add_pairs(const Product& product, int m, int64_t b,
-                                             const __m256 (*dot)[4]) {
-  const __m128i scale =
-      _mm_load_si128(reinterpret_cast<const __m128i*>(product.scales + b * kTileRows));
-  const __m128i low = _mm_unpacklo_epi8(scale, scale), high = _mm_unpackhi_epi8(scale, scale);
-  const __m256i twice[4] = {_mm256_cvtepu8_epi32(low), _mm256_cvtepu8_epi32(_mm_srli_si128(low, 8)),
-                            _mm256_cvtepu8_epi32(high),
-                            _mm256_cvtepu8_epi32(_mm_srli_si128(high, 8))};
-  for (int i = 0; i < kRows; ++i) {
-    for (int q = 0; q < 4; ++q) {
-      float* const sum = product.sums[m + i].pairs[q];
-      _mm256_store_ps(sum, scaled_sum<kWide>(_mm256_load_ps(sum), dot[i][q], twice[q],
-                                             product.row(m + i), b, 1.0f));
-    }
+// The scale bytes of a panel in a block, each twice, by quarters of the panel.
+struct PairScales {
+  __m256i quarters[4];
+
+  [[gnu::always_inline]] PairScales(const uint8_t* scales, int64_t b) {
+    const __m128i scale = _mm_load_si128(reinterpret_cast<const __m128i*>(scales + b * kTileRows));
+    const __m128i low = _mm_unpacklo_epi8(scale, scale), high = _mm_unpackhi_epi8(scale, scale);
+    quarters[0] = _mm256_cvtepu8_epi32(low);
+    quarters[1] = _mm256_cvtepu8_epi32(_mm_srli_si128(low, 8));
+    quarters[2] = _mm256_cvtepu8_epi32(high);
+    quarters[3] = _mm256_cvtepu8_epi32(_mm_srli_si128(high, 8));
+  }
+};
+
+// Adds a block's dot products of one row, a quarter of the panel each, to its sums.
+template <bool kWide>
+[[gnu::always_inline]] inline void add_pairs(Sums& sums, const __m256* dot,
+                                             const PairScales& scales, const Prepared& row,
+                                             int64_t b) {
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) {
+    const __m256 sum = _mm256_load_ps(sums.pairs[q]);
+    _mm256_store_ps(sums.pairs[q],
+                    scaled_sum<kWide>(sum, dot[q], scales.quarters[q], row, b, 1.0f));
   }
 }
 
-// The pairs of row m's next block.
-[[gnu::always_inline]] inline const double* pairs_of(const Product& product, int m) {
-  const uint8_t* const elements = product.rows + m * product.at.bytes + product.at.elements;
-  return reinterpret_cast<const double*>(elements + product.elements);
+// A row's pairs of a block, from its elements on.
+[[gnu::always_inline]] inline __m256 broadcast_pair(const uint8_t* elements, int pair) {
+  return _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(elements) + pair));
 }
 
 // The products of a decoded tile with kRows rows.
 template <bool kWide, int kRows>
-[[gnu::always_inline]] inline void multiply_tile(const Product& product, int m, int64_t b) {
+[[gnu::always_inline]] inline void multiply_tile(const Product& product, const PairScales& scales,
+                                                 int m, int64_t b) {
   __m256 dot[kRows][4];
+  const uint8_t* elements[kRows];
   for (int i = 0; i < kRows; ++i) {
     for (int q = 0; q < 4; ++q) dot[i][q] = _mm256_setzero_ps();
+    elements[i] = product.row(m + i).elements + product.elements;
   }
   const FloatTile& tile = *product.decoded;
-  const double* pairs[kRows];
-  for (int i = 0; i < kRows; ++i) pairs[i] = pairs_of(product, m + i);
   for (int pair = 0; pair < 16; ++pair) {
     __m256 x[kRows];
-    for (int i = 0; i < kRows; ++i) x[i] = _mm256_castpd_ps(_mm256_broadcast_sd(pairs[i] + pair));
+    for (int i = 0; i < kRows; ++i) x[i] = broadcast_pair(elements[i], pair);
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) {
-      const __m256 w = _mm256_load_ps(tile.values[pair][q]);
+      __m256 w = _mm256_load_ps(tile.values[pair][q]);
+      asm(""
+          : "+x"(w));  // one load for all rows: as operands of FMAs they would be what it waits for
 #pragma GCC unroll 4
       for (int i = 0; i < kRows; ++i) dot[i][q] = _mm256_fmadd_ps(w, x[i], dot[i][q]);
     }
   }
-  add_pairs<kWide, kRows>(product, m, b, dot);
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+    add_pairs<kWide>(product.sums[m + i], dot[i], scales, product.row(m + i), b);
+  }
+}
+
+// Its products with all rows. Not inlined: the sums of three rows and what they are made of take
+// all registers.
+template <bool kWide>
+[[gnu::noinline]] void multiply_tile_by_rows(const Product& product, int64_t b) {
+  const PairScales scales(product.scales, b);
+  int m = 0;
+  for (; m + 3 <= product.count; m += 3) multiply_tile<kWide, 3>(product, scales, m, b);
+  if (product.count - m == 2) multiply_tile<kWide, 2>(product, scales, m, b);
+  if (product.count - m == 1) multiply_tile<kWide, 1>(product, scales, m, b);
 }
 
 template <mx::ElementFormat kFormat, bool kWide>
 void float_blocks(Product& product, const mx::Segment& segment, const Units& units) {
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
-    if (product.count == 1) {
-      fetch_ahead<kFormat.bits>(product.tile);
-      const double* const pairs = pairs_of(product, 0);
-      __m256 dot[1][4];
-      for (int q = 0; q < 4; ++q) dot[0][q] = _mm256_setzero_ps();
-      for_each_quarter<kFormat>(
-          product.tile, [&](int pair, int q, __m256 w) [[gnu::always_inline]] {
-            const __m256 x = _mm256_castpd_ps(_mm256_broadcast_sd(pairs + pair));
-            dot[0][q] = _mm256_fmadd_ps(w, x, dot[0][q]);
-          });
-      add_pairs<kWide, 1>(product, 0, b, dot);
-    } else {
-      for_each_quarter<kFormat>(product.tile,
-                                [&](int pair, int q, __m256 w) [[gnu::always_inline]] {
-                                  _mm256_store_ps(product.decoded->values[pair][q], w);
-                                });
-      int m = 0;
-      for (; m + 3 <= product.count; m += 3) multiply_tile<kWide, 3>(product, m, b);
-      if (product.count - m == 2) multiply_tile<kWide, 2>(product, m, b);
-      if (product.count - m == 1) multiply_tile<kWide, 1>(product, m, b);
+    for_each_quarter<kFormat, 1>(product,
+                                 [&](int, int pair, int q, __m256 w) [[gnu::always_inline]] {
+                                   _mm256_store_ps(product.decoded->values[pair][q], w);
+                                 });
+    multiply_tile_by_rows<kWide>(product, b);
+    product.tile += tile_bytes(kFormat);
+    product.elements += units.element_bytes;
+  }
+}
+
+template <mx::ElementFormat kFormat, bool kWide, int kPanels>
+void float_blocks_of_one_row(Product& product, const mx::Segment& segment, const Units& units) {
+  const Prepared row = product.row(0);
+  for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
+    const uint8_t* const elements = row.elements + product.elements;
+    __m256 dot[kPanels][4];
+    for (int p = 0; p < kPanels; ++p) {
+      fetch_ahead<kFormat.bits>(product.tile + p * product.apart);
+      for (int q = 0; q < 4; ++q) dot[p][q] = _mm256_setzero_ps();
+    }
+    for_each_quarter<kFormat, kPanels>(
+        product, [&](int p, int pair, int q, __m256 w) [[gnu::always_inline]] {
+          dot[p][q] = _mm256_fmadd_ps(w, broadcast_pair(elements, pair), dot[p][q]);
+        });
+#pragma GCC unroll 2
+    for (int p = 0; p < kPanels; ++p) {
+      const PairScales scales(product.scales + p * product.apart, b);
+      add_pairs<kWide>(product.sums[p], dot[p], scales, row, b);
     }
     product.tile += tile_bytes(kFormat);
     product.elements += units.element_bytes;
   }
 }
 
-template <bool kWide>
-void run_rows(const LinearTask& task, Product product) {
+// kPanels: of one row; 0 where there are several rows and one panel.
+template <bool kWide, int kPanels>
+void multiply(const LinearTask& task, Product product) {
   const mx::MixedLayout& layout = task.layout;
-  const bool one = product.count == 1;
   for (const mx::Segment& segment : layout.segments()) {
     const mx::ElementFormat weight = layout.weight_format(segment);
     const Units units(task, segment);
-    if (weight == mx::E2M1) {
-      (!units.integers ? float_blocks<mx::E2M1, kWide>
-       : one           ? integer_blocks_of_one_row<4, kWide>
-                       : integer_blocks<4, kWide>)(product, segment, units);
-    } else if (weight == mx::E2M3) {
-      (!units.integers ? float_blocks<mx::E2M3, kWide>
-       : one           ? integer_blocks_of_one_row<6, kWide>
-                       : integer_blocks<6, kWide>)(product, segment, units);
-    } else if (weight == mx::E3M2) {
-      float_blocks<mx::E3M2, kWide>(product, segment, units);
-    } else {
-      float_blocks<mx::E4M3, kWide>(product, segment, units);
-    }
+    const auto of_format = [&]<mx::ElementFormat kFormat>() {
+      if constexpr (is_small_integer(kFormat)) {
+        constexpr int kBits = kFormat.bits;
+        if (units.integers && kPanels > 0) {
+          return integer_blocks_of_one_row<kBits, kWide, kPanels>(product, segment, units);
+        }
+        if (units.integers) return integer_blocks<kBits, kWide>(product, segment, units);
+      }
+      if (kPanels > 0) {
+        return float_blocks_of_one_row<kFormat, kWide, kPanels>(product, segment, units);
+      }
+      float_blocks<kFormat, kWide>(product, segment, units);
+    };
+    if (weight == mx::E2M1) of_format.template operator()<mx::E2M1>();
+    if (weight == mx::E2M3) of_format.template operator()<mx::E2M3>();
+    if (weight == mx::E3M2) of_format.template operator()<mx::E3M2>();
+    if (weight == mx::E4M3) of_format.template operator()<mx::E4M3>();
   }
 }
 
@@ -539,35 +592,69 @@ void finish(const LinearTask& task, int64_t row, int64_t panel, const Sums& sums
   }
 }
 
-void run(const LinearTask& task, const uint8_t* prepared, int64_t first_panel, int64_t last_panel,
-         void* scratch_memory) {
-  const PlacedLayout sizes(task.layout, task.n);
-  const RowLayout at(task);
-  const bool wide = reinterpret_cast<const PlacedHeader*>(task.weight)->has_wide_scales;
-  Scratch& scratch = *static_cast<Scratch*>(scratch_memory);
+// One row takes as long as memory gives the weight, and it gives more to who reads at two places:
+// panel i of either half of the range at once.
+template <bool kWide>
+void run_one_row(const LinearTask& task, Product product, const uint8_t* weight,
+                 const PlacedLayout& sizes, int64_t first_panel, int64_t last_panel) {
+  const int64_t half = (last_panel - first_panel) / 2;
+  product.apart = half * sizes.panel_bytes;
+  const auto at_panel = [&](int64_t p) {
+    product.scales = weight + p * sizes.panel_bytes;
+    product.tile = product.scales + sizes.scale_bytes;
+    std::memset(product.sums, 0, 2 * sizeof(Sums));
+  };
+  for (int64_t p = first_panel; p < first_panel + half; ++p) {
+    at_panel(p);
+    multiply<kWide, 2>(task, product);
+    finish(task, 0, p, product.sums[0]);
+    finish(task, 0, p + half, product.sums[1]);
+  }
+  if (first_panel + 2 * half < last_panel) {
+    at_panel(last_panel - 1);
+    multiply<kWide, 1>(task, product);
+    finish(task, 0, last_panel - 1, product.sums[0]);
+  }
+}
+
+template <bool kWide>
+void run_rows(const LinearTask& task, Product product, const uint8_t* weight,
+              const PlacedLayout& sizes, int64_t first_panel, int64_t last_panel) {
+  uint8_t* const prepared = product.rows;
   // Rows that stay in the second-level cache meet all panels, then the next do.
   constexpr int64_t kCached = 256 << 10;
-  const int64_t groups = kCached / (at.bytes * kMaxRows);
+  const int64_t groups = kCached / (product.at.bytes * kMaxRows);
   const int64_t chunk = (groups < 1 ? 1 : groups) * kMaxRows;
   for (int64_t chunk_start = 0; chunk_start < task.m; chunk_start += chunk) {
     const int64_t chunk_end = chunk_start + chunk < task.m ? chunk_start + chunk : task.m;
     for (int64_t p = first_panel; p < last_panel; ++p) {
-      const uint8_t* const panel = task.weight + kLine + p * sizes.panel_bytes;
-      for (int64_t m0 = chunk_start; m0 < chunk_end; m0 += kMaxRows) {
-        const int rows = static_cast<int>(chunk_end - m0 < kMaxRows ? chunk_end - m0 : kMaxRows);
-        std::memset(scratch.sums, 0, rows * sizeof(Sums));
-        const Product product = {panel,
-                                 panel + sizes.scale_bytes,
-                                 const_cast<uint8_t*>(prepared) + m0 * at.bytes,
-                                 at,
-                                 rows,
-                                 scratch.sums,
-                                 &scratch.tile};
-        (wide ? run_rows<true> : run_rows<false>)(task, product);
-        for (int m = 0; m < rows; ++m) finish(task, m0 + m, p, scratch.sums[m]);
+      product.scales = weight + p * sizes.panel_bytes;
+      product.tile = product.scales + sizes.scale_bytes;
+      for (int64_t m = chunk_start; m < chunk_end; m += kMaxRows) {
+        product.rows = prepared + m * product.at.bytes;
+        product.count = static_cast<int>(chunk_end - m < kMaxRows ? chunk_end - m : kMaxRows);
+        std::memset(product.sums, 0, product.count * sizeof(Sums));
+        multiply<kWide, 0>(task, product);
+        for (int i = 0; i < product.count; ++i) finish(task, m + i, p, product.sums[i]);
       }
     }
   }
+}
+
+void run(const LinearTask& task, const uint8_t* prepared, int64_t first_panel, int64_t last_panel,
+         void* scratch_memory) {
+  Scratch& scratch = *static_cast<Scratch*>(scratch_memory);
+  const Product product = {
+      .rows = const_cast<uint8_t*>(prepared),
+      .at = RowLayout(task),
+      .count = 1,
+      .sums = scratch.sums,
+      .decoded = &scratch.tile,
+  };
+  const bool wide = reinterpret_cast<const PlacedHeader*>(task.weight)->has_wide_scales;
+  const auto f = task.m == 1 ? (wide ? run_one_row<true> : run_one_row<false>)
+                             : (wide ? run_rows<true> : run_rows<false>);
+  f(task, product, task.weight + kLine, PlacedLayout(task.layout, task.n), first_panel, last_panel);
 }
 
 }  // namespace
