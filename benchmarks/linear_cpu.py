@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     limits = machine_limits(probe)
     print(f"{ops.kernel_name('cpu')}, {arguments.threads} thread(s), torch {torch.__version__}")
     print(
-        "one thread's limits:", ", ".join(f"{name} {value:.1f}" for name, value in limits.items())
+        "one thread's limits:", ", ".join(f"{name} {value:.3g}" for name, value in limits.items())
     )
     arguments.peers = peers.available(arguments.peers)
     results = measure(arguments, probe)
