@@ -1,10 +1,10 @@
 """SmolLM2 end to end through torch.compile: decode and prefill, and where the time of a decode step goes.
 
-    python benchmarks/decode_cpu.py [--layers 30] [--tokens 16] [--rounds 7] [--prefill 512] [--variants NAME ...]
+    python benchmarks/decode_cpu.py [--layers 30] [--tokens 16] [--rounds 7] [--prefill 512] [--dtype bfloat16] [--variants NAME ...]
 
 Variants, timed in turns (A B C A B C ...), ratios by round:
 
-    inductor       bf16, stock Inductor
+    inductor       the model as it is (--dtype), stock Inductor
     passes off     micromix without its passes: a quantise and a product for each layer
     micromix       the plan of the published thresholds, E2M3
     with head      the same, and the output head quantised too, so that all products are ours
@@ -35,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import StaticCache
 from turns import in_turns
 
-from micromix_compile import Recipe, calibrate
+from micromix_compile import Recipe, calibrate, ops
 from micromix_compile.evaluate import Decoder, decode_speed
 from micromix_compile.models import builtin_text, load_smollm2
 from micromix_compile.passes.fold_order import Folds
@@ -52,6 +52,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="decode steps of each timing")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt; 0: none")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the model"
+    )
     parser.add_argument("--variants", nargs="+", choices=ALL, default=ALL, metavar="NAME")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     arguments = parser.parse_args()
@@ -60,7 +63,7 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
-    model, tokenizer = load_smollm2()
+    model, tokenizer = load_smollm2(getattr(torch, arguments.dtype))
     del model.model.layers[arguments.layers :]
     model.config.num_hidden_layers = arguments.layers
     ids = tokenizer(builtin_text()[:8000], return_tensors="pt").input_ids
@@ -87,7 +90,10 @@ def main() -> None:
             prefills[name]()
 
     threads = torch.get_num_threads()
-    print(f"{arguments.layers} layers, {threads} thread(s), torch {torch.__version__}")
+    print(
+        f"{arguments.layers} layers, {arguments.dtype}, {ops.kernel_name('cpu')}, "
+        f"{threads} thread(s), torch {torch.__version__}"
+    )
     results = {}
     print(
         f"{'decode':17s} {'tok/s':>7s} {'ratio':>6s} {'products':>9s} {'head':>7s} {'else':>7s}  (ms)"
@@ -108,6 +114,7 @@ def main() -> None:
             results[name] |= {"prefill_s": seconds, "prefill_ratio": ratio}
     if arguments.json:
         facts = {"layers": arguments.layers, "threads": threads, "prefill": arguments.prefill}
+        facts |= {"dtype": arguments.dtype, "kernel": ops.kernel_name("cpu")}
         arguments.json.write_text(json.dumps(facts | {"variants": results}, indent=1) + "\n")
 
 

@@ -51,17 +51,17 @@ extern "C" double read_rate(const uint64_t* memory, int64_t words, int64_t place
 // Operations a second of AVX2's fused multiply-adds of float32 numbers that stay in registers.
 extern "C" [[gnu::target("avx2,fma")]] double fma_rate() {
   __m256 sums[12];
-  for (__m256& sum : sums) sum = _mm256_setzero_ps();
-  const __m256 x = _mm256_set1_ps(0.5f);
+  for (int j = 0; j < 12; ++j) sums[j] = _mm256_set1_ps(static_cast<float>(j));
+  __m256 x = _mm256_set1_ps(0.5f);
   const int64_t rounds = 4000000;
   const double start = seconds();
   for (int64_t i = 0; i < rounds; ++i) {
+    asm volatile("" : "+x"(x));
 #pragma GCC unroll 12
-    for (__m256& sum : sums) {
-      sum = _mm256_fmadd_ps(x, x, sum);
-      asm volatile("" : "+x"(sum));
-    }
+    for (int j = 0; j < 12; ++j) sums[j] = _mm256_fmadd_ps(x, x, sums[j]);
   }
+  for (int j = 1; j < 12; ++j) sums[0] = _mm256_add_ps(sums[0], sums[j]);
+  asm volatile("" : : "x"(sums[0]));
   return static_cast<double>(rounds) * 12 * 2 * 8 / (seconds() - start);
 }
 
