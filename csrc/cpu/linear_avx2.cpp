@@ -538,7 +538,25 @@ void float_blocks_of_one_row(Product& product, const mx::Segment& segment, const
   }
 }
 
-// kPanels: of one row; 0 where there are several rows and one panel.
+// kPanels: those that meet one row; 0 where there are several rows and one panel.
+template <int kBits, bool kWide, int kPanels>
+void multiply_integers(Product& product, const mx::Segment& segment, const Units& units) {
+  if constexpr (kPanels == 0) {
+    integer_blocks<kBits, kWide>(product, segment, units);
+  } else {
+    integer_blocks_of_one_row<kBits, kWide, kPanels>(product, segment, units);
+  }
+}
+
+template <mx::ElementFormat kFormat, bool kWide, int kPanels>
+void multiply_floats(Product& product, const mx::Segment& segment, const Units& units) {
+  if constexpr (kPanels == 0) {
+    float_blocks<kFormat, kWide>(product, segment, units);
+  } else {
+    float_blocks_of_one_row<kFormat, kWide, kPanels>(product, segment, units);
+  }
+}
+
 template <bool kWide, int kPanels>
 void multiply(const LinearTask& task, Product product) {
   const mx::MixedLayout& layout = task.layout;
@@ -547,16 +565,10 @@ void multiply(const LinearTask& task, Product product) {
     const Units units(task, segment);
     const auto of_format = [&]<mx::ElementFormat kFormat>() {
       if constexpr (is_small_integer(kFormat)) {
-        constexpr int kBits = kFormat.bits;
-        if (units.integers && kPanels > 0) {
-          return integer_blocks_of_one_row<kBits, kWide, kPanels>(product, segment, units);
-        }
-        if (units.integers) return integer_blocks<kBits, kWide>(product, segment, units);
+        if (units.integers)
+          return multiply_integers<kFormat.bits, kWide, kPanels>(product, segment, units);
       }
-      if (kPanels > 0) {
-        return float_blocks_of_one_row<kFormat, kWide, kPanels>(product, segment, units);
-      }
-      float_blocks<kFormat, kWide>(product, segment, units);
+      multiply_floats<kFormat, kWide, kPanels>(product, segment, units);
     };
     if (weight == mx::E2M1) of_format.template operator()<mx::E2M1>();
     if (weight == mx::E2M3) of_format.template operator()<mx::E2M3>();

@@ -139,6 +139,25 @@ def test_one_row_at_the_end_of_the_range(isa, m, layout):
         assert relative_error(actual[row], expected[row]) <= BAR[torch.float32]
 
 
+@pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, -1)])
+@pytest.mark.parametrize("weights", ["match", "mxfp4"])
+@pytest.mark.parametrize("format6", ["e2m3", "e3m2"])
+@pytest.mark.parametrize("m", [1, 2, 40])
+def test_largest_elements(isa, m, format6, weights, signs):
+    """Every element the largest of its format: sums of products in narrow integers must hold them."""
+    layout = MixedLayout(256, 64, 64, format6)
+    largest = {"e2m3": 7.5, "e3m2": 28.0}[format6]
+    values = torch.tensor([6.0] * 256 + [largest] * 64 + [448.0] * 64)
+    operands = Operands(m, 24, layout, weights)
+    own = values if weights == "match" else torch.full((384,), 6.0)
+    operands.data, operands.scales = mx.quantize(signs[0] * values.expand(m, -1), layout)
+    weight = signs[1] * own.expand(24, -1)
+    operands.weight_data, operands.weight_scales = mx.quantize(weight, operands.own)
+    dequantized = mx.dequantize(operands.data, operands.scales, layout, torch.float64)
+    assert torch.equal(dequantized, signs[0] * values.double().expand(m, -1))
+    operands.check()
+
+
 def test_random_scales(isa):
     """Any scale bytes: results that float32 can hold are right, row by row and column by column."""
     operands = Operands(40, 24, MixedLayout(32, 0, 0))
