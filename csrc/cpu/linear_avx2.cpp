@@ -326,9 +326,10 @@ struct Product {
 };
 
 // The products of a segment's blocks with several rows: the weights of half a panel wait in
-// registers for all of them.
+// registers for all of them. Like the three loops below not inlined: each needs all registers.
 template <int kBits, bool kWide>
-void integer_blocks(Product& product, const mx::Segment& segment, const Units& units) {
+[[gnu::noinline]] void integer_blocks(Product& product, const mx::Segment& segment,
+                                      const Units& units) {
   const uint8_t* elements = product.rows + product.at.elements + product.elements;
   const uint8_t* tile = product.tile;
   uint8_t* const rows = product.rows;
@@ -364,7 +365,8 @@ void integer_blocks(Product& product, const mx::Segment& segment, const Units& u
 
 // The same with one row, and kPanels panels: all happens in registers, line by line.
 template <int kBits, bool kWide, int kPanels>
-void integer_blocks_of_one_row(Product& product, const mx::Segment& segment, const Units& units) {
+[[gnu::noinline]] void integer_blocks_of_one_row(Product& product, const mx::Segment& segment,
+                                                 const Units& units) {
   const Prepared row = product.row(0);
   const int32_t* q = reinterpret_cast<const int32_t*>(row.elements + product.elements);
   const uint8_t* tile = product.tile;
@@ -478,8 +480,8 @@ template <bool kWide, int kRows>
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) {
       __m256 w = _mm256_load_ps(tile.values[pair][q]);
-      asm(""
-          : "+x"(w));  // one load for all rows: as operands of FMAs they would be what it waits for
+      // One load for all rows: as operands of FMAs they would be what the loop waits for.
+      asm("" : "+x"(w));
 #pragma GCC unroll 4
       for (int i = 0; i < kRows; ++i) dot[i][q] = _mm256_fmadd_ps(w, x[i], dot[i][q]);
     }
@@ -502,7 +504,8 @@ template <bool kWide>
 }
 
 template <mx::ElementFormat kFormat, bool kWide>
-void float_blocks(Product& product, const mx::Segment& segment, const Units& units) {
+[[gnu::noinline]] void float_blocks(Product& product, const mx::Segment& segment,
+                                    const Units& units) {
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
     for_each_quarter<kFormat, 1>(product,
                                  [&](int, int pair, int q, __m256 w) [[gnu::always_inline]] {
@@ -515,7 +518,8 @@ void float_blocks(Product& product, const mx::Segment& segment, const Units& uni
 }
 
 template <mx::ElementFormat kFormat, bool kWide, int kPanels>
-void float_blocks_of_one_row(Product& product, const mx::Segment& segment, const Units& units) {
+[[gnu::noinline]] void float_blocks_of_one_row(Product& product, const mx::Segment& segment,
+                                               const Units& units) {
   const Prepared row = product.row(0);
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
     const uint8_t* const elements = row.elements + product.elements;
@@ -539,24 +543,6 @@ void float_blocks_of_one_row(Product& product, const mx::Segment& segment, const
 }
 
 // kPanels: those that meet one row; 0 where there are several rows and one panel.
-template <int kBits, bool kWide, int kPanels>
-void multiply_integers(Product& product, const mx::Segment& segment, const Units& units) {
-  if constexpr (kPanels == 0) {
-    integer_blocks<kBits, kWide>(product, segment, units);
-  } else {
-    integer_blocks_of_one_row<kBits, kWide, kPanels>(product, segment, units);
-  }
-}
-
-template <mx::ElementFormat kFormat, bool kWide, int kPanels>
-void multiply_floats(Product& product, const mx::Segment& segment, const Units& units) {
-  if constexpr (kPanels == 0) {
-    float_blocks<kFormat, kWide>(product, segment, units);
-  } else {
-    float_blocks_of_one_row<kFormat, kWide, kPanels>(product, segment, units);
-  }
-}
-
 template <bool kWide, int kPanels>
 void multiply(const LinearTask& task, Product product) {
   const mx::MixedLayout& layout = task.layout;
@@ -565,10 +551,19 @@ void multiply(const LinearTask& task, Product product) {
     const Units units(task, segment);
     const auto of_format = [&]<mx::ElementFormat kFormat>() {
       if constexpr (is_small_integer(kFormat)) {
-        if (units.integers)
-          return multiply_integers<kFormat.bits, kWide, kPanels>(product, segment, units);
+        if (units.integers) {
+          if constexpr (kPanels == 0) {
+            return integer_blocks<kFormat.bits, kWide>(product, segment, units);
+          } else {
+            return integer_blocks_of_one_row<kFormat.bits, kWide, kPanels>(product, segment, units);
+          }
+        }
       }
-      multiply_floats<kFormat, kWide, kPanels>(product, segment, units);
+      if constexpr (kPanels == 0) {
+        float_blocks<kFormat, kWide>(product, segment, units);
+      } else {
+        float_blocks_of_one_row<kFormat, kWide, kPanels>(product, segment, units);
+      }
     };
     if (weight == mx::E2M1) of_format.template operator()<mx::E2M1>();
     if (weight == mx::E2M3) of_format.template operator()<mx::E2M3>();
@@ -633,18 +628,20 @@ template <bool kWide>
 void run_rows(const LinearTask& task, Product product, const uint8_t* weight,
               const PlacedLayout& sizes, int64_t first_panel, int64_t last_panel) {
   uint8_t* const prepared = product.rows;
-  // Rows that stay in the second-level cache meet all panels, then the next do.
-  constexpr int64_t kCached = 256 << 10;
-  const int64_t groups = kCached / (product.at.bytes * kMaxRows);
-  const int64_t chunk = (groups < 1 ? 1 : groups) * kMaxRows;
+  // Rows that stay in the second-level cache meet all panels, then the next do. Long rows meet a
+  // decoded tile in smaller groups.
+  constexpr int64_t kCached = 320 << 10, kFewest = 12;
+  const int64_t cached = kCached / product.at.bytes;
+  const int64_t group = cached > kMaxRows ? kMaxRows : cached < kFewest ? kFewest : cached;
+  const int64_t chunk = cached > group ? cached / group * group : group;
   for (int64_t chunk_start = 0; chunk_start < task.m; chunk_start += chunk) {
     const int64_t chunk_end = chunk_start + chunk < task.m ? chunk_start + chunk : task.m;
     for (int64_t p = first_panel; p < last_panel; ++p) {
       product.scales = weight + p * sizes.panel_bytes;
       product.tile = product.scales + sizes.scale_bytes;
-      for (int64_t m = chunk_start; m < chunk_end; m += kMaxRows) {
+      for (int64_t m = chunk_start; m < chunk_end; m += group) {
         product.rows = prepared + m * product.at.bytes;
-        product.count = static_cast<int>(chunk_end - m < kMaxRows ? chunk_end - m : kMaxRows);
+        product.count = static_cast<int>(chunk_end - m < group ? chunk_end - m : group);
         std::memset(product.sums, 0, product.count * sizeof(Sums));
         multiply<kWide, 0>(task, product);
         for (int i = 0; i < product.count; ++i) finish(task, m + i, p, product.sums[i]);
