@@ -27,7 +27,13 @@ from rich.table import Table
 import micromix_compile as micromix
 from micromix_compile import _torch_compat as compat
 from micromix_compile.evaluate import Decoder, DecodeSpeed, Perplexity, decode_speed, perplexity
-from micromix_compile.models import builtin_text, halves, load_smollm2, token_windows
+from micromix_compile.models import (
+    builtin_text,
+    fast_dtype,
+    halves,
+    load_smollm2,
+    token_windows,
+)
 from micromix_compile.picture import draw
 from micromix_compile.plan import ModelPlan
 
@@ -52,11 +58,6 @@ class Variant:
     text: str = ""
     speed: DecodeSpeed | None = None
     decoder: Decoder | None = field(default=None, repr=False)
-
-
-def fast_dtype() -> torch.dtype:
-    """bfloat16, or float32 on a CPU without AVX-512, where torch's bfloat16 products take several times as long as its float32 ones."""
-    return torch.bfloat16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else torch.float32
 
 
 def run(

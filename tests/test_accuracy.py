@@ -14,9 +14,15 @@ WINDOWS, LENGTH = 12, 2048
 
 
 @pytest.fixture(scope="module")
-def halves(smollm2):
+def fast_smollm2():
+    """In the type in which this machine gets through the text in minutes."""
+    return models.load("smollm2", models.fast_dtype())
+
+
+@pytest.fixture(scope="module")
+def halves(fast_smollm2):
     """Of each half of the text: its windows, their calibration, and the perplexity of the float model."""
-    model, tokenizer = smollm2
+    model, tokenizer = fast_smollm2
     found = []
     for half in models.halves(models.builtin_text()):
         windows = models.token_windows(tokenizer, half, LENGTH, WINDOWS)
@@ -27,8 +33,8 @@ def halves(smollm2):
 
 
 @pytest.mark.parametrize("seen", [0, 1])
-def test_the_published_setting_and_mxfp8_lose_no_more_than_they_should(smollm2, halves, seen):
-    model, _ = smollm2
+def test_the_published_setting_and_mxfp8_lose_no_more_than_they_should(fast_smollm2, halves, seen):
+    model, _ = fast_smollm2
     _, calibration, _ = halves[seen]
     unseen, _, exact = halves[1 - seen]
     for recipe, bar in ((Recipe.micromix(), 0.22), (Recipe(format="mxfp8"), 0.045)):
@@ -39,7 +45,8 @@ def test_the_published_setting_and_mxfp8_lose_no_more_than_they_should(smollm2, 
         assert 0.005 < increase <= bar
         rows = [row for row in explain(compiled).layers.values() if not row.reason]
         assert len(rows) == 7 * model.config.num_hidden_layers
-        size = sum(row.bytes_after for row in rows) / sum(row.bytes_before for row in rows)
+        before = sum(row.bytes_before for row in rows) * 2 / model.dtype.itemsize  # in bfloat16
+        size = sum(row.bytes_after for row in rows) / before
         assert size <= (0.35 if recipe.format is None else 0.53)
         torch.compiler.reset()
 

@@ -100,14 +100,6 @@ def tiny_demo(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype"), [("AVX512", torch.bfloat16), ("AVX2", torch.float32)]
-)
-def test_dtype_is_one_in_which_torch_is_fast(monkeypatch, capability, dtype):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert demo.fast_dtype() == dtype
-
-
-@pytest.mark.parametrize(
     ("dtype", "base"), [(torch.bfloat16, "bf16"), (torch.float32, "fp32")], ids=["bf16", "fp32"]
 )
 def test_whole_demo(tiny_demo, tmp_path, capsys, dtype, base):

@@ -144,3 +144,11 @@ def test_bad_text_file(tmp_path, content, reason):
 def test_missing_text_file(tmp_path):
     with pytest.raises(TextError, match="No such file"):
         models.read_text(tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [("AVX512", torch.bfloat16), ("AVX2", torch.float32)]
+)
+def test_dtype_is_one_in_which_torch_is_fast(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert models.fast_dtype() == dtype
