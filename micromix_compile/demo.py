@@ -27,13 +27,7 @@ from rich.table import Table
 import micromix_compile as micromix
 from micromix_compile import _torch_compat as compat
 from micromix_compile.evaluate import Decoder, DecodeSpeed, Perplexity, decode_speed, perplexity
-from micromix_compile.models import (
-    builtin_text,
-    fast_dtype,
-    halves,
-    load_smollm2,
-    token_windows,
-)
+from micromix_compile.models import builtin_text, fast_dtype, halves, load_smollm2, token_windows
 from micromix_compile.picture import draw
 from micromix_compile.plan import ModelPlan
 
