@@ -53,32 +53,36 @@ def test_the_published_setting_and_mxfp8_lose_no_more_than_they_should(fast_smol
 
 
 @pytest.fixture(scope="module")
-def small(smollm2):
+def calibrated(smollm2):
     model, tokenizer = smollm2
-    halves = models.halves(models.builtin_text())
-    seen, unseen = (models.token_windows(tokenizer, half, 192, 4) for half in halves)
-    calibration = calibrate(model).run([{"input_ids": window[None]} for window in seen])
-    return model, calibration, unseen
+    seen, unseen = models.halves(models.builtin_text())
+    windows = models.token_windows(tokenizer, seen, 192, 4)
+    return calibrate(model).run([{"input_ids": window[None]} for window in windows]), unseen
 
 
 @pytest.mark.parametrize(
-    ("recipe", "exact"),
+    ("recipe", "length", "windows", "differ"),
     [
-        (Recipe(format="mxfp4"), True),
-        (Recipe(split=(0.5, 0.5, 0), hadamard=(4, 6)), True),
-        (Recipe(), False),
+        (Recipe(format="mxfp4"), 192, 4, 0),
+        (Recipe(split=(0.5, 0.5, 0), hadamard=(4, 6)), 192, 4, 0),
+        (Recipe(), 24, 12, 5),
     ],
     ids=["mxfp4", "rotated", "default"],
 )
-def test_the_kernels_have_the_perplexity_of_the_reference_arithmetic(recipe, exact, small):
-    """Where sums are exact, everywhere. With MXFP8, whose sums depend on their order in the last bit, in most of some
-    short windows: one rounding that falls the other way, which takes a few thousand tokens, moves all tokens after it.
+def test_the_kernels_have_the_perplexity_of_the_reference_arithmetic(
+    recipe, length, windows, differ, smollm2, calibrated
+):
+    """Where sums are exact, everywhere. With MXFP8, whose sums depend on their order in the last bit, in most windows:
+    one rounding that falls the other way, in a few hundred to a few thousand tokens, moves all tokens after it. So these
+    windows are short, and many.
     """
-    model, calibration, unseen = small
+    model, tokenizer = smollm2
+    calibration, unseen = calibrated
+    tokens = models.token_windows(tokenizer, unseen, length, windows)
     plan = calibration.plan(recipe)
     options = {"plan": plan, "strict": True, "inductor": False}
     compiled = torch.compile(model, backend="micromix", options=options, fullgraph=True)
-    found = evaluate.perplexity(compiled, unseen, label=None).losses
-    expected = evaluate.perplexity(reference_model(model, plan), unseen, label=None).losses
-    differences = sorted(abs(math.expm1(a - b)) for a, b in zip(found, expected))
-    assert differences[-1 if exact else len(unseen) // 2] < 0.001
+    found = evaluate.perplexity(compiled, tokens, label=None).losses
+    expected = evaluate.perplexity(reference_model(model, plan), tokens, label=None).losses
+    differences = [abs(math.expm1(a - b)) for a, b in zip(found, expected, strict=True)]
+    assert sum(difference >= 0.001 for difference in differences) <= differ
