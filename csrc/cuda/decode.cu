@@ -7,34 +7,33 @@ namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 
-// A row of some thread blocks, once it is there; they find its largest scale.
-struct Row {
-  int64_t index;
-  const uint8_t *scales, *data;
-  int largest;
-};
-__device__ __forceinline__ Row next_row(const PackedRows& rows, uint8_t* largest) {
+// The largest scale of the row that some thread blocks share, which all of their threads find.
+__device__ __forceinline__ int find_largest(const PackedRows& rows, uint8_t* largest) {
   __shared__ int of_warps[kWarps];
-  let_the_next_kernel_start();
-  wait_for_the_kernel_before();
-  Row row{};
-  row.index = blockIdx.x;
-  row.scales = rows.scales + row.index * rows.blocks;
-  row.data = rows.data + row.index * rows.row_bytes;
-  const int of_warp = largest_scale(row.scales, rows.blocks, threadIdx.x, kThreads);
+  const int64_t row = blockIdx.x;
+  const int of_warp =
+      largest_scale(rows.scales + row * rows.blocks, rows.blocks, threadIdx.x, kThreads);
   if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = of_warp;
   __syncthreads();
-  row.largest = __reduce_max_sync(kWarp, of_warps[threadIdx.x % kWarps]);
-  if (threadIdx.x == 0 && blockIdx.y == 0) largest[blockIdx.x] = static_cast<uint8_t>(row.largest);
-  return row;
+  const int found = __reduce_max_sync(kWarp, of_warps[threadIdx.x % kWarps]);
+  if (threadIdx.x == 0 && blockIdx.y == 0) largest[row] = static_cast<uint8_t>(found);
+  return found;
 }
 
+// What a thread decodes is on its way while they look for the largest scale. The product that reads
+// it may start only when the kernel before has left the device: beside that one its thread blocks
+// would lie unevenly on the multiprocessors.
 __global__ void __launch_bounds__(kThreads)
     decode_rows_kernel(const PackedRows rows, uint4* values, uint8_t* largest) {
-  const auto [row, scales, data, most] = next_row(rows, largest);
-  const int groups = rows.blocks * kGroups, g = blockIdx.y * kThreads + threadIdx.x;
-  if (g < groups)
-    values[row * groups + g] = decode_group(rows, data, g, __ldg(scales + g / kGroups), most);
+  wait_for_the_kernel_before();
+  let_the_next_kernel_start();
+  const int groups = rows.blocks * kGroups, at = blockIdx.y * kThreads + threadIdx.x;
+  const int block = at / kGroups;
+  PackedGroup group;
+  if (at < groups) group = load_group(rows, blockIdx.x, block, at % kGroups);
+  const int most = find_largest(rows, largest);
+  if (at < groups)
+    values[int64_t{blockIdx.x} * groups + at] = decode_group(rows, group, block, most);
 }
 
 // Thread blocks share out a row. A thread has one group of the four blocks of a step: the four
@@ -43,27 +42,30 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     decode_tiles_kernel(const PackedRows rows, const Steps steps, int64_t padded, uint4* tiles,
                         uint8_t* largest) {
-  const auto [row, scales, data, most] = next_row(rows, largest);
+  wait_for_the_kernel_before();
+  let_the_next_kernel_start();
+  const int64_t row = blockIdx.x;
   const int at = blockIdx.y * kThreads + threadIdx.x;
-  if (at < kGroups * steps.count()) {
-    const int step = at / kGroups, g = at % kGroups;
-    const auto [first, last] = steps.blocks_of(step);
-    Eight of_blocks[kStepBlocks];
+  const int step = at / kGroups, g = at % kGroups;
+  const bool there = step < steps.count();
+  const auto [first, last] = steps.blocks_of(step);
+  PackedGroup groups[kStepBlocks];
 #pragma unroll
-    for (int i = 0; i < kStepBlocks; ++i) {
-      const int block = first + i;
-      of_blocks[i] =
-          block < last ? decode_group(rows, data, block * kGroups + g, __ldg(scales + block), most)
-                       : Eight{};
-    }
-    const auto& [a, b, c, d] = of_blocks;
-    const uint4 pieces[4] = {
-        {a.x, b.x, c.x, d.x}, {a.y, b.y, c.y, d.y}, {a.z, b.z, c.z, d.z}, {a.w, b.w, c.w, d.w}};
-    constexpr int kPieces = kSliceBytes / 16;
-    uint4* const slice = tiles + ((2 * step + g / 2) * padded + row) * kPieces;
+  for (int i = 0; i < kStepBlocks; ++i)
+    if (there && first + i < last) groups[i] = load_group(rows, row, first + i, g);
+  const int most = find_largest(rows, largest);
+  if (!there) return;
+  Eight of_blocks[kStepBlocks];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) slice[(4 * (g % 2) + i) ^ (row % kPieces)] = pieces[i];
-  }
+  for (int i = 0; i < kStepBlocks; ++i)
+    of_blocks[i] = decode_group(rows, groups[i], min(first + i, last - 1), most);
+  const auto& [a, b, c, d] = of_blocks;
+  const uint4 pieces[4] = {
+      {a.x, b.x, c.x, d.x}, {a.y, b.y, c.y, d.y}, {a.z, b.z, c.z, d.z}, {a.w, b.w, c.w, d.w}};
+  constexpr int kPieces = kSliceBytes / 16;
+  uint4* const slice = tiles + ((2 * step + g / 2) * padded + row) * kPieces;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) slice[(4 * (g % 2) + i) ^ (row % kPieces)] = pieces[i];
 }
 
 // A warp a chunk.
@@ -112,8 +114,10 @@ __global__ void __launch_bounds__(kThreads)
     finish_sums_kernel(const float* sums, const Results results) {
   wait_for_the_kernel_before();
   const int64_t first = blockIdx.x * int64_t{kThreads} + threadIdx.x;
-  for (int64_t i = first; i < results.m * results.n; i += gridDim.x * int64_t{kThreads})
-    finish(results, sums[i], i / results.n, i % results.n);
+  for (int64_t i = first; i < results.m * results.n; i += gridDim.x * int64_t{kThreads}) {
+    const int64_t m = i / results.n, n = i % results.n;
+    store_finished(results, sums[i], load_finish(results, m, n), m, n);
+  }
 }
 
 // Thread blocks that share out a row, one at least: it finds the largest scale.

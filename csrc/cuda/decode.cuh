@@ -133,26 +133,42 @@ struct ChunkInMemory {
   }
 };
 
-// Eight channels of a packed row: group g of all of its groups.
-__device__ __forceinline__ Eight decode_group(const PackedRows& rows, const uint8_t* data, int g,
-                                              int scale, int largest) {
-  const int block = g / kGroups;
+// Eight neighbouring codes of a packed row, group g of a block, as they were loaded, and its scale.
+struct PackedGroup {
+  uint32_t codes[3] = {}, scale = 0;  // zeros
+};
+__device__ __forceinline__ PackedGroup load_group(const PackedRows& rows, int64_t row, int block,
+                                                  int g) {
+  const uint8_t* const data = rows.data + row * rows.row_bytes;
+  PackedGroup x;
+  x.scale = __ldg(rows.scales + row * rows.blocks + block);
   if (block < rows.end4) {
-    return decode_e2m1(__ldg(reinterpret_cast<const uint32_t*>(data) + g),
-                       factor_of_block<mx::E2M1>(scale, largest));
+    x.codes[0] = __ldg(reinterpret_cast<const uint32_t*>(data) + block * kGroups + g);
+  } else if (block < rows.end6) {
+    const auto* const halves = reinterpret_cast<const uint16_t*>(data + rows.start6) +
+                               3 * ((block - rows.end4) * kGroups + g);
+#pragma unroll
+    for (int i = 0; i < 3; ++i) x.codes[i] = __ldg(halves + i);
+  } else {
+    const uint2 two = __ldg(reinterpret_cast<const uint2*>(data + rows.start8) +
+                            (block - rows.end6) * kGroups + g);
+    x.codes[0] = two.x, x.codes[1] = two.y;
   }
+  return x;
+}
+// In a row whose largest scale is `largest`.
+__device__ __forceinline__ Eight decode_group(const PackedRows& rows, const PackedGroup& x,
+                                              int block, int largest) {
+  const int scale = static_cast<int>(x.scale);
+  if (block < rows.end4) return decode_e2m1(x.codes[0], factor_of_block<mx::E2M1>(scale, largest));
   if (block < rows.end6) {
-    const auto* const halves =
-        reinterpret_cast<const uint16_t*>(data + rows.start6) + 3 * (g - rows.end4 * kGroups);
-    const uint32_t low = __ldg(halves) | static_cast<uint32_t>(__ldg(halves + 1)) << 16;
-    const uint32_t upper = __funnelshift_r(low, __ldg(halves + 2), 24);
+    const uint32_t low = x.codes[0] | x.codes[1] << 16;
+    const uint32_t upper = __funnelshift_r(low, x.codes[2], 24);
     return rows.e3m2
                ? decode_mxfp6<mx::E3M2>(low, upper, factor_of_block<mx::E3M2>(scale, largest))
                : decode_mxfp6<mx::E2M3>(low, upper, factor_of_block<mx::E2M3>(scale, largest));
   }
-  const uint2 codes =
-      __ldg(reinterpret_cast<const uint2*>(data + rows.start8) + (g - rows.end6 * kGroups));
-  return decode_e4m3(codes.x, codes.y, factor_of_block<mx::E4M3>(scale, largest));
+  return decode_e4m3(x.codes[0], x.codes[1], factor_of_block<mx::E4M3>(scale, largest));
 }
 
 // The largest of a row's scales that are numbers, found by the lanes of a warp.
@@ -180,11 +196,19 @@ struct Power {
   __device__ __forceinline__ float times(float x, float y) const { return fmaf(x * a, b, y); }
 };
 
-// The result of a sum, stored.
-__device__ __forceinline__ void finish(const Results& to, float sum, int64_t m, int64_t n) {
-  const Power power(Power(to.largest_of_rows[m]), Power(to.largest_of_columns[n]));
-  const float added = to.bias ? load_one(to.bias, to.bias_dtype, n) : 0.0f;
-  store_any<1>(to.out, to.out_dtype, m * to.stride + n, 1, {power.times(sum, added)});
+// What a sum needs to become result [m, n]; it can be loaded before the sum is there.
+struct Finish {
+  int largest_of_row, largest_of_column;
+  float added;
+};
+__device__ __forceinline__ Finish load_finish(const Results& to, int64_t m, int64_t n) {
+  return {__ldg(to.largest_of_rows + m), __ldg(to.largest_of_columns + n),
+          to.bias ? load_one(to.bias, to.bias_dtype, n) : 0.0f};
+}
+__device__ __forceinline__ void store_finished(const Results& to, float sum, const Finish& finish,
+                                               int64_t m, int64_t n) {
+  const Power power(Power(finish.largest_of_row), Power(finish.largest_of_column));
+  store_any<1>(to.out, to.out_dtype, m * to.stride + n, 1, {power.times(sum, finish.added)});
 }
 
 }  // namespace micromix::cuda

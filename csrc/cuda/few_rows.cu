@@ -23,6 +23,8 @@ __device__ __forceinline__ void multiply(float (&sums)[4], uint32_t a0, uint32_t
 template <int kTiles, int kWarps>
 struct Product {
   static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kSums = kTiles * kTokens * kPanelRows;
+  static constexpr int kOwn = (kSums + kThreads - 1) / kThreads;  // a thread's
 
   const PlacedRows& weight;
   const Results& results;
@@ -80,8 +82,24 @@ struct Product {
     }
   }
 
+  // The thread's j-th result, if there is one; else another that is.
+  struct Place {
+    int token, row;
+    int64_t n;
+    bool there;
+  };
+  __device__ __forceinline__ Place place_of(int j) const {
+    const int i = threadIdx.x + j * kThreads, token = i / kPanelRows, r = i % kPanelRows;
+    const int64_t n = int64_t{kPanelRows} * blockIdx.x + r;
+    return {min(token, static_cast<int>(results.m) - 1), r, min(n, weight.rows - 1),
+            i < kSums && token < results.m && n < weight.rows};
+  }
+
   __device__ __forceinline__ void run() {
     __shared__ float parts[kWarps][kTiles][kTokens][kPanelRows];
+    // Where a thread has one result, what that needs is there before the sums are.
+    Finish ahead;
+    if constexpr (kOwn == 1) ahead = load_finish(results, place_of(0).token, place_of(0).n);
     const int32_t (&ends)[3] = weight.steps.step_ends;
     add_segment<mx::E2M1>(0, ends[0]);
     if (weight.e3m2) {
@@ -96,20 +114,22 @@ struct Product {
       for (int i = 0; i < 4; ++i)
         parts[threadIdx.x / 32][t][2 * quarter + i % 2][row + i / 2 * 8] = sums[t][i];
     __syncthreads();
-    for (int i = threadIdx.x; i < kTiles * kTokens * kPanelRows; i += kThreads) {
-      const int r = i % kPanelRows, token = i / kPanelRows;
-      const int64_t n = int64_t{kPanelRows} * blockIdx.x + r;
-      if (token >= results.m || n >= weight.rows) continue;
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      const Place p = place_of(j);
+      if (!p.there) continue;
       float sum = 0.0f;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) sum += parts[w][token / kTokens][token % kTokens][r];
-      finish(results, sum, token, n);
+      for (int w = 0; w < kWarps; ++w) sum += parts[w][p.token / kTokens][p.token % kTokens][p.row];
+      const Finish finish = kOwn == 1 ? ahead : load_finish(results, p.token, p.n);
+      store_finished(results, sum, finish, p.token, p.n);
     }
   }
 };
 
+// Eight warps have registers for all that they load, and lie two thread blocks to a multiprocessor.
 template <int kTiles, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kWarps, kWarps == 8 ? 2 : 0)
     few_rows_kernel(const void* x, const __grid_constant__ PlacedRows weight,
                     const __grid_constant__ Results results) {
   let_the_next_kernel_start();

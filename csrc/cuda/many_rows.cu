@@ -272,17 +272,25 @@ struct Product : Shape<kTokens> {
       }
     }
   };
+  // The warp's tokens, of the part's; each lane has the largest scale of one of them.
+  struct Tokens {
+    int first, stop, largest_of_own;
+
+    __device__ __forceinline__ explicit Tokens(const Product& p)
+        : first(kTokens * p.part / p.parts + p.warp) {
+      const Results& to = p.task.results;
+      stop = static_cast<int>(min(int64_t{kTokens} * (p.part + 1) / p.parts, to.m - p.token));
+      static_assert(kTokens <= kWarps * 32);
+      const int own = first + kWarps * p.lane;
+      largest_of_own = own < stop ? __ldg(to.largest_of_rows + p.token + own) : 0;
+    }
+  };
   // The results of the part's tokens: the sums of all parts, in their order.
-  __device__ __forceinline__ void finish_tokens(const Columns& columns) const {
+  __device__ __forceinline__ void finish_tokens(const Columns& columns,
+                                                const Tokens& of_warp) const {
     const Results& to = task.results;
-    const int first = kTokens * part / parts + warp;
-    const int stop = static_cast<int>(min(int64_t{kTokens} * (part + 1) / parts, to.m - token));
-    // A lane has one of the warp's tokens.
-    static_assert(kTokens <= kWarps * 32);
-    const int own = first + kWarps * lane;
-    const int largest_of_own = own < stop ? __ldg(to.largest_of_rows + token + own) : 0;
-    for (int t = first, i = 0; t < stop; t += kWarps, ++i) {
-      const Power of_row(__shfl_sync(kWarp, largest_of_own, i));
+    for (int t = of_warp.first, i = 0; t < of_warp.stop; t += kWarps, ++i) {
+      const Power of_row(__shfl_sync(kWarp, of_warp.largest_of_own, i));
       const uint32_t there = shared + 4 * (t * kSumStride + columns.row);
       float4 four[kShared ? 1 : kMostParts];
       Values<4> y{};
@@ -335,6 +343,7 @@ struct Product : Shape<kTokens> {
     __syncwarp();
     multiply_all();
     const Columns columns(*this);
+    const Tokens of_warp(*this);
     // All of the thread block's slices and codes have been read: sums take their place.
     __syncthreads();
     leave_sums();
@@ -343,7 +352,7 @@ struct Product : Shape<kTokens> {
     } else {
       meet_cluster();
     }
-    finish_tokens(columns);
+    finish_tokens(columns, of_warp);
     if (kShared || parts > 1) leave_cluster();  // others tell its barriers, or read its sums
   }
 };
@@ -418,8 +427,12 @@ cudaError_t launch(Task& task, const Launcher& on) {
     kernel = {many_rows_kernel<kTokens, true>,
               static_cast<unsigned>(task.token_tiles * pairs * kSharers), 1, kSharers};
   }
+  // Clusters that start early find multiprocessors taken. Where they are to have nearly all of them
+  // at once, the last ones would wait until the first ones end.
+  Launcher how = on;
+  how.early = on.early && (parts == 1 || 4 * tiles <= 3 * clusters_at_once<kTokens>(parts, on));
   cudaLaunchAttribute attributes[kMostAttributes];
-  const cudaLaunchConfig_t config = kernel.config(on, attributes);
+  const cudaLaunchConfig_t config = kernel.config(how, attributes);
   return cudaLaunchKernelEx(&config, kernel.run, task);
 }
 
