@@ -60,7 +60,10 @@ def cuda_arguments() -> list[str]:
         "-DMICROMIX_CUDA=ON",
         f"-DNVCC={nvcc}",
         f"-DCUTLASS_INCLUDE={cutlass if cutlass.exists() else ''}",
-        *([f"-DMICROMIX_CUDA_ARCHITECTURES={';'.join(architectures)}"] if architectures else []),
+        # Without a wish the default, and not what an earlier build had.
+        f"-DMICROMIX_CUDA_ARCHITECTURES={';'.join(architectures)}"
+        if architectures
+        else "-UMICROMIX_CUDA_ARCHITECTURES",
     ]
 
 

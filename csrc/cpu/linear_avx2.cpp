@@ -15,8 +15,6 @@ using namespace avx2;
 
 constexpr int kMaxRows = 32;  // rows that share a decoded tile
 
-constexpr bool is_small_integer(mx::ElementFormat f) { return f == mx::E2M1 || f == mx::E2M3; }
-constexpr int integer_factor(mx::ElementFormat f) { return f == mx::E2M1 ? 2 : 8; }
 // What makes every element that many times positive: its largest.
 constexpr int integer_offset(mx::ElementFormat f) { return f == mx::E2M1 ? 12 : 60; }
 
@@ -28,16 +26,20 @@ constexpr float float16_factor(mx::ElementFormat format) {
 // How a segment is multiplied, which decides how its activations are prepared.
 struct Units {
   bool integers;
+  int offset;             // of the weight's
   int64_t element_bytes;  // of a prepared block: 32 signed bytes or 32 floats
   float factor;           // activations are multiplied by this when they become floats,
   float rest;             // and products by this, beside the scales
 
   Units(const LinearTask& task, const mx::Segment& segment) {
     const mx::ElementFormat weight = task.layout.weight_format(segment);
-    integers = !task.weight_only && is_small_integer(segment.format) && is_small_integer(weight);
+    integers =
+        !task.weight_only && mx::is_small_integer(segment.format) && mx::is_small_integer(weight);
+    offset = integer_offset(weight);
     element_bytes = mx::kBlock * (integers ? 1 : sizeof(float));
     factor = float16_factor(weight);
-    rest = integers ? 1.0f / (integer_factor(segment.format) * integer_factor(weight)) : 1.0f;
+    rest =
+        integers ? 1.0f / (mx::integer_factor(segment.format) * mx::integer_factor(weight)) : 1.0f;
   }
 };
 
@@ -149,13 +151,13 @@ template <mx::ElementFormat kFormat>
 
 template <mx::ElementFormat kFormat>
 [[gnu::always_inline]] inline void prepare_segment(const Prepared& row, const mx::Segment& segment,
-                                                   const Units& units, int offset,
-                                                   const uint8_t* packed, uint8_t* elements) {
+                                                   const Units& units, const uint8_t* packed,
+                                                   uint8_t* elements) {
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
     alignas(32) uint8_t codes[mx::kBlock];
     mx::unpack_block(packed, kFormat.bits, codes);
-    if constexpr (is_small_integer(kFormat)) {
-      if (units.integers) store_integers<kFormat>(row, b, load(codes), offset, elements);
+    if constexpr (mx::is_small_integer(kFormat)) {
+      if (units.integers) store_integers<kFormat>(row, b, load(codes), units.offset, elements);
     }
     if (!units.integers) {
       const float factor = units.factor * float16_factor(kFormat);
@@ -205,19 +207,18 @@ void prepare(const LinearTask& task, int64_t first_row, int64_t last_row, uint8_
     }
     for (const mx::Segment& segment : layout.segments()) {
       const Units units(task, segment);
-      const int offset = integer_offset(layout.weight_format(segment));
       const uint8_t* const packed =
           task.weight_only ? nullptr : task.data + r * layout.row_bytes() + segment.byte_start;
       if (task.weight_only) {
         prepare_floats(task, r, row, segment, units, elements);
       } else if (segment.format == mx::E2M1) {
-        prepare_segment<mx::E2M1>(row, segment, units, offset, packed, elements);
+        prepare_segment<mx::E2M1>(row, segment, units, packed, elements);
       } else if (segment.format == mx::E2M3) {
-        prepare_segment<mx::E2M3>(row, segment, units, offset, packed, elements);
+        prepare_segment<mx::E2M3>(row, segment, units, packed, elements);
       } else if (segment.format == mx::E3M2) {
-        prepare_segment<mx::E3M2>(row, segment, units, offset, packed, elements);
+        prepare_segment<mx::E3M2>(row, segment, units, packed, elements);
       } else {
-        prepare_segment<mx::E4M3>(row, segment, units, offset, packed, elements);
+        prepare_segment<mx::E4M3>(row, segment, units, packed, elements);
       }
       elements += segment.blocks * units.element_bytes;
     }
@@ -550,7 +551,7 @@ void multiply(const LinearTask& task, Product product) {
     const mx::ElementFormat weight = layout.weight_format(segment);
     const Units units(task, segment);
     const auto of_format = [&]<mx::ElementFormat kFormat>() {
-      if constexpr (is_small_integer(kFormat)) {
+      if constexpr (mx::is_small_integer(kFormat)) {
         if (units.integers) {
           if constexpr (kPanels == 0) {
             return integer_blocks<kFormat.bits, kWide>(product, segment, units);

@@ -15,8 +15,6 @@ using namespace avx512;
 
 constexpr int kMaxRows = 8;
 
-constexpr bool is_small_integer(mx::ElementFormat f) { return f == mx::E2M1 || f == mx::E2M3; }
-constexpr int integer_factor(mx::ElementFormat f) { return f == mx::E2M1 ? 2 : 8; }
 constexpr int integer_offset(mx::ElementFormat f) { return f == mx::E2M1 ? 12 : 64; }
 
 // How the activations of a segment are prepared, which their weight decides.
@@ -27,7 +25,7 @@ struct Units {
 
   Units(const LinearTask& task, const mx::Segment& segment) {
     const mx::ElementFormat weight = task.layout.weight_format(segment);
-    if (!is_small_integer(weight)) {
+    if (!mx::is_small_integer(weight)) {
       exponent = weight == mx::E4M3 ? kE4m3Exponent : 0;  // what e4m3_to_float16 leaves out
       return;
     }
@@ -36,14 +34,14 @@ struct Units {
       // lies 2^14 (E2M3: 2^12) below the block's largest loses bits that a float32 sum would lose.
       digits = 3;
       exponent = weight == mx::E2M1 ? 21 : 19;
-    } else if (is_small_integer(segment.format)) {
+    } else if (mx::is_small_integer(segment.format)) {
       digits = 1;
       exponent = segment.format == mx::E2M1 ? 1 : 3;
     } else {
       digits = 3;
       exponent = 9;  // every element of E4M3 and E3M2 is whole
     }
-    rest = 1.0f / static_cast<float>(integer_factor(weight) << exponent);
+    rest = 1.0f / static_cast<float>(mx::integer_factor(weight) << exponent);
   }
 };
 

@@ -39,6 +39,10 @@ inline constexpr ElementFormat E2M3{6, 3, 1, 2, std::bit_cast<uint32_t>(7.5f), f
 inline constexpr ElementFormat E3M2{6, 2, 3, 4, std::bit_cast<uint32_t>(28.0f), false};
 inline constexpr ElementFormat E4M3{8, 3, 7, 8, std::bit_cast<uint32_t>(448.0f), true};
 
+// Formats whose elements, so many times, are integers of 7 bits with their sign.
+constexpr bool is_small_integer(const ElementFormat& f) { return f == E2M1 || f == E2M3; }
+constexpr int integer_factor(const ElementFormat& f) { return f == E2M1 ? 2 : 8; }
+
 // The code of `x`, which is not NaN: nearest even, subnormals kept, saturating, sign of zero kept.
 MX_HOST_DEVICE constexpr uint8_t encode(float x, ElementFormat format) {
   const int dropped_bits = kFloat32MantissaBits - format.mantissa_bits;
