@@ -2,6 +2,11 @@ import pytest
 import torch
 
 
+def pytest_collection_modifyitems(items):
+    """The file that takes longest comes first: at the end one process would wait for the other."""
+    items.sort(key=lambda item: item.path.name != "test_accuracy.py")
+
+
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     """Every test compiles for itself: Hugging Face models share code, whose compilations Dynamo counts."""
