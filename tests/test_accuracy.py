@@ -65,14 +65,14 @@ def calibrated(smollm2):
     [
         (Recipe(format="mxfp4"), 192, 4, 0),
         (Recipe(split=(0.5, 0.5, 0), hadamard=(4, 6)), 192, 4, 0),
-        (Recipe(), 24, 12, 5),
+        (Recipe(), 24, 12, 3),
     ],
     ids=["mxfp4", "rotated", "default"],
 )
 def test_the_kernels_have_the_perplexity_of_the_reference_arithmetic(
     recipe, length, windows, differ, smollm2, calibrated
 ):
-    """Where sums are exact, everywhere. With MXFP8, whose sums depend on their order in the last bit, in most windows:
+    """Where sums are exact, everywhere. With MXFP8, whose sums depend on their order in the last bit, in three of four windows:
     one rounding that falls the other way, in a few hundred to a few thousand tokens, moves all tokens after it. So these
     windows are short, and many.
     """
@@ -85,4 +85,4 @@ def test_the_kernels_have_the_perplexity_of_the_reference_arithmetic(
     found = evaluate.perplexity(compiled, tokens, label=None).losses
     expected = evaluate.perplexity(reference_model(model, plan), tokens, label=None).losses
     differences = [abs(math.expm1(a - b)) for a, b in zip(found, expected, strict=True)]
-    assert sum(difference >= 0.001 for difference in differences) <= differ
+    assert sum(not difference < 0.001 for difference in differences) <= differ  # NaN differs
