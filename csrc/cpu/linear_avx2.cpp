@@ -2,9 +2,10 @@
 // or in registers for one.
 //
 // E2M1 (x2) and E2M3 (x8) are small integers, so a block's dot product is an exact integer: weights
-// are unsigned bytes value + offset, and the sum starts at -offset * (sum of the activations). All
-// else is multiplied in float32: elements of every format become float16 numbers by moving their
-// bits, subnormal ones included, and float32 by conversion.
+// are unsigned bytes value + offset, and the sum starts at -offset * (sum of the activations); E2M3
+// that meets one row keeps its magnitude, and its sign goes to the activations. All else is
+// multiplied in float32: elements of every format become float16 numbers by moving their bits,
+// subnormal ones included, and float32 by conversion.
 #include "avx2.h"
 #include "float_rows.h"
 
@@ -35,7 +36,7 @@ struct Units {
     const mx::ElementFormat weight = task.layout.weight_format(segment);
     integers =
         !task.weight_only && mx::is_small_integer(segment.format) && mx::is_small_integer(weight);
-    offset = integer_offset(weight);
+    offset = task.m == 1 && weight == mx::E2M3 ? 0 : integer_offset(weight);
     element_bytes = mx::kBlock * (integers ? 1 : sizeof(float));
     factor = float16_factor(weight);
     rest =
@@ -55,14 +56,17 @@ template <mx::ElementFormat kFormat, bool kOdd = false>
                           _mm256_set1_epi16(static_cast<int16_t>(0x8000 | kRest)));
 }
 
-// E2M3 codes to 8 times their values, from the low 4 bits, and two vectors in which the top bit of
-// a byte is the code's bit 4, and its sign.
-[[gnu::always_inline]] inline __m256i e2m3_bytes(__m256i low, __m256i bit4, __m256i sign) {
+// E2M3 codes to 8 times their magnitudes, from the low 4 bits, and a vector in which the top bit of
+// a byte is the code's bit 4.
+[[gnu::always_inline]] inline __m256i e2m3_magnitudes(__m256i low, __m256i bit4) {
   const __m256i from16 = _mm256_broadcastsi128_si256(
       _mm_setr_epi8(16, 18, 20, 22, 24, 26, 28, 30, 32, 36, 40, 44, 48, 52, 56, 60));
   // Magnitudes up to 15 are their codes.
-  const __m256i magnitude = _mm256_blendv_epi8(low, _mm256_shuffle_epi8(from16, low), bit4);
-  return _mm256_sign_epi8(magnitude, _mm256_or_si256(sign, _mm256_set1_epi8(1)));
+  return _mm256_blendv_epi8(low, _mm256_shuffle_epi8(from16, low), bit4);
+}
+// To 8 times their values; the top bits of `sign` are theirs.
+[[gnu::always_inline]] inline __m256i e2m3_bytes(__m256i low, __m256i bit4, __m256i sign) {
+  return _mm256_sign_epi8(e2m3_magnitudes(low, bit4), _mm256_or_si256(sign, _mm256_set1_epi8(1)));
 }
 
 // Where the parts of a prepared row lie. Of each block: a factor, its scale over the integer
@@ -261,15 +265,16 @@ template <int kBits>
 
 // The dot products of a block of activations with 8 rows, group by group. Sums of products stay in
 // 16 bits where they fit: of 4-bit weights all, 6-bit activations included; of 6-bit weights the
-// pairs of two groups.
-template <int kBits>
+// pairs of two groups, and with one row, where nothing is added to magnitudes, of four.
+template <int kAtOnce>
 struct Dot {
-  static constexpr int kAtOnce = kBits == 4 ? 8 : 2;
   __m256i words, sum;
 
   [[gnu::always_inline]] void add(int group, __m256i w, __m256i x) {
     const __m256i products = _mm256_maddubs_epi16(w, x);
     words = group % kAtOnce == 0 ? products : _mm256_add_epi16(words, products);
+    // Now, and in this order: in the compiler's own they would not fit the registers.
+    asm("" : "+x"(words));
     if ((group + 1) % kAtOnce != 0) return;
     const __m256i sums = _mm256_madd_epi16(words, _mm256_set1_epi16(1));
     sum = group < kAtOnce ? sums : _mm256_add_epi32(sum, sums);
@@ -349,7 +354,7 @@ template <int kBits, bool kWide>
       for (int m = 0; m < count; ++m, row += at.bytes) {
         const Prepared from(rows + row, at);
         const int32_t* const q = reinterpret_cast<const int32_t*>(elements + row);
-        Dot<kBits> dot;
+        Dot<kBits == 4 ? 8 : 2> dot;
 #pragma GCC unroll 8
         for (int g = 0; g < 8; ++g) dot.add(g, w[g], _mm256_set1_epi32(q[g]));
         float* const sum = sums[m].integers[half];
@@ -380,21 +385,40 @@ template <int kBits, bool kWide, int kPanels>
     }
   }
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
+    Dot<kBits == 4 ? 8 : 4> dot[kPanels][2];
+#pragma GCC unroll 2
+    for (int p = 0; p < kPanels; ++p) fetch_ahead<kBits>(tile + p * apart);
+    // The two groups of a line, for all panels, then the next line's.
+#pragma GCC unroll 4
+    for (int g = 0; g < 8; g += 2) {
+      const __m256i x[2] = {_mm256_set1_epi32(q[g]), _mm256_set1_epi32(q[g + 1])};
+      const __m256i zero = _mm256_setzero_si256();
+      const __m256i negative[2] = {_mm256_sub_epi8(zero, x[0]), _mm256_sub_epi8(zero, x[1])};
+#pragma GCC unroll 2
+      for (int p = 0; p < kPanels; ++p) {
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          for (int i = 0; i < 2; ++i) {
+            const uint8_t* const from = tile + p * apart;
+            if constexpr (kBits == 4) {
+              dot[p][half].add(g + i, unsigned_bytes<4>(from, g + i, half), x[i]);
+            } else {
+              const __m256i w =
+                  e2m3_magnitudes(low_bits(from, g + i, half), high_bits(from, g + i, half, 7));
+              const __m256i sign = high_bits(from, g + i, half, 6);
+              dot[p][half].add(g + i, w, _mm256_blendv_epi8(x[i], negative[i], sign));
+            }
+          }
+        }
+      }
+    }
 #pragma GCC unroll 2
     for (int p = 0; p < kPanels; ++p) {
-      fetch_ahead<kBits>(tile + p * apart);
-      Dot<kBits> dot[2];
-#pragma GCC unroll 8
-      for (int g = 0; g < 8; ++g) {
-        const __m256i x = _mm256_set1_epi32(q[g]);
-        dot[0].add(g, unsigned_bytes<kBits>(tile + p * apart, g, 0), x);
-        dot[1].add(g, unsigned_bytes<kBits>(tile + p * apart, g, 1), x);
-      }
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
         const __m256i scale = half_scales(scales + p * apart, b, half);
-        sums[p][half] = scaled_sum<kWide>(sums[p][half], dot[half].over(row.start[b]), scale, row,
-                                          b, units.rest);
+        sums[p][half] = scaled_sum<kWide>(sums[p][half], dot[p][half].over(row.start[b]), scale,
+                                          row, b, units.rest);
       }
     }
     tile += kBits * kLine;
