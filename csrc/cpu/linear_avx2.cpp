@@ -24,16 +24,20 @@ constexpr float float16_factor(mx::ElementFormat format) {
   return mx::scale_value(static_cast<uint8_t>(mx::kFloat32Bias + 15 - format.bias));
 }
 
-// How a segment is multiplied, which decides how its activations are prepared.
-struct Units {
+// A segment that has blocks, and how it is multiplied, which decides how its activations are
+// prepared.
+struct Part {
+  mx::Segment segment;
+  mx::ElementFormat weight;
   bool integers;
   int offset;             // of the weight's
   int64_t element_bytes;  // of a prepared block: 32 signed bytes or 32 floats
   float factor;           // activations are multiplied by this when they become floats,
   float rest;             // and products by this, beside the scales
 
-  Units(const LinearTask& task, const mx::Segment& segment) {
-    const mx::ElementFormat weight = task.layout.weight_format(segment);
+  Part() = default;
+  Part(const LinearTask& task, const mx::Segment& of)
+      : segment(of), weight(task.layout.weight_format(of)) {
     integers =
         !task.weight_only && mx::is_small_integer(segment.format) && mx::is_small_integer(weight);
     offset = task.m == 1 && weight == mx::E2M3 ? 0 : integer_offset(weight);
@@ -42,6 +46,19 @@ struct Units {
     rest =
         integers ? 1.0f / (mx::integer_factor(segment.format) * mx::integer_factor(weight)) : 1.0f;
   }
+};
+
+struct Parts {
+  Part list[3];
+  int count = 0;
+
+  explicit Parts(const LinearTask& task) {
+    for (const mx::Segment& segment : task.layout.segments()) {
+      if (segment.blocks) list[count++] = Part(task, segment);
+    }
+  }
+  const Part* begin() const { return list; }
+  const Part* end() const { return list + count; }
 };
 
 // The low (or, if `odd`, the high) bytes of words, whose lowest bits are codes, to float16.
@@ -82,9 +99,7 @@ struct RowLayout {
     scale = 2 * start;
     elements = scale + round_up(blocks, kLine);
     bytes = elements;
-    for (const mx::Segment& segment : task.layout.segments()) {
-      bytes += segment.blocks * Units(task, segment).element_bytes;
-    }
+    for (const Part& part : Parts(task)) bytes += part.segment.blocks * part.element_bytes;
     bytes = round_up(bytes, kLine) | kLine;  // an odd number of lines: rows fall to all cache sets
   }
 };
@@ -154,17 +169,17 @@ template <mx::ElementFormat kFormat>
 }
 
 template <mx::ElementFormat kFormat>
-[[gnu::always_inline]] inline void prepare_segment(const Prepared& row, const mx::Segment& segment,
-                                                   const Units& units, const uint8_t* packed,
-                                                   uint8_t* elements) {
+[[gnu::always_inline]] inline void prepare_part(const Prepared& row, const Part& part,
+                                                const uint8_t* packed, uint8_t* elements) {
+  const mx::Segment& segment = part.segment;
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
     alignas(32) uint8_t codes[mx::kBlock];
     mx::unpack_block(packed, kFormat.bits, codes);
     if constexpr (mx::is_small_integer(kFormat)) {
-      if (units.integers) store_integers<kFormat>(row, b, load(codes), units.offset, elements);
+      if (part.integers) store_integers<kFormat>(row, b, load(codes), part.offset, elements);
     }
-    if (!units.integers) {
-      const float factor = units.factor * float16_factor(kFormat);
+    if (!part.integers) {
+      const float factor = part.factor * float16_factor(kFormat);
       for (int i = 0; i < mx::kBlock; i += 16) {
         const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(codes + i));
         const __m256i halves = to_float16<kFormat>(_mm256_cvtepu8_epi16(bytes));
@@ -178,53 +193,54 @@ template <mx::ElementFormat kFormat>
         if (_mm256_movemask_epi8(equal)) row.scale[b] = mx::kNanScale;
       }
     }
-    row.factor[b] = mx::scale_value(row.scale[b]) * units.rest;
+    row.factor[b] = mx::scale_value(row.scale[b]) * part.rest;
     packed += mx::block_bytes(kFormat);
-    elements += units.element_bytes;
+    elements += part.element_bytes;
   }
 }
 
 // Float activations, block by block over a power of two.
-void prepare_floats(const LinearTask& task, int64_t r, const Prepared& row,
-                    const mx::Segment& segment, const Units& units, uint8_t* elements) {
+void prepare_floats(const LinearTask& task, int64_t r, const Prepared& row, const Part& part,
+                    uint8_t* elements) {
+  const mx::Segment& segment = part.segment;
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
     alignas(32) float values[mx::kBlock];
     load_block(task, r, b, segment.hadamard, values);
     row.scale[b] = normalise_block(values);
     row.factor[b] = mx::scale_value(row.scale[b]);
     for (int i = 0; i < mx::kBlock; i += 8) {
-      store_floats(reinterpret_cast<float*>(elements) + i, _mm256_load_ps(values + i),
-                   units.factor);
+      store_floats(reinterpret_cast<float*>(elements) + i, _mm256_load_ps(values + i), part.factor);
     }
-    elements += units.element_bytes;
+    elements += part.element_bytes;
   }
 }
 
 void prepare(const LinearTask& task, int64_t first_row, int64_t last_row, uint8_t* prepared) {
   const mx::MixedLayout& layout = task.layout;
   const RowLayout at(task);
+  const Parts parts(task);
   for (int64_t r = first_row; r < last_row; ++r) {
     const Prepared row(prepared + r * at.bytes, at);
     uint8_t* elements = row.elements;
     if (!task.weight_only) {
       std::memcpy(row.scale, task.scales + r * layout.blocks(), layout.blocks());
     }
-    for (const mx::Segment& segment : layout.segments()) {
-      const Units units(task, segment);
+    for (const Part& part : parts) {
+      const mx::ElementFormat format = part.segment.format;
       const uint8_t* const packed =
-          task.weight_only ? nullptr : task.data + r * layout.row_bytes() + segment.byte_start;
+          task.weight_only ? nullptr : task.data + r * layout.row_bytes() + part.segment.byte_start;
       if (task.weight_only) {
-        prepare_floats(task, r, row, segment, units, elements);
-      } else if (segment.format == mx::E2M1) {
-        prepare_segment<mx::E2M1>(row, segment, units, packed, elements);
-      } else if (segment.format == mx::E2M3) {
-        prepare_segment<mx::E2M3>(row, segment, units, packed, elements);
-      } else if (segment.format == mx::E3M2) {
-        prepare_segment<mx::E3M2>(row, segment, units, packed, elements);
+        prepare_floats(task, r, row, part, elements);
+      } else if (format == mx::E2M1) {
+        prepare_part<mx::E2M1>(row, part, packed, elements);
+      } else if (format == mx::E2M3) {
+        prepare_part<mx::E2M3>(row, part, packed, elements);
+      } else if (format == mx::E3M2) {
+        prepare_part<mx::E3M2>(row, part, packed, elements);
       } else {
-        prepare_segment<mx::E4M3>(row, segment, units, packed, elements);
+        prepare_part<mx::E4M3>(row, part, packed, elements);
       }
-      elements += segment.blocks * units.element_bytes;
+      elements += part.segment.blocks * part.element_bytes;
     }
   }
 }
@@ -321,6 +337,7 @@ struct Product {
   const uint8_t* scales = nullptr;  // of the first panel
   const uint8_t* tile = nullptr;    // the next
   int64_t apart = 0;                // bytes from a panel to the next
+  const Parts* parts;
   uint8_t* rows;
   RowLayout at;
   int count;   // of rows
@@ -334,8 +351,8 @@ struct Product {
 // The products of a segment's blocks with several rows: the weights of half a panel wait in
 // registers for all of them. Like the three loops below not inlined: each needs all registers.
 template <int kBits, bool kWide>
-[[gnu::noinline]] void integer_blocks(Product& product, const mx::Segment& segment,
-                                      const Units& units) {
+[[gnu::noinline]] void integer_blocks(Product& product, const Part& part) {
+  const mx::Segment& segment = part.segment;
   const uint8_t* elements = product.rows + product.at.elements + product.elements;
   const uint8_t* tile = product.tile;
   uint8_t* const rows = product.rows;
@@ -359,7 +376,7 @@ template <int kBits, bool kWide>
         for (int g = 0; g < 8; ++g) dot.add(g, w[g], _mm256_set1_epi32(q[g]));
         float* const sum = sums[m].integers[half];
         _mm256_store_ps(sum, scaled_sum<kWide>(_mm256_load_ps(sum), dot.over(from.start[b]), scale,
-                                               from, b, units.rest));
+                                               from, b, part.rest));
       }
     }
     tile += kBits * kLine;
@@ -371,8 +388,8 @@ template <int kBits, bool kWide>
 
 // The same with one row, and kPanels panels: all happens in registers, line by line.
 template <int kBits, bool kWide, int kPanels>
-[[gnu::noinline]] void integer_blocks_of_one_row(Product& product, const mx::Segment& segment,
-                                                 const Units& units) {
+[[gnu::noinline]] void integer_blocks_of_one_row(Product& product, const Part& part) {
+  const mx::Segment& segment = part.segment;
   const Prepared row = product.row(0);
   const int32_t* q = reinterpret_cast<const int32_t*>(row.elements + product.elements);
   const uint8_t* tile = product.tile;
@@ -418,7 +435,7 @@ template <int kBits, bool kWide, int kPanels>
       for (int half = 0; half < 2; ++half) {
         const __m256i scale = half_scales(scales + p * apart, b, half);
         sums[p][half] = scaled_sum<kWide>(sums[p][half], dot[p][half].over(row.start[b]), scale,
-                                          row, b, units.rest);
+                                          row, b, part.rest);
       }
     }
     tile += kBits * kLine;
@@ -529,8 +546,8 @@ template <bool kWide>
 }
 
 template <mx::ElementFormat kFormat, bool kWide>
-[[gnu::noinline]] void float_blocks(Product& product, const mx::Segment& segment,
-                                    const Units& units) {
+[[gnu::noinline]] void float_blocks(Product& product, const Part& part) {
+  const mx::Segment& segment = part.segment;
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
     for_each_quarter<kFormat, 1>(product,
                                  [&](int, int pair, int q, __m256 w) [[gnu::always_inline]] {
@@ -538,13 +555,13 @@ template <mx::ElementFormat kFormat, bool kWide>
                                  });
     multiply_tile_by_rows<kWide>(product, b);
     product.tile += tile_bytes(kFormat);
-    product.elements += units.element_bytes;
+    product.elements += part.element_bytes;
   }
 }
 
 template <mx::ElementFormat kFormat, bool kWide, int kPanels>
-[[gnu::noinline]] void float_blocks_of_one_row(Product& product, const mx::Segment& segment,
-                                               const Units& units) {
+[[gnu::noinline]] void float_blocks_of_one_row(Product& product, const Part& part) {
+  const mx::Segment& segment = part.segment;
   const Prepared row = product.row(0);
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
     const uint8_t* const elements = row.elements + product.elements;
@@ -563,37 +580,34 @@ template <mx::ElementFormat kFormat, bool kWide, int kPanels>
       add_pairs<kWide>(product.sums[p], dot[p], scales, row, b);
     }
     product.tile += tile_bytes(kFormat);
-    product.elements += units.element_bytes;
+    product.elements += part.element_bytes;
   }
 }
 
 // kPanels: those that meet one row; 0 where there are several rows and one panel.
 template <bool kWide, int kPanels>
-void multiply(const LinearTask& task, Product product) {
-  const mx::MixedLayout& layout = task.layout;
-  for (const mx::Segment& segment : layout.segments()) {
-    const mx::ElementFormat weight = layout.weight_format(segment);
-    const Units units(task, segment);
+void multiply(Product product) {
+  for (const Part& part : *product.parts) {
     const auto of_format = [&]<mx::ElementFormat kFormat>() {
       if constexpr (mx::is_small_integer(kFormat)) {
-        if (units.integers) {
+        if (part.integers) {
           if constexpr (kPanels == 0) {
-            return integer_blocks<kFormat.bits, kWide>(product, segment, units);
+            return integer_blocks<kFormat.bits, kWide>(product, part);
           } else {
-            return integer_blocks_of_one_row<kFormat.bits, kWide, kPanels>(product, segment, units);
+            return integer_blocks_of_one_row<kFormat.bits, kWide, kPanels>(product, part);
           }
         }
       }
       if constexpr (kPanels == 0) {
-        float_blocks<kFormat, kWide>(product, segment, units);
+        float_blocks<kFormat, kWide>(product, part);
       } else {
-        float_blocks_of_one_row<kFormat, kWide, kPanels>(product, segment, units);
+        float_blocks_of_one_row<kFormat, kWide, kPanels>(product, part);
       }
     };
-    if (weight == mx::E2M1) of_format.template operator()<mx::E2M1>();
-    if (weight == mx::E2M3) of_format.template operator()<mx::E2M3>();
-    if (weight == mx::E3M2) of_format.template operator()<mx::E3M2>();
-    if (weight == mx::E4M3) of_format.template operator()<mx::E4M3>();
+    if (part.weight == mx::E2M1) of_format.template operator()<mx::E2M1>();
+    if (part.weight == mx::E2M3) of_format.template operator()<mx::E2M3>();
+    if (part.weight == mx::E3M2) of_format.template operator()<mx::E3M2>();
+    if (part.weight == mx::E4M3) of_format.template operator()<mx::E4M3>();
   }
 }
 
@@ -638,13 +652,13 @@ void run_one_row(const LinearTask& task, Product product, const uint8_t* weight,
   };
   for (int64_t p = first_panel; p < first_panel + half; ++p) {
     at_panel(p);
-    multiply<kWide, 2>(task, product);
+    multiply<kWide, 2>(product);
     finish(task, 0, p, product.sums[0]);
     finish(task, 0, p + half, product.sums[1]);
   }
   if (first_panel + 2 * half < last_panel) {
     at_panel(last_panel - 1);
-    multiply<kWide, 1>(task, product);
+    multiply<kWide, 1>(product);
     finish(task, 0, last_panel - 1, product.sums[0]);
   }
 }
@@ -668,7 +682,7 @@ void run_rows(const LinearTask& task, Product product, const uint8_t* weight,
         product.rows = prepared + m * product.at.bytes;
         product.count = static_cast<int>(chunk_end - m < group ? chunk_end - m : group);
         std::memset(product.sums, 0, product.count * sizeof(Sums));
-        multiply<kWide, 0>(task, product);
+        multiply<kWide, 0>(product);
         for (int i = 0; i < product.count; ++i) finish(task, m + i, p, product.sums[i]);
       }
     }
@@ -678,7 +692,9 @@ void run_rows(const LinearTask& task, Product product, const uint8_t* weight,
 void run(const LinearTask& task, const uint8_t* prepared, int64_t first_panel, int64_t last_panel,
          void* scratch_memory) {
   Scratch& scratch = *static_cast<Scratch*>(scratch_memory);
+  const Parts parts(task);
   const Product product = {
+      .parts = &parts,
       .rows = const_cast<uint8_t*>(prepared),
       .at = RowLayout(task),
       .count = 1,
