@@ -168,28 +168,43 @@ template <mx::ElementFormat kFormat>
   _mm256_store_ps(elements, _mm256_permute_ps(_mm256_mul_ps(x, _mm256_set1_ps(factor)), 0xD8));
 }
 
+// A packed block's codes, one a byte.
+template <int kBits>
+[[gnu::always_inline]] inline __m256i unpacked(const uint8_t* packed) {
+  if constexpr (kBits == 8) return load(packed);
+  if constexpr (kBits == 4) {
+    const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
+    const __m128i nibble = _mm_set1_epi8(0xF);
+    const __m128i even = _mm_and_si128(pairs, nibble);
+    const __m128i odd = _mm_and_si128(_mm_srli_epi16(pairs, 4), nibble);
+    return _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
+  }
+  alignas(32) uint8_t codes[mx::kBlock];
+  mx::unpack_block(packed, kBits, codes);
+  return load(codes);
+}
+
 template <mx::ElementFormat kFormat>
 [[gnu::always_inline]] inline void prepare_part(const Prepared& row, const Part& part,
                                                 const uint8_t* packed, uint8_t* elements) {
   const mx::Segment& segment = part.segment;
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
-    alignas(32) uint8_t codes[mx::kBlock];
-    mx::unpack_block(packed, kFormat.bits, codes);
+    const __m256i codes = unpacked<kFormat.bits>(packed);
     if constexpr (mx::is_small_integer(kFormat)) {
-      if (part.integers) store_integers<kFormat>(row, b, load(codes), part.offset, elements);
+      if (part.integers) store_integers<kFormat>(row, b, codes, part.offset, elements);
     }
     if (!part.integers) {
       const float factor = part.factor * float16_factor(kFormat);
-      for (int i = 0; i < mx::kBlock; i += 16) {
-        const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(codes + i));
-        const __m256i halves = to_float16<kFormat>(_mm256_cvtepu8_epi16(bytes));
-        float* const out = reinterpret_cast<float*>(elements) + i;
+      const __m128i bytes[2] = {_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1)};
+      for (int i = 0; i < 2; ++i) {
+        const __m256i halves = to_float16<kFormat>(_mm256_cvtepu8_epi16(bytes[i]));
+        float* const out = reinterpret_cast<float*>(elements) + 16 * i;
         store_floats(out, _mm256_cvtph_ps(_mm256_castsi256_si128(halves)), factor);
         store_floats(out + 8, _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)), factor);
       }
       if constexpr (kFormat == mx::E4M3) {
         const __m256i nan = _mm256_set1_epi8(0x7F);
-        const __m256i equal = _mm256_cmpeq_epi8(_mm256_and_si256(load(codes), nan), nan);
+        const __m256i equal = _mm256_cmpeq_epi8(_mm256_and_si256(codes, nan), nan);
         if (_mm256_movemask_epi8(equal)) row.scale[b] = mx::kNanScale;
       }
     }
