@@ -120,7 +120,11 @@ struct Prepared {
 
 int64_t prepared_bytes(const LinearTask& task) { return task.m * RowLayout(task).bytes; }
 
-// A segment's tile as floats: 16 pairs of channels x 16 rows of the panel x 2 channels.
+// A decoded tile: as unsigned bytes 8 groups of channels x 16 rows of the panel x 4 channels, as
+// floats 16 pairs of channels x 16 rows x 2 channels.
+struct alignas(kLine) ByteTile {
+  uint8_t values[8][2][32];
+};
 struct alignas(kLine) FloatTile {
   float values[16][4][8];
 };
@@ -129,12 +133,8 @@ struct alignas(kLine) Sums {
   float integers[2][8];
   float pairs[4][8];
 };
-struct Scratch {
-  FloatTile tile;
-  Sums sums[kMaxRows];
-};
 
-int64_t scratch_bytes(const LinearTask&) { return sizeof(Scratch); }
+int64_t scratch_bytes(const LinearTask&) { return kMaxRows * sizeof(Sums); }
 
 [[gnu::always_inline]] inline int32_t sum_lanes(__m256i x) {
   __m128i y = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
@@ -355,53 +355,108 @@ struct Product {
   const Parts* parts;
   uint8_t* rows;
   RowLayout at;
-  int count;   // of rows
-  Sums* sums;  // of each row, or of each panel
-  FloatTile* decoded;
+  int count;             // of rows
+  Sums* sums;            // of each row, or of each panel
   int64_t elements = 0;  // where a row's next block lies, from its elements on
 
   [[gnu::always_inline]] Prepared row(int m) const { return Prepared(rows + m * at.bytes, at); }
 };
 
-// The products of a segment's blocks with several rows: the weights of half a panel wait in
-// registers for all of them. Like the three loops below not inlined: each needs all registers.
+// A block of several prepared rows. A copy on the stack, so that nothing in a loop over the rows
+// has to be read again after each store.
+struct Rows {
+  uint8_t* first;
+  RowLayout at;
+  int64_t elements;  // where the block's lie in a row
+  Sums* sums;
+
+  Rows(const Product& product)
+      : first(product.rows),
+        at(product.at),
+        elements(at.elements + product.elements),
+        sums(product.sums) {}
+
+  [[gnu::always_inline]] Prepared row(int i) const { return Prepared(first + i * at.bytes, at); }
+  [[gnu::always_inline]] const uint8_t* block(int i) const {
+    return first + i * at.bytes + elements;
+  }
+};
+
+// Calls f<n>(rows) for kAtOnce rows, for the next ones, and so on, and for those that are left.
+template <int kAtOnce, typename F>
+[[gnu::always_inline]] inline void for_each_group(Rows rows, int count, const F& f) {
+  for (; count >= kAtOnce; count -= kAtOnce) {
+    f.template operator()<kAtOnce>(rows);
+    rows.first += kAtOnce * rows.at.bytes;
+    rows.sums += kAtOnce;
+  }
+  if constexpr (kAtOnce > 2) {
+    if (count == 2) f.template operator()<2>(rows);
+  }
+  if (count == 1) f.template operator()<1>(rows);
+}
+
+// The products of a decoded tile with kRows rows.
+template <int kBits, bool kWide, int kRows>
+[[gnu::always_inline]] inline void multiply_bytes(const ByteTile& tile, const __m256i (&scales)[2],
+                                                  const Rows& rows, int64_t b, float rest) {
+  Dot<kBits == 4 ? 8 : 2> dot[kRows][2];
+#pragma GCC unroll 4
+  for (int g = 0; g < 8; g += 2) {
+    const __m256i w[2][2] = {{load(tile.values[g][0]), load(tile.values[g][1])},
+                             {load(tile.values[g + 1][0]), load(tile.values[g + 1][1])}};
+#pragma GCC unroll 2
+    for (int i = 0; i < kRows; ++i) {
+      const int32_t* const q = reinterpret_cast<const int32_t*>(rows.block(i)) + g;
+      const __m256i x[2] = {_mm256_set1_epi32(q[0]), _mm256_set1_epi32(q[1])};
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        dot[i][half].add(g, w[0][half], x[0]);
+        dot[i][half].add(g + 1, w[1][half], x[1]);
+      }
+    }
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < kRows; ++i) {
+    const Prepared row = rows.row(i);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      float* const sum = rows.sums[i].integers[half];
+      _mm256_store_ps(sum, scaled_sum<kWide>(_mm256_load_ps(sum), dot[i][half].over(row.start[b]),
+                                             scales[half], row, b, rest));
+    }
+  }
+}
+
+// The products of a segment's blocks with several rows. Like the three loops below not inlined:
+// each needs all registers.
 template <int kBits, bool kWide>
 [[gnu::noinline]] void integer_blocks(Product& product, const Part& part) {
   const mx::Segment& segment = part.segment;
-  const uint8_t* elements = product.rows + product.at.elements + product.elements;
-  const uint8_t* tile = product.tile;
-  uint8_t* const rows = product.rows;
-  const uint8_t* const scales = product.scales;
-  const RowLayout at = product.at;
+  Rows rows(product);
   const int count = product.count;
-  Sums* const sums = product.sums;
+  ByteTile decoded;
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
+#pragma GCC unroll 8
+    for (int g = 0; g < 8; ++g) {
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      __m256i w[8];
-#pragma GCC unroll 8
-      for (int g = 0; g < 8; ++g) w[g] = unsigned_bytes<kBits>(tile, g, half);
-      const __m256i scale = half_scales(scales, b, half);
-      int64_t row = 0;
-      for (int m = 0; m < count; ++m, row += at.bytes) {
-        const Prepared from(rows + row, at);
-        const int32_t* const q = reinterpret_cast<const int32_t*>(elements + row);
-        Dot<kBits == 4 ? 8 : 2> dot;
-#pragma GCC unroll 8
-        for (int g = 0; g < 8; ++g) dot.add(g, w[g], _mm256_set1_epi32(q[g]));
-        float* const sum = sums[m].integers[half];
-        _mm256_store_ps(sum, scaled_sum<kWide>(_mm256_load_ps(sum), dot.over(from.start[b]), scale,
-                                               from, b, part.rest));
+      for (int half = 0; half < 2; ++half) {
+        _mm256_store_si256(reinterpret_cast<__m256i*>(decoded.values[g][half]),
+                           unsigned_bytes<kBits>(product.tile, g, half));
       }
     }
-    tile += kBits * kLine;
-    elements += mx::kBlock;
+    const __m256i scales[2] = {half_scales(product.scales, b, 0),
+                               half_scales(product.scales, b, 1)};
+    for_each_group<2>(rows, count, [&]<int kRows>(const Rows& some) __attribute__((always_inline)) {
+      multiply_bytes<kBits, kWide, kRows>(decoded, scales, some, b, part.rest);
+    });
+    product.tile += kBits * kLine;
+    rows.elements += mx::kBlock;
   }
-  product.tile = tile;
   product.elements += segment.blocks * mx::kBlock;
 }
 
-// The same with one row, and kPanels panels: all happens in registers, line by line.
+// With one row, and kPanels panels, all happens in registers, line by line.
 template <int kBits, bool kWide, int kPanels>
 [[gnu::noinline]] void integer_blocks_of_one_row(Product& product, const Part& part) {
   const mx::Segment& segment = part.segment;
@@ -520,58 +575,52 @@ template <bool kWide>
   return _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(elements) + pair));
 }
 
-// The products of a decoded tile with kRows rows.
+// The products of a decoded tile with kRows rows. The sums of three rows and what they are made of
+// take all registers.
 template <bool kWide, int kRows>
-[[gnu::always_inline]] inline void multiply_tile(const Product& product, const PairScales& scales,
-                                                 int m, int64_t b) {
+[[gnu::always_inline]] inline void multiply_floats(const FloatTile& tile, const PairScales& scales,
+                                                   const Rows& rows, int64_t b) {
   __m256 dot[kRows][4];
-  const uint8_t* elements[kRows];
+#pragma GCC unroll 3
   for (int i = 0; i < kRows; ++i) {
     for (int q = 0; q < 4; ++q) dot[i][q] = _mm256_setzero_ps();
-    elements[i] = product.row(m + i).elements + product.elements;
   }
-  const FloatTile& tile = *product.decoded;
+#pragma GCC unroll 4
   for (int pair = 0; pair < 16; ++pair) {
     __m256 x[kRows];
-    for (int i = 0; i < kRows; ++i) x[i] = broadcast_pair(elements[i], pair);
+#pragma GCC unroll 3
+    for (int i = 0; i < kRows; ++i) x[i] = broadcast_pair(rows.block(i), pair);
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) {
       __m256 w = _mm256_load_ps(tile.values[pair][q]);
       // One load for all rows: as operands of FMAs they would be what the loop waits for.
       asm("" : "+x"(w));
-#pragma GCC unroll 4
+#pragma GCC unroll 3
       for (int i = 0; i < kRows; ++i) dot[i][q] = _mm256_fmadd_ps(w, x[i], dot[i][q]);
     }
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < kRows; ++i) {
-    add_pairs<kWide>(product.sums[m + i], dot[i], scales, product.row(m + i), b);
-  }
-}
-
-// Its products with all rows. Not inlined: the sums of three rows and what they are made of take
-// all registers.
-template <bool kWide>
-[[gnu::noinline]] void multiply_tile_by_rows(const Product& product, int64_t b) {
-  const PairScales scales(product.scales, b);
-  int m = 0;
-  for (; m + 3 <= product.count; m += 3) multiply_tile<kWide, 3>(product, scales, m, b);
-  if (product.count - m == 2) multiply_tile<kWide, 2>(product, scales, m, b);
-  if (product.count - m == 1) multiply_tile<kWide, 1>(product, scales, m, b);
+#pragma GCC unroll 3
+  for (int i = 0; i < kRows; ++i) add_pairs<kWide>(rows.sums[i], dot[i], scales, rows.row(i), b);
 }
 
 template <mx::ElementFormat kFormat, bool kWide>
 [[gnu::noinline]] void float_blocks(Product& product, const Part& part) {
   const mx::Segment& segment = part.segment;
+  Rows rows(product);
+  const int count = product.count;
+  FloatTile decoded;
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
-    for_each_quarter<kFormat, 1>(product,
-                                 [&](int, int pair, int q, __m256 w) [[gnu::always_inline]] {
-                                   _mm256_store_ps(product.decoded->values[pair][q], w);
-                                 });
-    multiply_tile_by_rows<kWide>(product, b);
+    for_each_quarter<kFormat, 1>(
+        product, [&](int, int pair, int q, __m256 w)
+                     [[gnu::always_inline]] { _mm256_store_ps(decoded.values[pair][q], w); });
+    const PairScales scales(product.scales, b);
+    for_each_group<3>(rows, count, [&]<int kRows>(const Rows& some) __attribute__((always_inline)) {
+      multiply_floats<kWide, kRows>(decoded, scales, some, b);
+    });
     product.tile += tile_bytes(kFormat);
-    product.elements += part.element_bytes;
+    rows.elements += part.element_bytes;
   }
+  product.elements += segment.blocks * part.element_bytes;
 }
 
 template <mx::ElementFormat kFormat, bool kWide, int kPanels>
@@ -706,15 +755,13 @@ void run_rows(const LinearTask& task, Product product, const uint8_t* weight,
 
 void run(const LinearTask& task, const uint8_t* prepared, int64_t first_panel, int64_t last_panel,
          void* scratch_memory) {
-  Scratch& scratch = *static_cast<Scratch*>(scratch_memory);
   const Parts parts(task);
   const Product product = {
       .parts = &parts,
       .rows = const_cast<uint8_t*>(prepared),
       .at = RowLayout(task),
       .count = 1,
-      .sums = scratch.sums,
-      .decoded = &scratch.tile,
+      .sums = static_cast<Sums*>(scratch_memory),
   };
   const bool wide = reinterpret_cast<const PlacedHeader*>(task.weight)->has_wide_scales;
   const auto f = task.m == 1 ? (wide ? run_one_row<true> : run_one_row<false>)
