@@ -522,22 +522,30 @@ template <int kBits, bool kWide, int kPanels>
 
 // The next tiles of kPanels panels as floats over float16_factor: calls f(panel, pair of channels,
 // quarter of the panel, 8 floats). Words 2n + h of half a line are channel c + 2h of row n.
+// With several panels they are converted from memory: from registers that takes twice as long, and
+// the ports that shift. With one, whose floats are stored, stores would be waited for.
 template <mx::ElementFormat kFormat, int kPanels, typename F>
 [[gnu::always_inline]] inline void for_each_quarter(const Product& product, const F& f) {
-  const auto halves = [&](int p, int pair, int half, __m256i words) [[gnu::always_inline]] {
-    f(p, pair, 2 * half, _mm256_cvtph_ps(_mm256_castsi256_si128(words)));
-    f(p, pair, 2 * half + 1, _mm256_cvtph_ps(_mm256_extracti128_si256(words, 1)));
-  };
 #pragma GCC unroll 8
   for (int g = 0; g < 8; ++g) {
+    alignas(32) __m256i words[kPanels][2][2];  // panel, channel of a pair, half
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
+    for (int p = 0; p < kPanels; ++p) {
 #pragma GCC unroll 2
-      for (int p = 0; p < kPanels; ++p) {
-        const uint8_t* const tile = product.tile + p * product.apart;
-        const __m256i codes = tile_codes<kFormat.bits>(tile, g, half);
-        halves(p, 2 * g, half, to_float16<kFormat>(codes));
-        halves(p, 2 * g + 1, half, to_float16<kFormat, true>(codes));
+      for (int half = 0; half < 2; ++half) {
+        const __m256i codes = tile_codes<kFormat.bits>(product.tile + p * product.apart, g, half);
+        words[p][0][half] = to_float16<kFormat>(codes);
+        words[p][1][half] = to_float16<kFormat, true>(codes);
+      }
+    }
+    if constexpr (kPanels > 1) asm("" : "+m"(words));
+#pragma GCC unroll 2
+    for (int p = 0; p < kPanels; ++p) {
+#pragma GCC unroll 2
+      for (int odd = 0; odd < 2; ++odd) {
+        const __m128i* const quarters = reinterpret_cast<const __m128i*>(words[p][odd]);
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q) f(p, 2 * g + odd, q, _mm256_cvtph_ps(quarters[q]));
       }
     }
   }
