@@ -263,7 +263,9 @@ void prepare(const LinearTask& task, int64_t first_row, int64_t last_row, uint8_
 // Of a tile of 4- or 6-bit codes bits 0 to 3, of 4 channels (the group) and half the panel's rows.
 [[gnu::always_inline]] inline __m256i low_bits(const uint8_t* tile, int group, int half) {
   const __m256i line = load(tile + group / 2 * kLine + half * 32);
-  const __m256i nibbles = group % 2 ? _mm256_srli_epi16(line, 4) : line;
+  // x * 2^12 / 2^16, as the ports that shift are those that look up.
+  const __m256i high = _mm256_mulhi_epu16(line, _mm256_set1_epi16(1 << 12));
+  const __m256i nibbles = group % 2 ? high : line;
   return _mm256_and_si256(nibbles, _mm256_set1_epi8(0xF));
 }
 
