@@ -93,13 +93,13 @@ template <mx::ElementFormat kFormat, bool kOdd = false>
 struct RowLayout {
   int64_t start, scale, elements, bytes;
 
-  explicit RowLayout(const LinearTask& task) {
+  RowLayout(const LinearTask& task, const Parts& parts) {
     const int64_t blocks = task.layout.blocks();
     start = round_up(blocks * sizeof(float), kLine);
     scale = 2 * start;
     elements = scale + round_up(blocks, kLine);
     bytes = elements;
-    for (const Part& part : Parts(task)) bytes += part.segment.blocks * part.element_bytes;
+    for (const Part& part : parts) bytes += part.segment.blocks * part.element_bytes;
     bytes = round_up(bytes, kLine) | kLine;  // an odd number of lines: rows fall to all cache sets
   }
 };
@@ -118,7 +118,9 @@ struct Prepared {
         elements(row + at.elements) {}
 };
 
-int64_t prepared_bytes(const LinearTask& task) { return task.m * RowLayout(task).bytes; }
+int64_t prepared_bytes(const LinearTask& task) {
+  return task.m * RowLayout(task, Parts(task)).bytes;
+}
 
 // A decoded tile: as unsigned bytes 8 groups of channels x 16 rows of the panel x 4 channels, as
 // floats 16 pairs of channels x 16 rows x 2 channels.
@@ -232,8 +234,8 @@ void prepare_floats(const LinearTask& task, int64_t r, const Prepared& row, cons
 
 void prepare(const LinearTask& task, int64_t first_row, int64_t last_row, uint8_t* prepared) {
   const mx::MixedLayout& layout = task.layout;
-  const RowLayout at(task);
   const Parts parts(task);
+  const RowLayout at(task, parts);
   for (int64_t r = first_row; r < last_row; ++r) {
     const Prepared row(prepared + r * at.bytes, at);
     uint8_t* elements = row.elements;
@@ -263,9 +265,8 @@ void prepare(const LinearTask& task, int64_t first_row, int64_t last_row, uint8_
 // Of a tile of 4- or 6-bit codes bits 0 to 3, of 4 channels (the group) and half the panel's rows.
 [[gnu::always_inline]] inline __m256i low_bits(const uint8_t* tile, int group, int half) {
   const __m256i line = load(tile + group / 2 * kLine + half * 32);
-  // x * 2^12 / 2^16, as the ports that shift are those that look up.
-  const __m256i high = _mm256_mulhi_epu16(line, _mm256_set1_epi16(1 << 12));
-  const __m256i nibbles = group % 2 ? high : line;
+  // Down by a multiplication, 2^12 / 2^16: the ports that shift are those that look up.
+  const __m256i nibbles = group % 2 ? _mm256_mulhi_epu16(line, _mm256_set1_epi16(1 << 12)) : line;
   return _mm256_and_si256(nibbles, _mm256_set1_epi8(0xF));
 }
 
@@ -371,12 +372,14 @@ struct Rows {
   RowLayout at;
   int64_t elements;  // where the block's lie in a row
   Sums* sums;
+  int count;
 
-  Rows(const Product& product)
+  explicit Rows(const Product& product)
       : first(product.rows),
         at(product.at),
         elements(at.elements + product.elements),
-        sums(product.sums) {}
+        sums(product.sums),
+        count(product.count) {}
 
   [[gnu::always_inline]] Prepared row(int i) const { return Prepared(first + i * at.bytes, at); }
   [[gnu::always_inline]] const uint8_t* block(int i) const {
@@ -386,16 +389,16 @@ struct Rows {
 
 // Calls f<n>(rows) for kAtOnce rows, for the next ones, and so on, and for those that are left.
 template <int kAtOnce, typename F>
-[[gnu::always_inline]] inline void for_each_group(Rows rows, int count, const F& f) {
-  for (; count >= kAtOnce; count -= kAtOnce) {
+[[gnu::always_inline]] inline void for_each_group(Rows rows, const F& f) {
+  for (; rows.count >= kAtOnce; rows.count -= kAtOnce) {
     f.template operator()<kAtOnce>(rows);
     rows.first += kAtOnce * rows.at.bytes;
     rows.sums += kAtOnce;
   }
   if constexpr (kAtOnce > 2) {
-    if (count == 2) f.template operator()<2>(rows);
+    if (rows.count == 2) f.template operator()<2>(rows);
   }
-  if (count == 1) f.template operator()<1>(rows);
+  if (rows.count == 1) f.template operator()<1>(rows);
 }
 
 // The products of a decoded tile with kRows rows.
@@ -436,7 +439,6 @@ template <int kBits, bool kWide>
 [[gnu::noinline]] void integer_blocks(Product& product, const Part& part) {
   const mx::Segment& segment = part.segment;
   Rows rows(product);
-  const int count = product.count;
   ByteTile decoded;
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
 #pragma GCC unroll 8
@@ -449,7 +451,7 @@ template <int kBits, bool kWide>
     }
     const __m256i scales[2] = {half_scales(product.scales, b, 0),
                                half_scales(product.scales, b, 1)};
-    for_each_group<2>(rows, count, [&]<int kRows>(const Rows& some) __attribute__((always_inline)) {
+    for_each_group<2>(rows, [&]<int kRows>(const Rows& some) __attribute__((always_inline)) {
       multiply_bytes<kBits, kWide, kRows>(decoded, scales, some, b, part.rest);
     });
     product.tile += kBits * kLine;
@@ -617,14 +619,13 @@ template <mx::ElementFormat kFormat, bool kWide>
 [[gnu::noinline]] void float_blocks(Product& product, const Part& part) {
   const mx::Segment& segment = part.segment;
   Rows rows(product);
-  const int count = product.count;
   FloatTile decoded;
   for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
     for_each_quarter<kFormat, 1>(
         product, [&](int, int pair, int q, __m256 w)
                      [[gnu::always_inline]] { _mm256_store_ps(decoded.values[pair][q], w); });
     const PairScales scales(product.scales, b);
-    for_each_group<3>(rows, count, [&]<int kRows>(const Rows& some) __attribute__((always_inline)) {
+    for_each_group<3>(rows, [&]<int kRows>(const Rows& some) __attribute__((always_inline)) {
       multiply_floats<kWide, kRows>(decoded, scales, some, b);
     });
     product.tile += tile_bytes(kFormat);
@@ -769,7 +770,7 @@ void run(const LinearTask& task, const uint8_t* prepared, int64_t first_panel, i
   const Product product = {
       .parts = &parts,
       .rows = const_cast<uint8_t*>(prepared),
-      .at = RowLayout(task),
+      .at = RowLayout(task, parts),
       .count = 1,
       .sums = static_cast<Sums*>(scratch_memory),
   };
