@@ -1,9 +1,9 @@
 // The product of few rows: a weight is read once, packed, and decoded in registers.
 //
-// A thread block has a panel of the weight, 16 rows, and its warps share out the steps of K, four
-// blocks: one for each of the four lanes that hold a row in a matrix instruction of 16 x 8 x 16.
-// Which channels an instruction multiplies is free as long as both operands agree: a lane's are
-// eight of its block, as they are decoded. Sums of the warps are added in their order.
+// A thread block has a panel of the weight, 16 rows, or two, and its warps share out the steps of
+// K, four blocks: one for each of the four lanes that hold a row in a matrix instruction of 16 x 8
+// x 16. Which channels an instruction multiplies is free as long as both operands agree: a lane's
+// are eight of its block, as they are decoded. Sums of the warps are added in their order.
 #include "decode.cuh"
 #include "early_launch.h"
 
@@ -20,19 +20,36 @@ __device__ __forceinline__ void multiply(float (&sums)[4], uint32_t a0, uint32_t
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-template <int kTiles, int kWarps>
+// What a lane has of a chunk: a block of each of its two rows.
+template <mx::ElementFormat kFormat>
+struct LaneBlocks {
+  BlockCodes<kFormat> codes[2];
+  uint32_t factor[2];
+
+  __device__ __forceinline__ LaneBlocks(const ChunkInMemory& chunk, int lane,
+                                        const int (&largest)[2])
+      : codes{{lane, 0, chunk}, {lane, 1, chunk}} {
+    const uint32_t scales = chunk.template scales<kFormat>(lane);
+    factor[0] = factor_of_block<kFormat>(scales & 0xFF, largest[0]);
+    factor[1] = factor_of_block<kFormat>(scales >> 8, largest[1]);
+  }
+};
+
+template <int kTiles, int kWarps, int kPanels>
 struct Product {
+  static constexpr int kRows = kPanels * kPanelRows;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kSums = kTiles * kTokens * kPanelRows;
+  static constexpr int kSums = kTiles * kTokens * kRows;
   static constexpr int kOwn = (kSums + kThreads - 1) / kThreads;  // a thread's
 
   const PlacedRows& weight;
   const Results& results;
   const int lane, row, quarter;  // the lane's first row of 16, and its block of four
   const uint8_t* const panel;
-  int largest[2];
+  int64_t to_last = 0;  // bytes from there to the last panel
+  int largest[kPanels][2];
   const uint4* x[kTiles];
-  float sums[kTiles][4] = {};
+  float sums[kPanels][kTiles][4] = {};
 
   __device__ Product(const void* decoded, const PlacedRows& weight, const Results& results)
       : weight(weight),
@@ -40,7 +57,7 @@ struct Product {
         lane(threadIdx.x % 32),
         row(lane / 4),
         quarter(lane % 4),
-        panel(weight.panels + blockIdx.x * weight.steps.panel_bytes()) {
+        panel(weight.panels + kPanels * blockIdx.x * weight.steps.panel_bytes()) {
     // Columns of tokens that are not there may hold anything.
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
@@ -49,7 +66,15 @@ struct Product {
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      largest[i] = __ldg(weight.largest + int64_t{kPanelRows} * blockIdx.x + row + 8 * i);
+      largest[0][i] = __ldg(weight.largest + int64_t{kRows} * blockIdx.x + row + 8 * i);
+    if constexpr (kPanels == 2) {
+      // Of an odd number of panels the last one stands in for the one that is not there.
+      const int64_t last = min(2 * int64_t{blockIdx.x} + 1, panels_of(weight.rows) - 1);
+      to_last = (last - 2 * int64_t{blockIdx.x}) * weight.steps.panel_bytes();
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        largest[1][i] = __ldg(weight.largest + kPanelRows * last + row + 8 * i);
+    }
   }
 
   // A segment's steps [first, last) of this warp: every n-th of all.
@@ -58,25 +83,33 @@ struct Product {
     const int warp = threadIdx.x / 32;
     const uint8_t* const chunks = panel + weight.steps.chunk_start(first);
     const auto [first_block, last_block] = weight.steps.blocks_of(first);
-#pragma unroll 2
+#pragma unroll(kPanels == 1 ? 2 : 1)
     for (int step = first + (warp + kWarps - first % kWarps) % kWarps; step < last;
          step += kWarps) {
       const ChunkInMemory chunk{chunks + (step - first) * chunk_bytes(kFormat.bits)};
-      const BlockCodes<kFormat> codes[2] = {{lane, 0, chunk}, {lane, 1, chunk}};
-      const uint32_t scales = chunk.template scales<kFormat>(lane);
-      const uint32_t factor[2] = {factor_of_block<kFormat>(scales & 0xFF, largest[0]),
-                                  factor_of_block<kFormat>(scales >> 8, largest[1])};
+      const LaneBlocks<kFormat> blocks(chunk, lane, largest[0]);
+      const LaneBlocks<kFormat> others =
+          kPanels == 1 ? blocks
+                       : LaneBlocks<kFormat>({chunk.chunk + to_last}, lane, largest[kPanels - 1]);
       // The last block's activations stand in for those beyond it, times zeros: where one of them
       // is NaN, so is the sum.
       const int block = min(first_block + kStepBlocks * (step - first) + quarter, last_block - 1);
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
-        const Eight w[2] = {codes[0].decode(g, factor[0]), codes[1].decode(g, factor[1])};
+        Eight w[kPanels][2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          w[0][i] = blocks.codes[i].decode(g, blocks.factor[i]);
+          if constexpr (kPanels == 2) w[1][i] = others.codes[i].decode(g, others.factor[i]);
+        }
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
           const Eight v = __ldg(x[t] + int64_t{block} * kGroups + g);
-          multiply(sums[t], w[0].x, w[1].x, w[0].y, w[1].y, v.x, v.y);
-          multiply(sums[t], w[0].z, w[1].z, w[0].w, w[1].w, v.z, v.w);
+#pragma unroll
+          for (int p = 0; p < kPanels; ++p) {
+            multiply(sums[p][t], w[p][0].x, w[p][1].x, w[p][0].y, w[p][1].y, v.x, v.y);
+            multiply(sums[p][t], w[p][0].z, w[p][1].z, w[p][0].w, w[p][1].w, v.z, v.w);
+          }
         }
       }
     }
@@ -89,14 +122,14 @@ struct Product {
     bool there;
   };
   __device__ __forceinline__ Place place_of(int j) const {
-    const int i = threadIdx.x + j * kThreads, token = i / kPanelRows, r = i % kPanelRows;
-    const int64_t n = int64_t{kPanelRows} * blockIdx.x + r;
+    const int i = threadIdx.x + j * kThreads, token = i / kRows, r = i % kRows;
+    const int64_t n = int64_t{kRows} * blockIdx.x + r;
     return {min(token, static_cast<int>(results.m) - 1), r, min(n, weight.rows - 1),
             i < kSums && token < results.m && n < weight.rows};
   }
 
   __device__ __forceinline__ void run() {
-    __shared__ float parts[kWarps][kTiles][kTokens][kPanelRows];
+    __shared__ float parts[kWarps][kTiles][kTokens][kRows];
     // Where a thread has one result, what that needs is there before the sums are.
     Finish ahead;
     if constexpr (kOwn == 1) ahead = load_finish(results, place_of(0).token, place_of(0).n);
@@ -109,10 +142,13 @@ struct Product {
     }
     add_segment<mx::E4M3>(ends[1], ends[2]);
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t)
+    for (int p = 0; p < kPanels; ++p)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        parts[threadIdx.x / 32][t][2 * quarter + i % 2][row + i / 2 * 8] = sums[t][i];
+      for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          parts[threadIdx.x / 32][t][2 * quarter + i % 2][kPanelRows * p + row + i / 2 * 8] =
+              sums[p][t][i];
     __syncthreads();
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
@@ -127,34 +163,38 @@ struct Product {
   }
 };
 
-// Eight warps have registers for all that they load, and lie two thread blocks to a multiprocessor.
-template <int kTiles, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps, kWarps == 8 ? 2 : 0)
+// 16 warps of a multiprocessor have registers for all that they load; four with one panel take
+// fewer, so that more fit.
+template <int kTiles, int kWarps, int kPanels>
+__global__ void __launch_bounds__(32 * kWarps, kPanels == 2 || kWarps == 8 ? 16 / kWarps : 0)
     few_rows_kernel(const void* x, const __grid_constant__ PlacedRows weight,
                     const __grid_constant__ Results results) {
   let_the_next_kernel_start();
   wait_for_the_kernel_before();
-  Product<kTiles, kWarps>(x, weight, results).run();
+  Product<kTiles, kWarps, kPanels>(x, weight, results).run();
 }
 
-template <int kWarps>
-cudaError_t launch(const void* x, const PlacedRows& weight, const Results& results, unsigned blocks,
+template <int kTiles, int kWarps, int kPanels>
+cudaError_t launch(const void* x, const PlacedRows& weight, const Results& results,
                    const Launcher& on) {
-  static_assert(kFewRows == 2 * kTokens);
-  const auto kernel =
-      results.m <= kTokens ? few_rows_kernel<1, kWarps> : few_rows_kernel<2, kWarps>;
-  return launch_early(kernel, blocks, 32 * kWarps, 0, on.stream, on.early, x, weight, results);
+  const auto blocks = static_cast<unsigned>((panels_of(weight.rows) + kPanels - 1) / kPanels);
+  return launch_early(few_rows_kernel<kTiles, kWarps, kPanels>, blocks, 32 * kWarps, 0, on.stream,
+                      on.early, x, weight, results);
 }
 
 }  // namespace
 
 cudaError_t launch_few_rows(const void* x, const PlacedRows& weight, const Results& results,
                             const Launcher& on) {
-  const auto blocks = static_cast<unsigned>(panels_of(weight.rows));
-  // Fewer warps have longer loops, more of them fill the device where thread blocks are few.
-  constexpr unsigned kManyBlocks = 512;
-  return blocks >= kManyBlocks ? launch<4>(x, weight, results, blocks, on)
-                               : launch<8>(x, weight, results, blocks, on);
+  static_assert(kFewRows == 2 * kTokens);
+  // Fewer warps have longer loops, more of them fill the device where panels are few. Two tiles of
+  // tokens are more to read than a panel, so two panels share them.
+  const int64_t panels = panels_of(weight.rows);
+  const auto of_one_tile = panels < 512 ? launch<1, 8, 1> : launch<1, 4, 1>;
+  const auto of_two_tiles = panels <= 256   ? launch<2, 16, 2>
+                            : panels <= 512 ? launch<2, 8, 2>
+                                            : launch<2, 4, 2>;
+  return (results.m <= kTokens ? of_one_tile : of_two_tiles)(x, weight, results, on);
 }
 
 }  // namespace micromix::cuda
