@@ -1,6 +1,6 @@
-"""Attention in bfloat16 on a CPU: `micromix::attention`, and torch's under stock Inductor, as models write it.
+"""Attention on a CPU: `micromix::attention`, and torch's under stock Inductor, as models write it.
 
-    python benchmarks/attention_cpu.py [--rounds 30]
+    python benchmarks/attention_cpu.py [--dtype float32] [--rounds 30]
 
 One token after others in a static cache of which three quarters are filled, and prompts. Models repeat keys and values
 for the query heads that share them. In turns; microseconds of CPU time (run it with one thread), and the median ratio
@@ -27,17 +27,18 @@ LENGTHS = ((1, 256), (1, 2048), (512, 576), (2048, 2048))  # queries, keys
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--rounds", type=int, default=30)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     print(
-        f"{torch.get_num_threads()} thread(s), {micromix_compile.ops.cpu_isa()}, torch {torch.__version__}"
+        f"{torch.get_num_threads()} thread(s), {micromix_compile.ops.cpu_isa()}, {arguments.dtype}, torch {torch.__version__}"
     )
     print(f"{'heads':>12s} {'queries':>7s} {'keys':>5s} {'inductor':>12s} {'micromix':>12s}")
     for heads, groups, size in SHAPES:
         for queries, keys in LENGTHS:
             torch.compiler.reset()
-            runs = ways(heads, groups, size, queries, keys)
+            runs = ways(heads, groups, size, queries, keys, getattr(torch, arguments.dtype))
             rounds = arguments.rounds if queries == 1 else max(arguments.rounds // 10, 3)
             seconds = in_turns(runs, rounds, time.process_time)
             ratio = statistics.median(map(float.__truediv__, *seconds.values()))
@@ -49,7 +50,7 @@ def main() -> None:
 
 
 def ways(
-    heads: int, groups: int, size: int, queries: int, keys: int
+    heads: int, groups: int, size: int, queries: int, keys: int, dtype: torch.dtype
 ) -> dict[str, Callable[[], object]]:
     def repeated(x: torch.Tensor) -> torch.Tensor:
         x = x[:, :, None].expand(1, groups, heads // groups, keys, size)
@@ -66,7 +67,7 @@ def ways(
     filled = keys * 3 // 4 if queries == 1 else 0
     mask = (torch.arange(keys) <= torch.arange(queries)[:, None] + filled)[None, None]
     shapes = ((1, queries, heads, size), *[(1, groups, keys, size)] * 2)
-    caches = [[torch.randn(s, dtype=torch.bfloat16) for s in shapes] for _ in range(CACHES)]
+    caches = [[torch.randn(s, dtype=dtype) for s in shapes] for _ in range(CACHES)]
     for cache in caches:
         cache[0] = cache[0].transpose(1, 2)
     torch.testing.assert_close(

@@ -1,5 +1,5 @@
-// micromix::attention, scaled dot product attention in bfloat16 on the CPU: what a compiled model
-// runs between its products.
+// micromix::attention, scaled dot product attention on the CPU: what a compiled model runs between
+// its products.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -12,12 +12,12 @@ namespace {
 
 using namespace micromix;
 
-cpu::AttentionRows checked_rows(const char* what, Tensor& t) {
-  MICROMIX_CHECK(t.scalar_type() == ScalarType::BFloat16 && t.is_cpu() && t.dim() == 4,
+cpu::AttentionRows checked_rows(const char* what, Tensor& t, ScalarType type) {
+  MICROMIX_CHECK(t.scalar_type() == type && t.is_cpu() && t.dim() == 4,
                  "micromix::attention: ", what,
-                 " must be bfloat16 [batch, heads, length, size] on the CPU");
+                 " must be of query's type, [batch, heads, length, size] on the CPU");
   if (t.stride(3) != 1 && t.size(3) > 1) t = dense(t);
-  return {static_cast<const uint16_t*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
+  return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
 // The stride of a dimension that may be broadcast.
@@ -54,7 +54,7 @@ void add_mask(cpu::AttentionTask& task, Tensor& mask) {
 }
 
 void launch(const cpu::AttentionTask& task) {
-  const cpu::AttentionKernel& kernel = cpu::attention_kernel();
+  const cpu::AttentionKernel& kernel = cpu::attention_kernel(task);
   const int64_t channels = task.head_size + task.value_size;
   const auto grain = [&](int64_t items, int64_t products) {
     return items == 0 ? 1 : 1 + kernel.grain_products / (products / items + 1);
@@ -75,9 +75,14 @@ void launch(const cpu::AttentionTask& task) {
 Tensor attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask, bool is_causal,
                  double scale) {
   cpu::AttentionTask task{};
-  task.query = checked_rows("query", query);
-  task.key = checked_rows("key", key);
-  task.value = checked_rows("value", value);
+  const ScalarType type = query.scalar_type();
+  MICROMIX_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Float,
+                 "micromix::attention: query must be bfloat16 or float32; got ",
+                 torch::headeronly::toString(type));
+  task.dtype = type == ScalarType::Float ? Dtype::kFloat32 : Dtype::kBFloat16;
+  task.query = checked_rows("query", query, type);
+  task.key = checked_rows("key", key, type);
+  task.value = checked_rows("value", value, type);
   task.batches = query.size(0);
   task.heads = query.size(1);
   task.queries = query.size(2);
@@ -96,8 +101,8 @@ Tensor attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> m
   task.scale = static_cast<float>(scale);
 
   const int64_t sizes[4] = {task.batches, task.queries, task.heads, task.value_size};
-  Tensor out = empty_of(query, sizes, aoti_torch_dtype_bfloat16());
-  task.out = static_cast<uint16_t*>(out.mutable_data_ptr());
+  Tensor out = empty_of(query, sizes, shim_dtype(type));
+  task.out = out.mutable_data_ptr();
   if (out.numel() > 0) launch(task);
   return out;
 }

@@ -1,4 +1,4 @@
-"""Lower attention in bfloat16 to `micromix::attention`, where this machine has a fast kernel for it: CPUs with AMX.
+"""Lower attention on the CPU to `micromix::attention`, where this machine has a fast kernel for it: from AVX2 on.
 
 Query heads that share a key head read it where it is: no copy of keys and values is made. Keys that a mask hides from
 all queries, such as the empty part of a static cache, cost nothing.
@@ -15,12 +15,13 @@ from micromix_compile.ops import cpu_isa
 from micromix_compile.passes.find_linears import value_of
 from micromix_compile.passes.group_queries import arguments_of, call, is_attention, unrepeated
 
-_MASKS = (torch.bool, torch.bfloat16, torch.float32)
+_TYPES = (torch.bfloat16, torch.float32)
+_MASKS = (torch.bool, *_TYPES)
 
 
 def lower_attention(graph: fx.Graph) -> int:
     """Rewrite a graph of inference in place; returns the number of attentions that were lowered."""
-    if cpu_isa() != "amx":
+    if cpu_isa() == "portable":
         return 0
     return sum(_lower(graph, node) for node in list(graph.nodes) if is_attention(node))
 
@@ -28,9 +29,11 @@ def lower_attention(graph: fx.Graph) -> int:
 def _lower(graph: fx.Graph, node: fx.Node) -> bool:
     given = arguments_of(node)
     operands = [given[name] for name in ("query", "key", "value")]
-    if not all(_is_bfloat16(operand) for operand in operands):
+    if not all(_is_operand(operand) for operand in operands):
         return False
     query, key, value = operands
+    if len({value_of(operand).dtype for operand in operands}) > 1:
+        return False
     if len({str(value_of(operand).shape[0]) for operand in operands}) > 1:
         return False
     mask, causal, scale = given.get("attn_mask"), given.get("is_causal"), given.get("scale")
@@ -65,12 +68,12 @@ def _lower(graph: fx.Graph, node: fx.Node) -> bool:
     return True
 
 
-def _is_bfloat16(node: Any) -> bool:
+def _is_operand(node: Any) -> bool:
     value = value_of(node) if isinstance(node, fx.Node) else None
     return (
         value is not None
         and value.device.type == "cpu"
-        and value.dtype == torch.bfloat16
+        and value.dtype in _TYPES
         and value.dim() == 4
     )
 

@@ -1,21 +1,25 @@
-// Attention, softmax(query . key^T * scale + mask) . value, in bfloat16: what a kernel is given and
-// what it offers. Like all kernels it knows nothing of torch.
+// Attention, softmax(query . key^T * scale + mask) . value: what a kernel is given and what it
+// offers. Like all kernels it knows nothing of torch.
 #pragma once
 
 #include <cstdint>
+
+#include "../dtype.h"
 
 namespace micromix::cpu {
 
 // A mask's type. Of kBool, what is false is left out; the others are added to the scores.
 enum class MaskType : int { kNone, kBool, kBFloat16, kFloat32 };
 
-// Rows of bfloat16 numbers, each dense. Strides are in elements.
+// Rows of numbers, each dense. Strides are in elements.
 struct AttentionRows {
-  const uint16_t* data;
+  const void* data;
   int64_t batch, head, row;
 
-  const uint16_t* at(int64_t b, int64_t h, int64_t r) const {
-    return data + b * batch + h * head + r * row;
+  // `T`: float, or bfloat16's bits.
+  template <typename T>
+  const T* at(int64_t b, int64_t h, int64_t r) const {
+    return static_cast<const T*>(data) + b * batch + h * head + r * row;
   }
 };
 
@@ -23,13 +27,14 @@ struct AttentionRows {
 // to i where `causal`. A query that sees no key gets zeros.
 struct AttentionTask {
   int64_t batches, heads, groups, queries, keys, head_size, value_size;
+  Dtype dtype;  // of query, key, value and out: bfloat16 or float32
   AttentionRows query, key, value;
   MaskType mask_type;
   const void* mask;  // [batches, heads, queries, keys], the last stride 1, others in elements
   int64_t mask_batch, mask_head, mask_row;
   bool causal;
   float scale;
-  uint16_t* out;  // [batches, queries, heads, value_size]
+  void* out;  // [batches, queries, heads, value_size]
 
   // The query heads of a group and their queries are the rows that its keys meet, query by query.
   int64_t heads_of_group() const { return heads / groups; }
@@ -52,7 +57,9 @@ struct AttentionKernel {
 
 extern const AttentionKernel kAttentionPortable;
 #if defined(MICROMIX_X86)
-extern const AttentionKernel kAttentionAmx;
+extern const AttentionKernel kAttentionAvx2;
+extern const AttentionKernel kAttentionAvx512;
+extern const AttentionKernel kAttentionAmx;  // of bfloat16
 #endif
 
 }  // namespace micromix::cpu

@@ -105,7 +105,8 @@ void pack(const AttentionTask& task, const Shape& shape, int64_t b, int64_t g, i
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
         const int64_t k = tile * kLanes + i;
-        const uint16_t* const key = task.key.at(b, g, k0 + (k < count ? k : 0)) + step * kPair;
+        const uint16_t* const key =
+            task.key.at<uint16_t>(b, g, k0 + (k < count ? k : 0)) + step * kPair;
         lines[i] = _mm512_maskz_loadu_epi16(k < count ? channels : 0, key);
       }
       transpose(lines);
@@ -119,8 +120,8 @@ void pack(const AttentionTask& task, const Shape& shape, int64_t b, int64_t g, i
   for (int64_t step = 0; step < padded / kPair; ++step) {
     for (int64_t i = 0; i < kLanes; ++i) {
       const int64_t k = step * kPair + 2 * i;
-      const uint16_t* const even = task.value.at(b, g, k0 + (k < count ? k : 0));
-      const uint16_t* const odd = task.value.at(b, g, k0 + (k + 1 < count ? k + 1 : 0));
+      const uint16_t* const even = task.value.at<uint16_t>(b, g, k0 + (k < count ? k : 0));
+      const uint16_t* const odd = task.value.at<uint16_t>(b, g, k0 + (k + 1 < count ? k + 1 : 0));
       for (int64_t tile = 0; tile < shape.value_tiles; tile += 2) {
         const __mmask32 channels = channels_of(task.value_size - tile * kLanes);
         const __m512i x = _mm512_maskz_loadu_epi16(k < count ? channels : 0, even + tile * kLanes);
@@ -251,7 +252,7 @@ class RowBlock {
     for (int64_t row = 0; row < kRowTiles * kLanes; ++row) {
       const bool exists = row < count_;
       const uint16_t* const query =
-          task_.query.at(b_, head_of(exists ? row : 0), query_of(exists ? row : 0));
+          task_.query.at<uint16_t>(b_, head_of(exists ? row : 0), query_of(exists ? row : 0));
       for (int64_t c = 0; c < shape_.query_row(); c += kPair) {
         const __mmask32 channels = channels_of(task_.head_size - c);
         const __m512i line = _mm512_maskz_loadu_epi16(exists ? channels : 0, query + c);
@@ -489,7 +490,7 @@ class RowBlock {
   void end(bool nothing) const {
     for (int64_t row = 0; row < count_; ++row) {
       uint16_t* const out =
-          task_.out +
+          static_cast<uint16_t*>(task_.out) +
           ((b_ * task_.queries + query_of(row)) * task_.heads + head_of(row)) * task_.value_size;
       const float sum_of_weights = _mm512_reduce_add_ps(total_[row]);
       const bool empty = nothing || sum_of_weights == 0;

@@ -136,9 +136,11 @@ const LinearKernel& linear_kernel(const LinearTask& task) {
   return kLinearPortable;
 }
 
-const AttentionKernel& attention_kernel() {
+const AttentionKernel& attention_kernel(const AttentionTask& task) {
 #if defined(MICROMIX_X86)
-  if (current_isa() == Isa::kAmx) return kAttentionAmx;
+  if (current_isa() == Isa::kAmx && task.dtype == Dtype::kBFloat16) return kAttentionAmx;
+  if (current_isa() >= Isa::kAvx512) return kAttentionAvx512;
+  if (current_isa() >= Isa::kAvx2) return kAttentionAvx2;
 #endif
   return kAttentionPortable;
 }

@@ -27,6 +27,6 @@ void set_isa(const std::string& name);
 
 const QuantizeKernel& quantize_kernel();
 const LinearKernel& linear_kernel(const LinearTask& task);
-const AttentionKernel& attention_kernel();
+const AttentionKernel& attention_kernel(const AttentionTask& task);
 
 }  // namespace micromix::cpu

@@ -1,9 +1,9 @@
 // Vectors of numbers, as wide as those of the instruction set that the including file is built for:
-// the compiler makes poor code of wider ones. Written out where AVX-512 does with fewer
+// the compiler makes poor code of wider ones. Written out where AVX-512 or AVX2 does with fewer
 // instructions what the compiler makes of it.
 #pragma once
 
-#if defined(__AVX512BW__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -77,6 +77,12 @@ typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 }
 #else
 [[gnu::always_inline]] inline Lanes load_bfloat16(const uint16_t* from, int lanes) {
+#if defined(__AVX2__)
+  if (lanes == kLanes) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return (Lanes)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+  }
+#endif
   Halves bits{};
   std::memcpy(&bits, from, lanes * sizeof(uint16_t));
   return (Lanes)(__builtin_convertvector(bits, Words) << 16);

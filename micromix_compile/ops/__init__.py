@@ -6,7 +6,7 @@
 ``linear``              packed activations times a placed weight
 ``linears``             the same for two or three weights of one layout, in one launch
 ``weight_only_linear``  float activations, as bfloat16, times a placed weight
-``attention``           softmax(query keyᵀ) value in bfloat16, between the products on a CPU
+``attention``           softmax(query keyᵀ) value in bfloat16 or float32, between the products on a CPU
 ``materialize``         a copy of a value that Inductor is not to compute twice
 ``*_quantize``          a norm, an activation or a sum, quantised as it is computed (fused.py)
 ======================  ======================================================================
