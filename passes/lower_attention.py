@@ -1,4 +1,4 @@
-"""Lower attention on the CPU to `micromix::attention`, where this machine has a fast kernel for it: from AVX2 on.
+"""Lower attention on the CPU to `micromix::attention`, where this machine's kernel for it is faster than torch's.
 
 Query heads that share a key head read it where it is: no copy of keys and values is made. Keys that a mask hides from
 all queries, such as the empty part of a static cache, cost nothing.
@@ -15,14 +15,17 @@ from micromix_compile.ops import cpu_isa
 from micromix_compile.passes.find_linears import value_of
 from micromix_compile.passes.group_queries import arguments_of, call, is_attention, unrepeated
 
-_TYPES = (torch.bfloat16, torch.float32)
-_MASKS = (torch.bool, *_TYPES)
+# The types that are lowered on an instruction set. Prompts in bfloat16 are torch's where it has AVX512-BF16 for them.
+_TYPES = {
+    "amx": (torch.bfloat16, torch.float32),
+    "avx512": (torch.float32,),
+    "avx2": (torch.bfloat16, torch.float32),
+}
+_MASKS = (torch.bool, torch.bfloat16, torch.float32)
 
 
 def lower_attention(graph: fx.Graph) -> int:
     """Rewrite a graph of inference in place; returns the number of attentions that were lowered."""
-    if cpu_isa() == "portable":
-        return 0
     return sum(_lower(graph, node) for node in list(graph.nodes) if is_attention(node))
 
 
@@ -73,7 +76,7 @@ def _is_operand(node: Any) -> bool:
     return (
         value is not None
         and value.device.type == "cpu"
-        and value.dtype in _TYPES
+        and value.dtype in _TYPES.get(cpu_isa(), ())
         and value.dim() == 4
     )
 

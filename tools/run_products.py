@@ -1,6 +1,6 @@
 """Every product of decoded operands, on shapes that fill its kernels badly: for compute-sanitizer.
 
-    compute-sanitizer --tool memcheck --kernel-regex kns=rows_kernel python tools/run_products.py
+    compute-sanitizer --tool memcheck --kernel-name kns=rows_kernel python tools/run_products.py
 
 ``--tool racecheck`` wants a build with NVCC_APPEND_FLAGS=-DMICROMIX_RACECHECK (csrc/cuda/bulk_copies.cuh).
 Nothing is compared here; tests/cuda/test_decoded.py does that.

@@ -1,6 +1,6 @@
 """Every CUDA quantise kernel on rows that fill it badly: for compute-sanitizer.
 
-    compute-sanitizer --tool memcheck --kernel-regex kns=rows_kernel python tools/run_row_kernels.py
+    compute-sanitizer --tool memcheck --kernel-name kns=rows_kernel python tools/run_row_kernels.py
 
 ``--tool racecheck`` wants a build with NVCC_APPEND_FLAGS=-DMICROMIX_RACECHECK (csrc/cuda/bulk_copies.cuh).
 Nothing is compared here; tests/ops/test_quantize_cuda.py does that.

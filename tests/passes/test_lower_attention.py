@@ -147,9 +147,13 @@ def test_what_is_left_to_torch(function, given):
     assert lowered(function, *operands(**given))[0] == 0
 
 
-def test_without_a_fast_kernel_it_is_left_to_torch(monkeypatch):
-    monkeypatch.setattr("micromix_compile.passes.lower_attention.cpu_isa", lambda: "portable")
-    assert lowered(attention, *operands())[0] == 0
+@pytest.mark.parametrize(
+    "isa, dtype, count",
+    [("portable", torch.float32, 0), ("avx512", torch.bfloat16, 0), ("avx512", torch.float32, 1)],
+)
+def test_where_torchs_is_faster_it_is_left_to_it(monkeypatch, isa, dtype, count):
+    monkeypatch.setattr("micromix_compile.passes.lower_attention.cpu_isa", lambda: isa)
+    assert lowered(attention, *operands(dtype=dtype))[0] == count
 
 
 def test_a_decoder_counts_them(monkeypatch):
