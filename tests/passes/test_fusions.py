@@ -10,6 +10,7 @@ import torch
 from architectures import build, inputs
 
 from micromix_compile import Recipe, calibrate, explain
+from micromix_compile.ops import cpu_isa
 from micromix_compile.passes import manager
 
 LAYERS = 2  # of every tiny model
@@ -61,6 +62,7 @@ def test_counts_graph_and_numbers(name, tmp_path, monkeypatch):
     counts = dict(explanation.passes)
     assert counts.pop("lowered") == len(plan)
     assert counts.pop("micromix::quantize") == counts.pop("micromix::linear") == 4 * LAYERS
+    assert counts.pop("lower_attention", 0) == (0 if cpu_isa() == "portable" else LAYERS)
     assert counts == FUSIONS[name]
 
     # Attention's result is all that is quantised for itself, and nothing is gathered where a fold applies.
