@@ -11,7 +11,7 @@ import itertools
 import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ import micromix_compile.ops  # noqa: F401  (registers torch.ops.micromix)
 from micromix_compile._torch_compat import is_static_input, source_name
 from micromix_compile.mx import MixedLayout
 from micromix_compile.mx.layout import WEIGHT_IS_MXFP4
+from micromix_compile.passes.in_place import same_memory, written
 from micromix_compile.plan import LayerPlan
 
 aten = torch.ops.aten
@@ -100,7 +101,8 @@ def find_linears(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> list
     """
     constants = _constants(gm, example_inputs)
     found = (_match(node, constants) for node in gm.graph.nodes)
-    return [linear for linear in found if linear is not None]
+    writes = [operand for node in gm.graph.nodes for operand in written(node)]
+    return [_unless_written(linear, writes) for linear in found if linear is not None]
 
 
 def layer_names(model: torch.nn.Module) -> Mapping[torch.Tensor, list[str]]:
@@ -191,6 +193,15 @@ def _match(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> Linear | No
             return None
         return _linear(node, x, weight, None, transposed, constants)
     return None
+
+
+def _unless_written(linear: Linear, writes: list[fx.Node]) -> Linear:
+    """The layer, refused where the graph itself writes to its weight: that is packed before the graph runs."""
+    if linear.reason is None and any(same_memory(operand, linear.weight) for operand in writes):
+        return replace(
+            linear, reason="the graph writes to its weight, so it cannot be packed ahead"
+        )
+    return linear
 
 
 def _computed_from_parameters(weight: Any, constants: dict[fx.Node, torch.Tensor]) -> bool:

@@ -299,6 +299,43 @@ def test_every_spelling_of_a_linear_layer(product):
     assert 0 < (y - model(x)).norm() < 0.1 * model(x).norm()
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.add_(1),
+        lambda w: w.view(-1)[3:].mul_(2),
+        lambda w: torch.add(w, 1, out=w),
+        lambda w: torch.nn.functional.relu(w.t(), True),
+    ],
+)
+def test_a_weight_that_the_graph_writes_to_is_left_alone(write):
+    class State(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("state", torch.randn(64, 64))
+            self.other = nn.Parameter(torch.randn(64, 64))
+
+        def forward(self, x):
+            write(self.state)
+            return x @ self.state + x.add(1).add_(self.other[0]) @ self.other
+
+    model, x = State().eval(), torch.randn(4, 64)
+    expected = copy.deepcopy(model)
+    recipe = Recipe(format="mxfp8")
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="micromix", options={**QUICK, "recipe": recipe})
+        for _ in range(3):
+            y, exact = compiled(x), expected(x)
+            assert (y - exact).norm() < 0.1 * exact.norm()
+            assert torch.equal(model.state, expected.state)
+    found = reasons(compiled)
+    assert "the graph writes to its weight" in found["state"]
+    assert found["other"] == "", "it is read by what writes to something else"
+    torch.compiler.reset()
+    with pytest.raises(StrictError, match="writes to its weight"):
+        run(model, x, recipe=recipe, strict=True)
+
+
 def test_a_weight_in_an_unknown_form_is_named():
     class Product(nn.Module):
         def __init__(self) -> None:

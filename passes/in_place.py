@@ -1,0 +1,75 @@
+"""What a node of Dynamo's graph writes in place: such a graph is not functional yet."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from micromix_compile._torch_compat import same_storage
+
+_FUNCTIONS = {
+    operator.setitem,
+    operator.iadd,
+    operator.isub,
+    operator.imul,
+    operator.itruediv,
+    operator.ifloordiv,
+    operator.imod,
+    operator.ipow,
+    operator.iand,
+    operator.ior,
+    operator.ixor,
+}
+
+
+def writes_to(node: fx.Node, value: fx.Node) -> bool:
+    """Whether a node may write to a value's memory."""
+    return any(same_memory(operand, value) for operand in written(node))
+
+
+def same_memory(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two values are one, or views of the same memory."""
+    return a is b or same_storage(_fake(a), _fake(b))
+
+
+def written(node: fx.Node) -> list[fx.Node]:
+    """The operands that a node writes to."""
+    if node.op == "call_method":
+        return _nodes(node.args[:1]) if _is_in_place_name(node.target) else []
+    if node.op != "call_function":
+        return []
+    if isinstance(node.target, torch._ops.OpOverload):
+        arguments = node.target._schema.arguments
+        writes = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
+        by_name = [node.kwargs.get(a.name) for a, w in zip(arguments, writes) if w]
+        return _nodes([*(a for a, w in zip(node.args, writes) if w), *by_name])
+    if node.kwargs.get("out") is not None:
+        return _nodes(node.kwargs["out"])
+    if (
+        node.target in _FUNCTIONS
+        or _is_in_place_name(getattr(node.target, "__name__", ""))
+        or node.kwargs.get("inplace")
+        # The positional form, F.relu(x, True): a last True of any such function counts.
+        or (
+            getattr(node.target, "__module__", "") == "torch.nn.functional"
+            and node.args[-1:] == (True,)
+        )
+    ):
+        return _nodes(node.args[:1]) or node.all_input_nodes
+    return []
+
+
+def _is_in_place_name(name: str) -> bool:
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def _nodes(arguments: object) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(arguments, found.append)
+    return found
+
+
+def _fake(node: fx.Node) -> torch.Tensor | None:
+    return node.meta.get("example_value", node.meta.get("val"))
