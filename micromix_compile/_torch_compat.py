@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from torch import fx
 
+# The class of a module whose weight its owner reads, and that is never called: MultiheadAttention's out_proj.
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as UncalledLinear  # noqa: F401
+
 
 def source_name(node: fx.Node) -> str:
     """Where Dynamo read a placeholder from, as the Python expression it guards on.
@@ -86,6 +89,11 @@ def same_storage(a: object, b: object) -> bool:
     """Whether two fake tensors of one trace are views of the same memory."""
     tensors = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
     return tensors and torch._C._is_alias_of(a, b)
+
+
+def original_module(module: Any) -> Any:
+    """The module that `torch.compile(module)` wraps; any other object is itself."""
+    return getattr(module, "_orig_mod", module)
 
 
 def raised_through_dynamo(error: Exception) -> Exception:

@@ -22,6 +22,7 @@ from micromix_compile.packing import (
     OrderedBias,
     PlacedWeight,
     format_code,
+    owners,
     placed_weight,
     refuse_released,
 )
@@ -82,6 +83,7 @@ def _pack(
     value = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs))
     uses = Counter(linear.weight for linear, *_ in chosen)
     names = {linear: name for linear, name, *_ in chosen}
+    owned = owners() if options.release_weights else Counter()
     for linear, name, plan, row in tqdm(
         chosen, "packing weights", delay=2, leave=False, disable=None
     ):
@@ -107,7 +109,7 @@ def _pack(
         row.folded_into = [names[producer] for producer in folds.into.get(linear, ())]
         uses[linear.weight] -= 1
         if options.release_weights and weight is not None and not uses[linear.weight]:
-            row.released = _release(linear, chosen, weight)
+            row.released = _release(linear, chosen, weight, owned[id(linear.parameter)])
         layout = plan.weight_layout
         row.k4, row.k6, row.k8, row.format6 = (
             plan.layout.k4,
@@ -140,11 +142,16 @@ def _check_kernel(kernel: str, linear: Linear) -> None:
     raise OptionError(option="kernel", reason=f"cannot be {kernel!r}: {reason}", valid=VALID)
 
 
-def _release(linear: Linear, chosen, weight: PlacedWeight) -> bool:
-    """Free a float weight, unless something else in the graph or in memory needs its storage."""
+def _release(linear: Linear, chosen, weight: PlacedWeight, modules: int) -> bool:
+    """Free a float weight, unless something else needs its storage.
+
+    That is another reader in the graph, another of the `modules` that have it (a tied embedding may run in a graph
+    of its own), or what it is a view of.
+    """
     lowered = sum(other.weight is linear.weight for other, *_ in chosen)
     storage = linear.parameter.untyped_storage()
-    alone = len(linear.weight.users) == lowered and storage.nbytes() == linear.parameter.nbytes
+    alone = len(linear.weight.users) == lowered >= modules
+    alone = alone and storage.nbytes() == linear.parameter.nbytes
     if not weight.released and alone:
         weight.release(linear.parameter)
     return weight.released

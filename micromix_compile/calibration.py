@@ -62,7 +62,7 @@ class Calibration:
     ) -> None:
         if gradients and plan is not None:
             raise CalibrationGradientError(reason="layers that a plan quantises have none")
-        self.model = getattr(model, "_orig_mod", model)
+        self.model = compat.original_module(model)
         self.gradients = gradients
         self.upstream = plan
         self.statistics = ModelStatistics()

@@ -12,9 +12,11 @@ begun from the same files and plan is continued.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from micromix_compile import _torch_compat as compat
 from micromix_compile.allocation import uniform_plan
 from micromix_compile.attachment import attached
 from micromix_compile.errors import (
@@ -32,6 +35,8 @@ from micromix_compile.errors import (
     CheckpointExistsError,
     CheckpointVersionError,
     InvalidPlanError,
+    LeftAloneWarning,
+    NoPlanWarning,
     OptionError,
     PlanMismatchError,
     UnsavableLayerError,
@@ -39,17 +44,20 @@ from micromix_compile.errors import (
 from micromix_compile.files import file_digest, write_tensors, write_text
 from micromix_compile.packing import PackedWeight, is_released, pack_weight
 from micromix_compile.plan import LayerPlan, LayerShape, ModelPlan
-from micromix_compile.quantized_linear import QuantizedLinear, linear_shapes
+from micromix_compile.quantized_linear import QuantizedLinear, linear_shapes, other_linears
 from micromix_compile.recipe import Recipe
 
 __all__ = [
     "METHOD",
     "Description",
+    "check_directory",
+    "files_fingerprint",
     "pack_layer",
     "plan_to_use",
     "restore",
     "save_pretrained",
     "verify_files",
+    "warn_of_others",
 ]
 
 METHOD = "micromix"
@@ -232,8 +240,8 @@ def save_pretrained(
     Raises CheckpointExistsError, PlanMismatchError, UnsavableLayerError, and OSError.
     """
     directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise CheckpointExistsError(path=directory)
+    check_directory(directory)
+    model = compat.original_module(model)
     plan = plan_to_use(model, plan)
     entries = _entries(model, plan)
     description = Description.of(plan, [e.layer for e in entries if e.layer])
@@ -241,7 +249,8 @@ def save_pretrained(
     partial = directory.with_name(directory.name + ".partial")
     fingerprint = None
     if source is not None:
-        fingerprint = {"source": _fingerprint(source), "plan": plan.digest, "shards": len(shards)}
+        fingerprint = {"source": files_fingerprint(source), "plan": plan.digest}
+        fingerprint["shards"] = _digest(shards, model)
     done = _begin(partial, fingerprint)
     weight_map, total = {}, 0
     for file, shard in tqdm(shards.items(), "writing", unit="file", disable=None):
@@ -263,6 +272,12 @@ def save_pretrained(
     _write_documents(model, partial, description, plan, tokenizer)
     (partial / _PROGRESS).unlink(missing_ok=True)
     os.replace(partial, directory)
+
+
+def check_directory(directory: Path) -> None:
+    """Say before long work that a checkpoint cannot be written there. Raises CheckpointExistsError."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise CheckpointExistsError(path=directory)
 
 
 def plan_to_use(model: nn.Module, plan: ModelPlan | Recipe | None) -> ModelPlan:
@@ -288,18 +303,21 @@ def plan_to_use(model: nn.Module, plan: ModelPlan | Recipe | None) -> ModelPlan:
         found = next((a for p in model.parameters() if (a := attached(p))), None)
         plan = found[0] if found else Recipe(format="mxfp8")
         if not found:
-            import warnings
-
-            from micromix_compile.errors import NoPlanWarning
-
             warnings.warn(NoPlanWarning(layers=len(shapes)), stacklevel=3)
     if isinstance(plan, Recipe):
+        warn_of_others(model)
         return uniform_plan(shapes, plan)
     unsavable = [name for name in plan if name not in shapes and _has_weight(model, name)]
     if unsavable:
         raise UnsavableLayerError(layers=unsavable)
     plan.check(shapes)
     return plan
+
+
+def warn_of_others(model: nn.Module) -> None:
+    """Name the modules that a recipe for all linear layers does not reach."""
+    if others := other_linears(model):
+        warnings.warn(LeftAloneWarning(layers=others), stacklevel=4)
 
 
 def _has_weight(model: nn.Module, name: str) -> bool:
@@ -427,10 +445,17 @@ def _bytes_of(size: int | str) -> int:
     return result
 
 
-def _fingerprint(source: str | os.PathLike) -> list[list[Any]]:
+def files_fingerprint(source: str | os.PathLike) -> list[list[Any]]:
     """What changes when the files of a directory change."""
     files = sorted(path for path in Path(source).iterdir() if path.is_file())
     return [[p.name, (stat := p.stat()).st_size, stat.st_mtime_ns] for p in files]
+
+
+def _digest(shards: Mapping[str, list[_Entry]], model: nn.Module) -> str:
+    """What changes when a file would hold other tensors, or tensors of another dtype."""
+    sizes = {file: [entry.sizes for entry in shard] for file, shard in shards.items()}
+    dtypes = sorted({str(parameter.dtype) for parameter in model.parameters()})
+    return hashlib.sha256(json.dumps([sizes, dtypes]).encode()).hexdigest()
 
 
 def _begin(partial: Path, fingerprint: Any) -> dict[str, str]:
@@ -523,9 +548,8 @@ def restore(model: nn.Module, source: str | os.PathLike | Mapping[str, Tensor]) 
     `source` is the directory of the float checkpoint, whose tensors must be named as the model's parameters, or a
     mapping from names to tensors. All are found before one is brought back. Raises CheckpointError.
     """
-    released = {
-        name: parameter for name, parameter in model.named_parameters() if is_released(parameter)
-    }
+    named = compat.original_module(model).named_parameters()
+    released = {name: parameter for name, parameter in named if is_released(parameter)}
     with contextlib.ExitStack() as stack:
         path, find = ("the mapping", source.get) if isinstance(source, Mapping) else (source, None)
         if find is None:

@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
+            _check_device(getattr(arguments, "device", "cpu"))
             arguments.run(arguments)
         except MicroMixError as error:
             print(f"micromix: error: {_one_line(error)}", file=sys.stderr)
@@ -48,6 +49,21 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
     else:
         text = warnings.formatwarning(message, category, filename, lineno, line)
     sys.stderr.write(text)
+
+
+def _check_device(device: str) -> None:
+    """Before the long work. Raises OptionError."""
+    if device == "cpu":
+        return
+    import torch
+
+    from micromix_compile.errors import OptionError
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = f"cannot be {device!r} here: {_one_line(error)}"
+        raise OptionError(option="--device", reason=reason, valid="cpu, or a GPU's name") from None
 
 
 def _one_line(message: object) -> str:
@@ -398,9 +414,10 @@ def _quantize(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from micromix_compile.checkpoint import save_pretrained
+    from micromix_compile.checkpoint import check_directory, save_pretrained
     from micromix_compile.models import load
 
+    check_directory(arguments.output)
     plan = _given_plan(arguments)
     _recipe(arguments)  # before the long work: a bad recipe is said at once
     with tempfile.TemporaryDirectory(prefix="micromix-offload-") as folder:
@@ -430,9 +447,11 @@ def _export(arguments: argparse.Namespace) -> None:
     import torch
 
     from micromix_compile.decoder import export_decoder
+    from micromix_compile.export import check_path
     from micromix_compile.models import load
     from micromix_compile.quantized_linear import QuantizedLinear
 
+    check_path(arguments.output)
     start = time.monotonic()
     given = _given_plan(arguments)
     model, tokenizer = load(arguments.model, getattr(torch, arguments.dtype))
@@ -466,6 +485,13 @@ def _generate(arguments: argparse.Namespace) -> None:
     package = arguments.model.endswith(".pt2")
     if package:
         model = load_package(arguments.model)
+        if not hasattr(model, "tokenizer"):
+            from micromix_compile.errors import OptionError
+
+            reason = f"cannot be {arguments.model}, a package of micromix.export, which generates no text"
+            raise OptionError(
+                option="MODEL", reason=reason, valid="a package of `micromix export`, or a model"
+            )
         tokenizer = model.tokenizer()
     else:
         model, tokenizer = load(arguments.model, "auto")
@@ -521,10 +547,13 @@ def _calibrates(arguments: argparse.Namespace) -> bool:
 def _calibrated(model, tokenizer, arguments: argparse.Namespace):
     """The plan of a model, from OUT.plan.safetensors where an earlier run was stopped after calibrating."""
     import micromix_compile as micromix
+    from micromix_compile.files import write_text
 
     path = arguments.output.with_name(arguments.output.name + ".plan.safetensors")
+    note = path.with_suffix(".json")
     recipe = _recipe(arguments)
-    if path.exists():
+    made_from = _made_from(arguments)
+    if path.exists() and note.exists() and note.read_text(encoding="utf-8") == made_from:
         plan = micromix.load_plan(path)
         if plan.recipe == recipe.to_dict():
             print(f"plan: {path}, from an earlier run; remove it to calibrate again")
@@ -534,7 +563,18 @@ def _calibrated(model, tokenizer, arguments: argparse.Namespace):
     batches = [{"input_ids": window[None]} for window in windows]
     plan = micromix.calibrate(model, recipe.has_budget).run(batches).plan(recipe)
     _save_plan(plan, path)
+    write_text(note, made_from)
     return plan
+
+
+def _made_from(arguments: argparse.Namespace) -> str:
+    """What a plan depends on beside the recipe: the model's files and the flags of calibration."""
+    from micromix_compile.checkpoint import files_fingerprint
+
+    model = Path(arguments.model)
+    files = files_fingerprint(model) if model.is_dir() else arguments.model
+    flags = [arguments.text, arguments.samples, arguments.seqlen, arguments.dtype]
+    return json.dumps([files, *flags])
 
 
 def _plan(arguments: argparse.Namespace) -> None:

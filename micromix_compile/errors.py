@@ -25,6 +25,7 @@ __all__ = [
     "ExtensionError",
     "GradientError",
     "InvalidPlanError",
+    "LeftAloneWarning",
     "MicroMixError",
     "MicroMixWarning",
     "MissingPackageError",
@@ -272,7 +273,8 @@ class UnsavableLayerError(MicroMixError):
 
     template = (
         "These layers cannot be saved quantised:{layers}\n"
-        "Only nn.Linear and Conv1D modules can; name the others in Recipe(skip=...), and plan again."
+        "Only nn.Linear and Conv1D modules can, and classes derived from them that have their forward; name the others "
+        "in Recipe(skip=...), and plan again."
     )
 
 
@@ -351,11 +353,20 @@ class NotRoundedWarning(MicroMixWarning):
     )
 
 
-class NoPlanWarning(MicroMixWarning):
-    """A model was compiled without a plan, so every layer is MXFP8. Facts: layers (a number)."""
+class LeftAloneWarning(MicroMixWarning):
+    """Modules that derive from nn.Linear stay float. Facts: layers (a list)."""
 
     template = (
-        "No plan is attached to this model: all of its {layers} linear layers run in MXFP8. For "
+        "These modules derive from nn.Linear and run other code than its forward, so they stay float:{layers}\n"
+        "torch.compile(model, backend='micromix') quantises the products in them."
+    )
+
+
+class NoPlanWarning(MicroMixWarning):
+    """Layers were compiled or saved without a plan, so they are MXFP8. Facts: layers (a number)."""
+
+    template = (
+        "No plan is attached to {layers} linear layers of this model, which run in MXFP8. For "
         "4- and 6-bit channels: calibrate, then calibration.plan(micromix.Recipe()).attach(model)."
     )
 

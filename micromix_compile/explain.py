@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from micromix_compile import _torch_compat as compat
+
 _reports: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -146,7 +148,7 @@ def explain(compiled: Any) -> Explanation:
 
     Layers are known once their graph was compiled, that is after the first call.
     """
-    module = getattr(compiled, "_orig_mod", compiled)
+    module = compat.original_module(compiled)
     if not isinstance(module, torch.nn.Module):
         module = getattr(compiled, "__self__", None) or getattr(
             getattr(compiled, "_torchdynamo_orig_callable", None), "__self__", None

@@ -69,6 +69,7 @@ def export(
     Raises ExportError, GradientError, PlanMismatchError, UnsavableLayerError, and what torch.export raises.
     """
     check_path(path)
+    model = compat.original_module(model)
     with quantised(model, plan) as used:
         entry = trace(model, args, kwargs or {}, dynamic_shapes)
     write_package(path, {"model": entry}, used)

@@ -81,4 +81,5 @@ class Options:
             raise OptionError(
                 option="mode", reason=f"cannot be used: {error}", valid=VALID
             ) from None
-        return cls(**own, settings=given)
+        settings = {name.replace("-", "_"): value for name, value in given.items()}
+        return cls(**own, settings=settings)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import operator
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -126,6 +127,21 @@ class PlacedWeight:
         self.state = state(parameter)
 
 
+def owners() -> Counter[int]:
+    """How many modules of this process have a parameter, by its id."""
+    return Counter(
+        id(parameter)
+        for module in _modules()
+        for parameter in module.__dict__.get("_parameters", {}).values()
+        if parameter is not None
+    )
+
+
+def _modules() -> list[torch.nn.Module]:
+    # By type: isinstance asks objects for __class__, which some compute.
+    return [found for found in gc.get_objects() if issubclass(type(found), torch.nn.Module)]
+
+
 def is_released(parameter: torch.Tensor) -> bool:
     """Whether a float weight's storage was given back."""
     return parameter.untyped_storage().nbytes() == 0 and parameter.numel() > 0
@@ -140,7 +156,7 @@ def refuse_released() -> None:
         return
     released = {id(parameter) for ref in _unguarded if (parameter := ref()) is not None}
     _unguarded.clear()
-    for module in [found for found in gc.get_objects() if issubclass(type(found), torch.nn.Module)]:
+    for module in _modules():
         own = module.__dict__.get("_parameters", {}).values()
         if any(id(parameter) in released for parameter in own):
             module.register_forward_pre_hook(_refuse)

@@ -9,7 +9,9 @@ share a plan) is guarded, by the structure that `ModelPlan.attach` writes on eac
 from __future__ import annotations
 
 import operator
+import threading
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,12 +25,16 @@ from micromix_compile.packing import (
     AUTO,
     OrderedBias,
     PlacedWeight,
+    owners,
     placed_weight,
     refuse_released,
     states,
 )
 from micromix_compile.passes.fold_order import row_order
 from micromix_compile.plan import LayerPlan, RoundedWeight
+
+# One thread packs at a time, in any graph: graphs share packed weights.
+_packing = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -71,9 +77,10 @@ class Placed:
         """Pack again what was changed in place."""
         if states(parameters) == self.seen:
             return
-        for held, parameter in zip(self.held, parameters):
-            held.refresh(parameter)
-        self.seen = states(parameters)
+        with _packing:
+            for held, parameter in zip(self.held, parameters):
+                held.refresh(parameter)
+            self.seen = states(parameters)
 
 
 class Region:
@@ -109,10 +116,13 @@ class Region:
     def tensors(self, arguments: Sequence[Any], report: GraphReport) -> list[torch.Tensor]:
         """The packed tensors of the parameters among `arguments`, packed at their first call and when they change."""
         parameters = [arguments[i] for i in self.positions]
-        if self.shared and not self._is_of(self.last, parameters):
-            self.last = self._find(parameters, arguments, report)
-        self.last.refresh(parameters)
-        return self.last.tensors
+        placed = self.last  # another thread may call for other parameters meanwhile
+        if self.shared and not self._is_of(placed, parameters):
+            with _packing:
+                placed = self._find(parameters, arguments, report)
+            self.last = placed
+        placed.refresh(parameters)
+        return placed.tensors
 
     def _is_of(self, placed: Placed, parameters: Sequence[torch.Tensor]) -> bool:
         current = not self.follows or placed.changes == attachment.changes()
@@ -134,6 +144,7 @@ class Region:
         rounded = [
             s.rounded if m is None else m[0].rounded.get(m[1]) for s, m in zip(self.slots, marks)
         ]
+        owned = owners() if any(slot.released for slot in self.slots) else Counter()
         held: dict[tuple[str, int], PlacedWeight | OrderedBias] = {}
         for i, slot in enumerate(self.slots):
             rows = None
@@ -143,7 +154,7 @@ class Region:
             placed = placed_weight(
                 names[i], weights[i], plans[i], slot.transposed, rows, slot.kernel, rounded[i]
             )
-            if slot.released and not placed.released:
+            if slot.released and not placed.released and owned[id(weights[i])] <= 1:
                 placed.release(weights[i])
             held["weight", i] = placed
             if slot.bias is not None:

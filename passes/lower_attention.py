@@ -62,7 +62,14 @@ def _lower(graph: fx.Graph, node: fx.Node) -> bool:
             key, value = (call(graph, torch.squeeze, source, 2) for source in sources)
         while mask is not None and value_of(mask).dim() < 4:
             mask = call(graph, torch.unsqueeze, mask, 0)
-        arguments = (query, key, value, mask, bool(causal), float(scale or head_size**-0.5))
+        arguments = (
+            query,
+            key,
+            value,
+            mask,
+            bool(causal),
+            float(head_size**-0.5 if scale is None else scale),
+        )
         attention = call(graph, torch.ops.micromix.attention.default, *arguments)
         result = graph.call_function(torch.transpose, (attention, 1, 2))
     result.meta = dict(node.meta)

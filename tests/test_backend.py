@@ -14,7 +14,7 @@ from architectures import build, token_ids
 from torch import nn
 from torch._inductor.utils import run_and_get_code
 
-from micromix_compile import Recipe, calibrate, explain, runner
+from micromix_compile import Recipe, calibrate, explain, regions, runner
 from micromix_compile.errors import (
     GradientError,
     NoPlanWarning,
@@ -446,6 +446,30 @@ def test_a_weight_that_something_else_reads_is_not_released():
     assert (y - model(ids)).norm() < 0.1 * model(ids).norm()
 
 
+def test_a_tied_weight_that_another_graph_may_read_is_not_released():
+    """A graph that is given embeddings never sees the module that shares the head's weight."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(32, 64)
+            self.head = nn.Linear(64, 32, bias=False)
+            self.head.weight = self.embedding.weight
+            self.other = nn.Linear(64, 64)
+
+        def forward(self, embedded):
+            return self.head(self.other(embedded))
+
+    model, ids = Tied().eval(), torch.randint(0, 32, (2, 5))
+    with torch.no_grad():
+        embedded = model.embedding(ids)
+    recipe = Recipe(format="mxfp8", include_lm_head=True)
+    _, compiled = run(model, embedded, recipe=recipe, release_weights=True)
+    rows = explain(compiled).layers
+    assert (rows["head"].released, rows["other"].released) == (False, True)
+    assert torch.equal(model.embedding(ids), embedded)
+
+
 def test_a_module_used_twice_is_packed_once():
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -711,6 +735,27 @@ def test_a_weight_changed_in_one_of_the_equal_parts_is_packed_again(stack):
     assert_like_reference(y, eager, plan, x)
 
 
+def test_a_call_of_another_part_meanwhile_leaves_the_weights_alone(stack, monkeypatch):
+    """One graph serves all layers, also those that other threads run: here another layer's call comes in between."""
+    x = torch.randn(4, 96)
+    planned(stack, x).attach(stack)
+    first, second = stack.layers[:2]
+    for layer in (first, second):
+        layer.compile(backend="micromix", options=QUICK)
+    with torch.no_grad():
+        expected = first(x), second(x)
+        assert not torch.equal(*expected)
+        refresh, between = regions.Placed.refresh, [second]
+
+        def interrupted(placed, parameters):
+            if between:
+                assert torch.equal(between.pop()(x), expected[1])
+            refresh(placed, parameters)
+
+        monkeypatch.setattr(regions.Placed, "refresh", interrupted)
+        assert torch.equal(first(x), expected[0]) and not between
+
+
 def test_release_weights_frees_those_of_every_equal_part(stack):
     x = torch.randn(4, 96)
     planned(stack, x).attach(stack)
@@ -783,3 +828,11 @@ def test_sizes_are_checked_where_there_are_operators_of_others(after, options, c
         _, code = run_and_get_code(compiled, torch.randn(2, 64))
     lines = [line for line in "".join(code).splitlines() if "assert_size_stride(" in line]
     assert bool(lines) == checked
+
+
+def test_inductors_settings_may_be_spelled_with_dashes(block):
+    x = torch.randn(4, 96)
+    plan = planned(block, x)
+    given = {"plan": plan, "inductor": True, "epilogue-fusion": False}
+    y, _ = run(copy.deepcopy(block), x, **given)
+    assert torch.equal(y, run(block, x, plan=plan, inductor=True)[0])

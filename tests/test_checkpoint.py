@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import random
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -19,12 +21,15 @@ from transformers import AutoModelForCausalLM
 
 import micromix_compile as micromix
 from micromix_compile import Recipe, calibrate, explain, save_pretrained
+from micromix_compile.allocation import uniform_plan
+from micromix_compile.checkpoint import plan_to_use
 from micromix_compile.cli import main
 from micromix_compile.errors import (
     CheckpointError,
     CheckpointExistsError,
     CheckpointVersionError,
     GradientError,
+    LeftAloneWarning,
     MicroMixError,
     PlanMismatchError,
     UnsavableLayerError,
@@ -32,7 +37,7 @@ from micromix_compile.errors import (
 from micromix_compile.integrations.transformers import MicroMixConfig
 from micromix_compile.packing import pack_weight
 from micromix_compile.plan import LayerShape, ModelPlan
-from micromix_compile.quantized_linear import QuantizedLinear
+from micromix_compile.quantized_linear import QuantizedLinear, linear_shapes
 
 MIX = Recipe(split=(0.5, 0.25, 0.25))
 SHARD = 40_000  # bytes: the tiny model makes several files
@@ -510,3 +515,83 @@ def test_a_model_without_a_tokenizer(tmp_path):
         "README.md", "config.json", "generation_config.json", "model.safetensors",
     ]  # fmt: skip
     assert main(["quantize", str(source), str(tmp_path / "other")]) == 1
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Renamed(torch.nn.Linear):
+    pass
+
+
+def test_a_linear_of_another_forward_stays_float_and_is_named():
+    model = torch.nn.ModuleDict(
+        {
+            "own": Doubled(32, 32),
+            "kept": Renamed(32, 32),
+            "heads": torch.nn.MultiheadAttention(32, 2),
+        }
+    )
+    assert list(linear_shapes(model)) == ["kept"]
+    with pytest.warns(LeftAloneWarning, match=r"own\n\s+heads.out_proj"):
+        assert list(plan_to_use(model, Recipe(format="mxfp8"))) == ["kept"]
+    layer = uniform_plan({"own": (32, 32)}, Recipe(format="mxfp8"))
+    with pytest.raises(UnsavableLayerError, match="own"):
+        plan_to_use(model, layer)
+
+
+def test_a_compiled_model_is_saved_as_the_model_it_is(source, saved, plan, tmp_path):
+    compiled = torch.compile(load(source), backend="micromix")
+    save_pretrained(compiled, tmp_path / "again", plan, max_shard_size=SHARD)
+    assert contents(tmp_path / "again") == contents(saved)
+
+
+@pytest.mark.parametrize("change", ["shards", "dtype"])
+def test_files_that_would_hold_something_else_are_not_kept(change, source, plan, tmp_path):
+    """A run that was stopped after its first file goes on with other files, or in another dtype."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    save = functools.partial(save_pretrained, source=source)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("micromix_compile.checkpoint._write_documents", interrupt)
+        save(load(source, dtype=torch.bfloat16), tmp_path / "model", plan, max_shard_size=SHARD)
+    assert (tmp_path / "model.partial").is_dir()
+    # The same number of files, with another boundary.
+    options = {"max_shard_size": SHARD + 3000} if change == "shards" else {"max_shard_size": SHARD}
+    model = load(source, dtype=torch.float16 if change == "dtype" else torch.bfloat16)
+    save(model, tmp_path / "model", plan, **options)
+    model = load(source, dtype=torch.float16 if change == "dtype" else torch.bfloat16)
+    save(model, tmp_path / "whole", plan, **options)
+    assert contents(tmp_path / "model") == contents(tmp_path / "whole")
+
+
+def test_nothing_is_done_where_nothing_can_be_written(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("micromix_compile.models.load", None)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert main(["quantize", str(source), str(tmp_path / "full")]) == 1
+    assert "never written over" in capsys.readouterr().err
+    assert main(["export", str(source), str(tmp_path / "model.bin")]) == 1
+    assert ".pt2" in capsys.readouterr().err
+    assert main(["quantize", str(source), str(tmp_path / "q"), "--device", "nothing"]) == 1
+    assert "--device" in capsys.readouterr().err
+
+
+def test_a_plan_of_other_samples_is_not_used_again(source, tmp_path, capsys):
+    flags = [str(source), str(tmp_path / "out"), "--seqlen", "64", "--split", "0.5", "0.25", "0.25"]
+    assert main(["quantize", *flags, "--samples", "1"]) == 0
+    for samples, again in (("1", True), ("2", False)):
+        shutil.rmtree(tmp_path / "out")
+        capsys.readouterr()
+        assert main(["quantize", *flags, "--samples", samples]) == 0
+        assert ("from an earlier run" in capsys.readouterr().out) == again
+
+
+def test_a_package_without_a_tokenizer_generates_no_text(capsys, monkeypatch):
+    monkeypatch.setattr("micromix_compile.package.load", lambda path: object())
+    assert main(["generate", "some.pt2", "--prompt", "x"]) == 1
+    assert "generates no text" in capsys.readouterr().err

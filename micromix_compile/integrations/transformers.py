@@ -20,6 +20,7 @@ from micromix_compile.checkpoint import (
     pack_layer,
     read_tensor,
     verify_files,
+    warn_of_others,
 )
 from micromix_compile.errors import CheckpointError, OptionError
 from micromix_compile.plan import ModelPlan, load_plan
@@ -56,7 +57,8 @@ class MicroMixConfig(QuantizationConfigMixin):
                 option="recipe", reason="cannot be given beside a plan", valid="plan, recipe"
             )
         self.plan = plan if plan is None or isinstance(plan, ModelPlan) else load_plan(plan)
-        self.recipe = recipe or Recipe(format="mxfp8")
+        self.recipe = Recipe.from_dict(recipe) if isinstance(recipe, dict) else recipe
+        self.recipe = self.recipe or Recipe(format="mxfp8")
 
     def to_dict(self) -> dict[str, Any]:
         if self.description is not None:
@@ -70,6 +72,7 @@ class MicroMixConfig(QuantizationConfigMixin):
         """The plan of a float model. Raises PlanMismatchError or RecipeError."""
         shapes = linear_shapes(model)
         if self.plan is None:
+            warn_of_others(model)
             return uniform_plan(shapes, self.recipe)
         self.plan.check(shapes)
         return self.plan

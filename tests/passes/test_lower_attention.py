@@ -73,6 +73,10 @@ def causal(query, key, value, mask):
     )
 
 
+def of_equal_weights(query, key, value, mask):
+    return F.scaled_dot_product_attention(query, repeated(key), repeated(value), mask, scale=0.0)
+
+
 def without_repeating(query, key, value, mask):
     return F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
 
@@ -104,6 +108,7 @@ MASKS = [None, "bool", "bfloat16", "two dimensions", "of each head", "of the key
         (attention, {"dtype": torch.float32, "mask": "bool"}, False),
         (attention, {"dtype": torch.float32, "tokens": 1, "mask": "two dimensions"}, False),
         (causal, {"tokens": S}, False),
+        (of_equal_weights, {"mask": "bool"}, False),
         (without_repeating, {"mask": "bool"}, False),
         (equal_heads, {}, False),
         (key_repeated, {}, True),
