@@ -91,6 +91,16 @@ def same_storage(a: object, b: object) -> bool:
     return tensors and torch._C._is_alias_of(a, b)
 
 
+FUSED_LAYERS = {
+    torch._transformer_encoder_layer_fwd: ((3, 4), (5, 6), (14, 15), (16, 17)),
+    torch._native_multi_head_attention: ((5, 6), (7, 8)),
+    torch.nn.functional.multi_head_attention_forward: ((5, 6), (11, 12)),
+}
+"""Operators that torch runs in the place of a whole module, and where they take the weights and biases of its layers."""
+for _function in (torch._transformer_encoder_layer_fwd, torch._native_multi_head_attention):
+    FUSED_LAYERS[getattr(torch.ops.aten, _function.__name__).default] = FUSED_LAYERS[_function]
+
+
 def original_module(module: Any) -> Any:
     """The module that `torch.compile(module)` wraps; any other object is itself."""
     return getattr(module, "_orig_mod", module)

@@ -19,7 +19,7 @@ from torch import fx
 from torch.utils.weak import WeakIdKeyDictionary
 
 import micromix_compile.ops  # noqa: F401  (registers torch.ops.micromix)
-from micromix_compile._torch_compat import is_static_input, source_name
+from micromix_compile._torch_compat import FUSED_LAYERS, is_static_input, source_name
 from micromix_compile.mx import MixedLayout
 from micromix_compile.mx.layout import WEIGHT_IS_MXFP4
 from micromix_compile.passes.in_place import same_memory, written
@@ -100,9 +100,9 @@ def find_linears(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> list
     constant of the graph is returned with a `reason`.
     """
     constants = _constants(gm, example_inputs)
-    found = (_match(node, constants) for node in gm.graph.nodes)
+    found = itertools.chain.from_iterable(_matches(node, constants) for node in gm.graph.nodes)
     writes = [operand for node in gm.graph.nodes for operand in written(node)]
-    return [_unless_written(linear, writes) for linear in found if linear is not None]
+    return [_unless_written(linear, writes) for linear in found]
 
 
 def layer_names(model: torch.nn.Module) -> Mapping[torch.Tensor, list[str]]:
@@ -157,6 +157,21 @@ def _constants(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[fx.Nod
         if isinstance(value, torch.Tensor):
             constants[node] = value
     return constants
+
+
+def _matches(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> list[Linear]:
+    """The layers that a node is: one, none, or those of a whole module of torch."""
+    if node.target in FUSED_LAYERS:
+        reason = f"torch computes it inside {node.target.__name__}"
+        if "multi_head" not in node.target.__name__:
+            reason += "; torch.backends.mha.set_fastpath_enabled(False) takes that apart"
+        return [
+            _linear(node, node.args[0], node.args[w], node.args[b], False, constants, reason)
+            for w, b in FUSED_LAYERS[node.target]
+            if isinstance(node.args[w], fx.Node)  # None where q, k and v have weights of their own
+        ]
+    linear = _match(node, constants)
+    return [] if linear is None else [linear]
 
 
 def _match(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> Linear | None:

@@ -354,6 +354,23 @@ def test_a_weight_in_an_unknown_form_is_named():
         run(model, x, recipe=recipe, strict=True)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_layers_inside_an_operator_of_torch_are_named(fast, request):
+    model, x = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval(), torch.randn(2, 5, 32)
+    request.addfinalizer(lambda: torch.backends.mha.set_fastpath_enabled(True))
+    torch.backends.mha.set_fastpath_enabled(fast)
+    recipe = Recipe(format="mxfp8")
+    _, compiled = run(model, x, recipe=recipe)
+    found = reasons(compiled)
+    assert found.keys() == {"self_attn.in_proj_weight", "self_attn.out_proj", "linear1", "linear2"}
+    assert sum(map(bool, found.values())) == (4 if fast else 2)
+    assert "inside" in found["self_attn.out_proj"]
+    assert ("set_fastpath_enabled" in found["linear1"]) == fast
+    torch.compiler.reset()
+    with pytest.raises(StrictError, match="inside"):
+        run(model, x, recipe=recipe, strict=True)
+
+
 @pytest.mark.parametrize("k", [1, 31, 33, 100])
 def test_any_k_and_a_transposed_weight(k):
     class Transposed(nn.Module):
