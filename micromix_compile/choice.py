@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 
 import torch
 
@@ -50,7 +51,8 @@ def choose(
             else:
                 reason = _missing(model_plan, name)
         row = LayerReport(name, linear.in_features, linear.out_features, reason=reason or "")
-        row.bytes_before = 0 if linear.parameter is None else linear.parameter.nbytes
+        if linear.parameter is not None:
+            row.bytes_before, row.weight = linear.parameter.nbytes, weakref.ref(linear.parameter)
         report.layers.append(row)
         if plan is not None:
             chosen.append((linear, name, plan, row))

@@ -7,13 +7,14 @@ import itertools
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from micromix_compile import _torch_compat as compat
+from micromix_compile.passes.find_linears import layer_names
 
 _reports: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -47,6 +48,17 @@ class LayerReport:
     gathered: str = ""
     reason: str = ""
     released: bool = False
+    weight: weakref.ref | None = field(default=None, repr=False, compare=False)
+    """Of the weight: by it `explain` knows the layer's name in the whole model."""
+
+    @property
+    def parameter(self) -> torch.Tensor | None:
+        """The weight, while it lives; None of one that is computed."""
+        return None if self.weight is None else self.weight()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain values, for JSON."""
+        return {name: value for name, value in asdict(self).items() if name != "weight"}
 
 
 @dataclass(eq=False)
@@ -104,7 +116,7 @@ class Explanation:
         return {
             "graphs": self.graphs,
             "passes": dict(self.passes),
-            "layers": {name: asdict(layer) for name, layer in self.layers.items()},
+            "layers": {name: layer.to_dict() for name, layer in self.layers.items()},
         }
 
     def __str__(self) -> str:
@@ -161,7 +173,14 @@ def explain(compiled: Any) -> Explanation:
     tensors = [*module.parameters(), *module.buffers()]
     found = {report for tensor in tensors for report in _reports.get(tensor, ())}
     graphs = sorted(found, key=lambda report: report.number)
-    layers = {layer.name: layer for report in graphs for layer in report.layers}
+    names = layer_names(module)
+    layers = {}
+    for row in (row for report in graphs for row in report.layers):
+        # A graph of a part knows its layers by the ends of their names only, where no plan says more.
+        known = names.get(row.parameter, ()) if row.parameter is not None else ()
+        longer = [name for name in known if name.endswith("." + row.name)]
+        row = replace(row, name=longer[0] if longer else row.name)
+        layers[row.name] = row
     passes: Counter[str] = Counter()
     for report in graphs:
         passes.update(report.passes)

@@ -173,8 +173,8 @@ def _refuse(module: torch.nn.Module, arguments: tuple) -> None:
 def state(parameter: torch.Tensor) -> tuple[int, int]:
     """What changes when a parameter's values change: its version counter and its address.
 
-    A write through `parameter.data` moves neither; torch itself does not see such a write. Inference tensors
-    have no version counter.
+    A write through `parameter.data` moves neither; torch itself does not see such a write before
+    `torch.autograd.graph.increment_version`. Inference tensors have no version counter.
     """
     return (0 if parameter.is_inference() else parameter._version, parameter.data_ptr())
 

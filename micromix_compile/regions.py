@@ -174,19 +174,22 @@ class Region:
 
     def _report(self, report: GraphReport, names: dict[str, str], weights) -> None:
         """Let `explain` show these layers as it shows those that the graph was compiled for."""
-        known = {row.name for row in report.layers}
+        known = {id(row.parameter) for row in report.layers}
+        rows = {row.name: row for row in reversed(report.layers)}  # those of the first layers
 
         def renamed(old: list[str]) -> list[str]:
             return [names.get(name, name) for name in old]
 
-        for row in [row for row in report.layers if row.name in names]:
-            if names[row.name] not in known:
+        for slot, weight in zip(self.slots, weights):
+            row = rows.get(slot.name)
+            if row is not None and id(weight) not in known:
                 report.layers.append(
                     replace(
                         row,
-                        name=names[row.name],
+                        name=names[slot.name],
                         merged_with=renamed(row.merged_with),
                         folded_into=renamed(row.folded_into),
+                        weight=weakref.ref(weight),
                     )
                 )
         record(report, weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import subprocess
 import sys
 import warnings
@@ -419,6 +420,19 @@ def test_a_changed_weight_is_never_served_stale(block):
     assert torch.equal(now, run(copy.deepcopy(block), x, plan=plan)[0])
 
 
+def test_a_write_through_data_is_seen_once_it_is_told(block):
+    x = torch.randn(4, 96)
+    plan = planned(block, x)
+    first, compiled = run(block, x, plan=plan)
+    block.down.weight.data.mul_(2)
+    torch.autograd.graph.increment_version(block.down.weight)
+    with torch.no_grad():
+        y = compiled(x)
+    assert not torch.equal(first, y)
+    torch.compiler.reset()
+    assert torch.equal(y, run(copy.deepcopy(block), x, plan=plan)[0])
+
+
 def test_released_weights_are_freed_and_never_used_again(block):
     x = torch.randn(4, 96)
     plan = planned(block, x)
@@ -716,8 +730,10 @@ def test_equal_parts_without_a_plan_share_one_graph(stack):
         layer.compile(backend="micromix", options={**QUICK, "recipe": recipe})
     with torch.no_grad():
         y = stack(x)
-    assert explain(stack).graphs == 1
-    assert_like_reference(y, eager, planned(eager, x, recipe=recipe), x)
+    plan = planned(eager, x, recipe=recipe)
+    assert explain(stack).graphs == 1 and sorted(explain(stack).layers) == sorted(plan)
+    json.dumps(explain(stack).to_dict())
+    assert_like_reference(y, eager, plan, x)
 
 
 def test_parts_of_other_structure_have_graphs_of_their_own(stack):
