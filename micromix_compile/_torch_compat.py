@@ -116,7 +116,9 @@ def raised_through_dynamo(error: Exception) -> Exception:
     from torch._dynamo.exc import ShortenTraceback
 
     kind = type(error)
-    derived = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__})
+    # Pickled it is the error of before: the derived class has no name that pickle would find.
+    own = {"__module__": kind.__module__, "__reduce__": lambda self: kind.__reduce__(error)}
+    derived = type(kind.__name__, (kind, ShortenTraceback), own)
     result = derived.__new__(derived)
     result.args = error.args
     result.__dict__.update(error.__dict__)

@@ -165,10 +165,12 @@ def _matches(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> list[Line
         reason = f"torch computes it inside {node.target.__name__}"
         if "multi_head" not in node.target.__name__:
             reason += "; torch.backends.mha.set_fastpath_enabled(False) takes that apart"
+        given = dict(enumerate(node.args))
         return [
-            _linear(node, node.args[0], node.args[w], node.args[b], False, constants, reason)
+            _linear(node, given[0], given[w], given.get(b), False, constants, reason)
             for w, b in FUSED_LAYERS[node.target]
-            if isinstance(node.args[w], fx.Node)  # None where q, k and v have weights of their own
+            # It is None where q, k and v have weights of their own.
+            if isinstance(given.get(w), fx.Node)
         ]
     linear = _match(node, constants)
     return [] if linear is None else [linear]

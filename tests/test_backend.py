@@ -372,6 +372,18 @@ def test_layers_inside_an_operator_of_torch_are_named(fast, request):
         run(model, x, recipe=recipe, strict=True)
 
 
+def test_attention_of_separate_weights():
+    """What is given by keyword, or not at all, is no reason to fail."""
+    model, x = nn.MultiheadAttention(32, 2, kdim=16, vdim=16).eval(), torch.randn(5, 32)
+
+    def attend(x):
+        return model(x, x[:, :16], x[:, 16:])[0]
+
+    y, _kept = run(attend, x, recipe=Recipe(format="mxfp8"))
+    assert torch.equal(y, attend(x))
+    assert reasons(model).keys() == {"out_proj"}
+
+
 @pytest.mark.parametrize("k", [1, 31, 33, 100])
 def test_any_k_and_a_transposed_weight(k):
     class Transposed(nn.Module):

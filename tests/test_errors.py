@@ -10,6 +10,7 @@ import warnings
 import pytest
 
 from micromix_compile import errors
+from micromix_compile._torch_compat import raised_through_dynamo
 
 CLASSES = [
     cls
@@ -63,3 +64,10 @@ def test_bad_values_are_value_errors():
 def test_warnings_are_user_warnings():
     with pytest.warns(UserWarning, match="to 7 linear layers of this model, which run in MXFP8"):
         warnings.warn(errors.NoPlanWarning(layers=7), stacklevel=1)
+
+
+def test_an_error_that_dynamo_hands_on_survives_pickling():
+    error = raised_through_dynamo(errors.StrictError(layers=["a: b"]))
+    assert isinstance(error, errors.StrictError)
+    twin = pickle.loads(pickle.dumps(error))
+    assert type(twin) is errors.StrictError and str(twin) == str(error)
