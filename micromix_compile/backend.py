@@ -22,6 +22,7 @@ from micromix_compile.packing import (
     OrderedBias,
     PlacedWeight,
     format_code,
+    one_packs,
     owners,
     placed_weight,
     refuse_released,
@@ -62,7 +63,8 @@ def _compile(
     gm.recompile()
     chosen = choose(linears, options, report)
     folds = fold_orders({linear: plan for linear, _, plan, _ in chosen})
-    lowerings = _pack(gm, example_inputs, chosen, folds, options)
+    with one_packs:
+        lowerings = _pack(gm, example_inputs, chosen, folds, options)
     runner = Runner(gm, list(example_inputs), report)
     _guard_plans(linears, options)
     if lowerings:

@@ -29,19 +29,22 @@ def choose(
     """Decide for each layer whether and how it is lowered, and write that down."""
     chosen: list[tuple[Linear, str, LayerPlan, LayerReport]] = []
     refused: list[str] = []
+    missing: list[str] = []  # those of them that a given plan does not have
     planless = 0
     for linear in linears:
         plan, name, reason, by_choice = None, linear.name, unsupported(linear), False
         if linear.quantised is not None:
             plan = _own_plan(linear, options)
-        elif reason is None:
+        else:
             model_plan, name = plan_of(linear, options)
             recipe = options.recipe or Recipe(format="mxfp8")
             if model_plan is not None:
                 recipe = Recipe.from_dict(model_plan.recipe)  # an empty one skips the output head
             shape = LayerShape(linear.out_features, linear.in_features, linear.transposed)
             by_choice = recipe.skips(name)
-            if model_plan is not None and name in model_plan:
+            if reason is not None:
+                pass  # whatever the plan says
+            elif model_plan is not None and name in model_plan:
                 plan = _checked(model_plan, name, shape)
             elif by_choice:
                 reason = "the recipe skips it"
@@ -50,6 +53,7 @@ def choose(
                 planless += 1
             else:
                 reason = _missing(model_plan, name)
+                missing.append(f"{name}: {reason}")
         row = LayerReport(name, linear.in_features, linear.out_features, reason=reason or "")
         if linear.parameter is not None:
             row.bytes_before, row.weight = linear.parameter.nbytes, weakref.ref(linear.parameter)
@@ -58,8 +62,8 @@ def choose(
             chosen.append((linear, name, plan, row))
         elif not by_choice:
             refused.append(f"{name}: {reason}")
-    if options.plan is not None and refused and not chosen:
-        raise PlanMismatchError(differences=refused)
+    if options.plan is not None and missing and not chosen:
+        raise PlanMismatchError(differences=missing)
     if options.strict and refused:
         raise StrictError(layers=refused)
     if planless and options.recipe is None:

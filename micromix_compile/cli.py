@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the task failed (one line on stderr says why and what to d
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import sys
@@ -573,8 +574,9 @@ def _made_from(arguments: argparse.Namespace) -> str:
 
     model = Path(arguments.model)
     files = files_fingerprint(model) if model.is_dir() else arguments.model
-    flags = [arguments.text, arguments.samples, arguments.seqlen, arguments.dtype]
-    return json.dumps([files, *flags])
+    texts = json.dumps(_texts(arguments, half=0)).encode()
+    flags = [arguments.samples, arguments.seqlen, arguments.dtype]
+    return json.dumps([files, hashlib.sha256(texts).hexdigest(), *flags])
 
 
 def _plan(arguments: argparse.Namespace) -> None:

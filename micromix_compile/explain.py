@@ -56,6 +56,26 @@ class LayerReport:
         """The weight, while it lives; None of one that is computed."""
         return None if self.weight is None else self.weight()
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether the weight does not live any more."""
+        return self.weight is not None and self.weight() is None
+
+    def within(self, names: Iterable[str]) -> LayerReport:
+        """The same with the names of the whole model, of which `names` are the weight's.
+
+        A graph of a part knows its layers by the ends of their names only, where no plan says more.
+        """
+        longer = [name for name in names if name.endswith("." + self.name)]
+        start = longer[0].removesuffix(self.name) if longer else ""
+        return replace(
+            self,
+            name=start + self.name,
+            merged_with=[start + name for name in self.merged_with],
+            folded_into=[start + name for name in self.folded_into],
+            weight=None,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values, for JSON."""
         return {name: value for name, value in asdict(self).items() if name != "weight"}
@@ -176,11 +196,10 @@ def explain(compiled: Any) -> Explanation:
     names = layer_names(module)
     layers = {}
     for row in (row for report in graphs for row in report.layers):
-        # A graph of a part knows its layers by the ends of their names only, where no plan says more.
-        known = names.get(row.parameter, ()) if row.parameter is not None else ()
-        longer = [name for name in known if name.endswith("." + row.name)]
-        row = replace(row, name=longer[0] if longer else row.name)
-        layers[row.name] = row
+        if not row.is_gone:
+            parameter = row.parameter
+            row = row.within(() if parameter is None else names.get(parameter, ()))
+            layers[row.name] = row
     passes: Counter[str] = Counter()
     for report in graphs:
         passes.update(report.passes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import operator
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Sequence
@@ -23,6 +24,9 @@ from micromix_compile.plan import LayerPlan, RoundedWeight, fingerprint
 AUTO, MX_EMULATED = "auto", "mx_emulated"
 KERNELS = (AUTO, MX_EMULATED)
 """The kernels that a user may ask for: the device's own, and the Blackwell kernel in software."""
+
+one_packs = threading.RLock()
+"""Held while weights are packed, compared or released: graphs and threads share them. Nothing under it compiles."""
 
 _cache: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _names: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of released parameters, for messages
@@ -128,13 +132,17 @@ class PlacedWeight:
 
 
 def owners() -> Counter[int]:
-    """How many modules of this process have a parameter, by its id."""
-    return Counter(
-        id(parameter)
-        for module in _modules()
-        for parameter in module.__dict__.get("_parameters", {}).values()
-        if parameter is not None
-    )
+    """How many modules of this process have a parameter, by its id.
+
+    An embedding counts twice: its weight may be a layer's without a module that says so.
+    """
+    count: Counter[int] = Counter()
+    for module in _modules():
+        times = 2 if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) else 1
+        for parameter in module.__dict__.get("_parameters", {}).values():
+            if parameter is not None:
+                count[id(parameter)] += times
+    return count
 
 
 def _modules() -> list[torch.nn.Module]:

@@ -20,6 +20,9 @@ from micromix_compile.mx.layout import WEIGHT_IS_MXFP4
 from micromix_compile.packing import PackedWeight
 from micromix_compile.plan import LayerPlan, LayerShape
 
+# Classes of transformers that spell nn.Linear's forward in their own way.
+_SAME_FORWARD = {"FalconLinear"}
+
 __all__ = ["QuantizedLinear", "linear_shape", "linear_shapes", "other_linears"]
 
 
@@ -189,12 +192,13 @@ class QuantizedLinear(nn.Module):
 def linear_shape(module: nn.Module) -> LayerShape | None:
     """The shape of a float linear module: `nn.Linear`, or GPT-2's `Conv1D`; None for any other.
 
-    A subclass of `nn.Linear` counts where its forward is that of `nn.Linear`: a QuantizedLinear computes no other.
-    The output projection of `nn.MultiheadAttention` has it, and is never called.
+    A subclass of `nn.Linear` counts where its forward is that of `nn.Linear`, or known to be the same: a
+    QuantizedLinear computes no other. The output projection of `nn.MultiheadAttention` has it, and is never called.
     """
     if isinstance(module, nn.Linear):
         own = type(module).forward is not nn.Linear.forward
-        if own or isinstance(module, compat.UncalledLinear):
+        other = own and type(module).__name__ not in _SAME_FORWARD
+        if other or isinstance(module, compat.UncalledLinear):
             return None
         return LayerShape(module.out_features, module.in_features)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):

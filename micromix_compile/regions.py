@@ -9,7 +9,6 @@ share a plan) is guarded, by the structure that `ModelPlan.attach` writes on eac
 from __future__ import annotations
 
 import operator
-import threading
 import weakref
 from collections import Counter
 from collections.abc import Sequence
@@ -20,11 +19,12 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from micromix_compile import attachment
-from micromix_compile.explain import GraphReport, record
+from micromix_compile.explain import GraphReport, LayerReport, record
 from micromix_compile.packing import (
     AUTO,
     OrderedBias,
     PlacedWeight,
+    one_packs,
     owners,
     placed_weight,
     refuse_released,
@@ -32,9 +32,6 @@ from micromix_compile.packing import (
 )
 from micromix_compile.passes.fold_order import row_order
 from micromix_compile.plan import LayerPlan, RoundedWeight
-
-# One thread packs at a time, in any graph: graphs share packed weights.
-_packing = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ class Placed:
         """Pack again what was changed in place."""
         if states(parameters) == self.seen:
             return
-        with _packing:
+        with one_packs:
             for held, parameter in zip(self.held, parameters):
                 held.refresh(parameter)
             self.seen = states(parameters)
@@ -109,6 +106,7 @@ class Region:
         self.last = first or Placed([], [], [])
         self.shared = shared
         self.follows = follows
+        self.rows: dict[str, LayerReport] = {}
         self.known: WeakIdKeyDictionary = WeakIdKeyDictionary()
         if self.last.parameters:
             self.known[self.last.parameters[0]()] = self.last
@@ -118,7 +116,7 @@ class Region:
         parameters = [arguments[i] for i in self.positions]
         placed = self.last  # another thread may call for other parameters meanwhile
         if self.shared and not self._is_of(placed, parameters):
-            with _packing:
+            with one_packs:
                 placed = self._find(parameters, arguments, report)
             self.last = placed
         placed.refresh(parameters)
@@ -174,14 +172,15 @@ class Region:
 
     def _report(self, report: GraphReport, names: dict[str, str], weights) -> None:
         """Let `explain` show these layers as it shows those that the graph was compiled for."""
+        self.rows = self.rows or {row.name: row for row in report.layers}  # of the first layers
+        report.layers[:] = [row for row in report.layers if not row.is_gone]
         known = {id(row.parameter) for row in report.layers}
-        rows = {row.name: row for row in reversed(report.layers)}  # those of the first layers
 
         def renamed(old: list[str]) -> list[str]:
             return [names.get(name, name) for name in old]
 
         for slot, weight in zip(self.slots, weights):
-            row = rows.get(slot.name)
+            row = self.rows.get(slot.name)
             if row is not None and id(weight) not in known:
                 report.layers.append(
                     replace(

@@ -31,7 +31,21 @@ def writes_to(node: fx.Node, value: fx.Node) -> bool:
 
 def same_memory(a: fx.Node, b: fx.Node) -> bool:
     """Whether two values are one, or views of the same memory."""
-    return a is b or same_storage(_fake(a), _fake(b))
+    return a is b or (same_storage(_fake(a), _fake(b)) and _overlap(_fake(a), _fake(b)))
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two views of one storage may have a byte in common: those of a flat buffer's parts do not."""
+    (first, end), (other, other_end) = _bytes(a), _bytes(b)
+    sizes = (first, end, other, other_end)
+    return not all(isinstance(size, int) for size in sizes) or (first < other_end and other < end)
+
+
+def _bytes(x: torch.Tensor) -> tuple[int, int]:
+    """Where a view begins and ends in its storage."""
+    first = x.storage_offset()
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    return first * x.itemsize, (first + last + 1) * x.itemsize
 
 
 def written(node: fx.Node) -> list[fx.Node]:
@@ -45,6 +59,11 @@ def written(node: fx.Node) -> list[fx.Node]:
         writes = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
         by_name = [node.kwargs.get(a.name) for a, w in zip(arguments, writes) if w]
         return _nodes([*(a for a, w in zip(node.args, writes) if w), *by_name])
+    if (
+        node.target is torch.nn.functional.embedding
+    ):  # which with max_norm scales rows of the weight
+        norm = node.args[3] if len(node.args) > 3 else node.kwargs.get("max_norm")
+        return [] if norm is None else _nodes([node.args[1:2], node.kwargs.get("weight")])
     if node.kwargs.get("out") is not None:
         return _nodes(node.kwargs["out"])
     if (
@@ -54,7 +73,8 @@ def written(node: fx.Node) -> list[fx.Node]:
         # The positional form, F.relu(x, True): a last True of any such function counts.
         or (
             getattr(node.target, "__module__", "") == "torch.nn.functional"
-            and node.args[-1:] == (True,)
+            and len(node.args) > 0
+            and node.args[-1] is True
         )
     ):
         return _nodes(node.args[:1]) or node.all_input_nodes

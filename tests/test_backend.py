@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import pickle
 import subprocess
 import sys
 import warnings
@@ -318,7 +319,8 @@ def test_a_weight_that_the_graph_writes_to_is_left_alone(write):
 
         def forward(self, x):
             write(self.state)
-            return x @ self.state + x.add(1).add_(self.other[0]) @ self.other
+            once = torch.nn.functional.normalize(self.other, 2, 1)
+            return x @ self.state + x.add(1).add_(once[0]) @ self.other
 
     model, x = State().eval(), torch.randn(4, 64)
     expected = copy.deepcopy(model)
@@ -370,6 +372,11 @@ def test_layers_inside_an_operator_of_torch_are_named(fast, request):
     torch.compiler.reset()
     with pytest.raises(StrictError, match="inside"):
         run(model, x, recipe=recipe, strict=True)
+    torch.compiler.reset()
+    skip = ("*self_attn*", "linear*")
+    y, _ = run(model, x, recipe=Recipe(format="mxfp8", skip=skip), strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(y, model(x))
 
 
 def test_attention_of_separate_weights():
@@ -511,6 +518,58 @@ def test_a_tied_weight_that_another_graph_may_read_is_not_released():
     rows = explain(compiled).layers
     assert (rows["head"].released, rows["other"].released) == (False, True)
     assert torch.equal(model.embedding(ids), embedded)
+
+
+def test_an_embedding_used_as_a_head_is_not_released():
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(32, 64)
+
+        def forward(self, embedded):
+            return torch.nn.functional.linear(embedded, self.embedding.weight)
+
+    model, embedded = Head().eval(), torch.randn(2, 5, 64)
+    recipe = Recipe(format="mxfp8", include_lm_head=True)
+    _, compiled = run(model, embedded, recipe=recipe, release_weights=True)
+    (row,) = explain(compiled).layers.values()
+    assert (row.reason, row.released) == ("", False)
+    assert model.embedding(torch.tensor([3])).isfinite().all()
+
+
+@pytest.mark.parametrize("norm, reason", [(None, ""), (1.0, "writes to its weight")])
+def test_an_embedding_that_scales_its_weight_writes_to_it(norm, reason):
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(32, 64))
+
+        def forward(self, ids):
+            embedded = torch.nn.functional.embedding(ids, self.weight, max_norm=norm)
+            return torch.nn.functional.linear(embedded, self.weight)
+
+    model, ids = Head().eval().requires_grad_(False), torch.randint(0, 32, (2, 5))
+    _, compiled = run(model, ids, recipe=Recipe(format="mxfp8", include_lm_head=True))
+    (row,) = explain(compiled).layers.values()
+    assert reason in row.reason and bool(reason) == bool(row.reason)
+
+
+def test_parts_of_one_flat_buffer_are_weights_of_their_own():
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            flat = torch.randn(2, 64, 64)
+            self.register_buffer("first", flat[0])
+            self.register_buffer("second", flat[1])
+
+        def forward(self, x):
+            self.first.clamp_(-1, 1)
+            return x @ self.first + x @ self.second
+
+    model, x = Flat().eval(), torch.randn(4, 64)
+    _, compiled = run(model, x, recipe=Recipe(format="mxfp8"))
+    found = reasons(compiled)
+    assert "writes to its weight" in found["first"] and found["second"] == ""
 
 
 def test_a_module_used_twice_is_packed_once():
@@ -744,7 +803,9 @@ def test_equal_parts_without_a_plan_share_one_graph(stack):
         y = stack(x)
     plan = planned(eager, x, recipe=recipe)
     assert explain(stack).graphs == 1 and sorted(explain(stack).layers) == sorted(plan)
+    assert explain(stack).layers["layers.3.gate"].merged_with == ["layers.3.up"]
     json.dumps(explain(stack).to_dict())
+    pickle.dumps(explain(stack))
     assert_like_reference(y, eager, plan, x)
 
 

@@ -526,17 +526,23 @@ class Renamed(torch.nn.Linear):
     pass
 
 
+class FalconLinear(torch.nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
 def test_a_linear_of_another_forward_stays_float_and_is_named():
     model = torch.nn.ModuleDict(
         {
             "own": Doubled(32, 32),
             "kept": Renamed(32, 32),
+            "falcon": FalconLinear(32, 32),
             "heads": torch.nn.MultiheadAttention(32, 2),
         }
     )
-    assert list(linear_shapes(model)) == ["kept"]
+    assert list(linear_shapes(model)) == ["kept", "falcon"]
     with pytest.warns(LeftAloneWarning, match=r"own\n\s+heads.out_proj"):
-        assert list(plan_to_use(model, Recipe(format="mxfp8"))) == ["kept"]
+        assert list(plan_to_use(model, Recipe(format="mxfp8"))) == ["kept", "falcon"]
     layer = uniform_plan({"own": (32, 32)}, Recipe(format="mxfp8"))
     with pytest.raises(UnsavableLayerError, match="own"):
         plan_to_use(model, layer)
@@ -582,11 +588,16 @@ def test_nothing_is_done_where_nothing_can_be_written(source, tmp_path, capsys, 
 
 
 def test_a_plan_of_other_samples_is_not_used_again(source, tmp_path, capsys):
-    flags = [str(source), str(tmp_path / "out"), "--seqlen", "64", "--split", "0.5", "0.25", "0.25"]
+    text = tmp_path / "text"
+    text.write_text("Some words of a text. " * 200)
+    flags = [str(source), str(tmp_path / "out"), "--seqlen", "64", "--text", str(text)]
+    flags += ["--split", "0.5", "0.25", "0.25"]
     assert main(["quantize", *flags, "--samples", "1"]) == 0
-    for samples, again in (("1", True), ("2", False)):
+    for samples, again in (("1", True), ("2", False), ("2", True), ("2", False)):
         shutil.rmtree(tmp_path / "out")
         capsys.readouterr()
+        if (samples, again) == ("2", False):
+            text.write_text("Other words. " * (400 + text.stat().st_size))
         assert main(["quantize", *flags, "--samples", samples]) == 0
         assert ("from an earlier run" in capsys.readouterr().out) == again
 
