@@ -22,7 +22,7 @@ import micromix_compile.ops  # noqa: F401  (registers torch.ops.micromix)
 from micromix_compile._torch_compat import FUSED_LAYERS, is_static_input, source_name
 from micromix_compile.mx import MixedLayout
 from micromix_compile.mx.layout import WEIGHT_IS_MXFP4
-from micromix_compile.passes.in_place import same_memory, written
+from micromix_compile.passes.in_place import same_memory, value_of, written
 from micromix_compile.plan import LayerPlan
 
 aten = torch.ops.aten
@@ -118,11 +118,6 @@ def layer_names(model: torch.nn.Module) -> Mapping[torch.Tensor, list[str]]:
         layer = name.removesuffix(".weight").removesuffix(".placed")
         names.setdefault(tensor, []).append(layer)
     return names
-
-
-def value_of(node: fx.Node) -> torch.Tensor | None:
-    """The fake tensor that Dynamo or export kept of a node's value."""
-    return node.meta.get("example_value", node.meta.get("val"))
 
 
 def choose_name(name: str, candidates: Iterable[str]) -> str | None:

@@ -24,6 +24,11 @@ _FUNCTIONS = {
 }
 
 
+def value_of(node: fx.Node) -> torch.Tensor | None:
+    """The fake tensor that Dynamo or export kept of a node's value."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
 def writes_to(node: fx.Node, value: fx.Node) -> bool:
     """Whether a node may write to a value's memory."""
     return any(same_memory(operand, value) for operand in written(node))
@@ -31,7 +36,7 @@ def writes_to(node: fx.Node, value: fx.Node) -> bool:
 
 def same_memory(a: fx.Node, b: fx.Node) -> bool:
     """Whether two values are one, or views of the same memory."""
-    return a is b or (same_storage(_fake(a), _fake(b)) and _overlap(_fake(a), _fake(b)))
+    return a is b or (same_storage(value_of(a), value_of(b)) and _overlap(value_of(a), value_of(b)))
 
 
 def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -59,9 +64,8 @@ def written(node: fx.Node) -> list[fx.Node]:
         writes = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
         by_name = [node.kwargs.get(a.name) for a, w in zip(arguments, writes) if w]
         return _nodes([*(a for a, w in zip(node.args, writes) if w), *by_name])
-    if (
-        node.target is torch.nn.functional.embedding
-    ):  # which with max_norm scales rows of the weight
+    if node.target is torch.nn.functional.embedding:
+        # With max_norm it scales rows of the weight.
         norm = node.args[3] if len(node.args) > 3 else node.kwargs.get("max_norm")
         return [] if norm is None else _nodes([node.args[1:2], node.kwargs.get("weight")])
     if node.kwargs.get("out") is not None:
@@ -89,7 +93,3 @@ def _nodes(arguments: object) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.node.map_arg(arguments, found.append)
     return found
-
-
-def _fake(node: fx.Node) -> torch.Tensor | None:
-    return node.meta.get("example_value", node.meta.get("val"))

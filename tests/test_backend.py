@@ -477,17 +477,20 @@ def planned_again(block):
     return planned(Block().eval(), torch.randn(4, 96), recipe=Recipe(split=(1, 0, 0)))
 
 
+class Tied(nn.Module):
+    """A head with the weight of the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(32, 64)
+        self.head = nn.Linear(64, 32, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids):
+        return self.head(self.embedding(ids))
+
+
 def test_a_weight_that_something_else_reads_is_not_released():
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embedding = nn.Embedding(32, 64)
-            self.head = nn.Linear(64, 32, bias=False)
-            self.head.weight = self.embedding.weight
-
-        def forward(self, ids):
-            return self.head(self.embedding(ids))
-
     model = Tied().eval()
     ids = torch.randint(0, 32, (2, 5))
     recipe = Recipe(format="mxfp8")
@@ -499,18 +502,15 @@ def test_a_weight_that_something_else_reads_is_not_released():
 def test_a_tied_weight_that_another_graph_may_read_is_not_released():
     """A graph that is given embeddings never sees the module that shares the head's weight."""
 
-    class Tied(nn.Module):
+    class GivenEmbeddings(Tied):
         def __init__(self) -> None:
             super().__init__()
-            self.embedding = nn.Embedding(32, 64)
-            self.head = nn.Linear(64, 32, bias=False)
-            self.head.weight = self.embedding.weight
             self.other = nn.Linear(64, 64)
 
         def forward(self, embedded):
             return self.head(self.other(embedded))
 
-    model, ids = Tied().eval(), torch.randint(0, 32, (2, 5))
+    model, ids = GivenEmbeddings().eval(), torch.randint(0, 32, (2, 5))
     with torch.no_grad():
         embedded = model.embedding(ids)
     recipe = Recipe(format="mxfp8", include_lm_head=True)
