@@ -78,6 +78,10 @@ def an_early_load(kernels):
     kernels["sm_90a"] = [kernel]
 
 
+def registers_that_are_not_there(kernels):
+    kernels["sm_90a"] = [kernels["sm_120a"][0].__class__("rows_kernel", 80, kept=24, got=112)]
+
+
 def no_instructions(kernels):
     kernels["sm_120a"][2].matrix.clear()
 
@@ -101,6 +105,7 @@ def no_native_code(kernels):
         (a_spill, "2 accesses"),
         (a_stack, "mx_quantize: 16 bytes of local memory"),
         (an_early_load, "rows_kernel: 1 global loads before the wait"),
+        (registers_that_are_not_there, "rows_kernel: waits for registers for ever"),
         (no_instructions, r"has \[\], not"),
         (another_instruction, "HMMA"),
         (a_missing_kernel, "sm_121a: 1 linear kernels are missing"),
@@ -126,6 +131,17 @@ def test_loads_before_the_wait_are_found(check_sass):
     assert (late.waits, late.early_loads, late.local_accesses) == (True, 0, 1)
     assert (early.waits, early.early_loads) == (True, 1)
     assert (alone.waits, alone.matrix) == (False, Counter({"HMMA.1688.F32.BF16": 1}))
+
+
+def test_registers_that_change_hands_are_found(check_sass):
+    kernels = {"copies": check_sass.Kernel("copies", 80)}
+    lines = (
+        "Function : copies",
+        "USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0x68 ;",
+        "USETMAXREG.DEALLOC.CTAPOOL 0x18 ;",
+    )
+    check_sass.read_machine_code("\n".join(lines), kernels)
+    assert (kernels["copies"].kept, kernels["copies"].got) == (24, 104)
 
 
 def test_no_library_is_a_clear_error(check_sass, monkeypatch, capsys):

@@ -54,6 +54,9 @@ class Kernel:
     waits: bool = False  # for the kernel before
     early_loads: int = 0  # before the first wait
     closings: int = 0  # of groups of a warpgroup's matrix instructions
+    # What a thread keeps or gets while the kernel runs: of a warpgroup that copies, and of two.
+    kept: int = 0
+    got: int = 0
 
 
 class CheckError(Exception):
@@ -95,7 +98,7 @@ def kernels_of(architecture: str) -> list[Kernel]:
 
 
 def read_machine_code(sass: str, kernels: dict[str, Kernel]) -> None:
-    instructions = re.compile(r"\b([A-Z]*MMA[.A-Z0-9]*|LDL|STL|LDG|ACQBULK)\b")
+    instructions = re.compile(r"\b([A-Z]*MMA[.A-Z0-9]*|LDL|STL|LDG|ACQBULK|USETMAXREG)\b")
     kernel = None
     for line in sass.splitlines():
         if match := re.search(r"Function : (\S+)", line):
@@ -107,6 +110,12 @@ def read_machine_code(sass: str, kernels: dict[str, Kernel]) -> None:
                 kernel.early_loads += not kernel.waits
             elif match[1] == "ACQBULK":  # griddepcontrol.wait
                 kernel.waits = True
+            elif match[1] == "USETMAXREG":
+                count = int(re.search(r"0x([0-9a-f]+)", line[match.end() :])[1], 16)
+                if "DEALLOC" in line:
+                    kernel.kept = count
+                else:
+                    kernel.got = count
             else:
                 kernel.matrix[match[1]] += 1
                 kernel.closings += "gsb0" in line
@@ -164,6 +173,11 @@ def check() -> str:
             hopper += warpgroups > 0
             if 2 * kernel.closings > warpgroups:
                 faults.append(f"{architecture} {kernel.name}: matrix instructions are serialized")
+            if kernel.kept + 2 * kernel.got > 3 * kernel.registers:
+                faults.append(
+                    f"{architecture} {kernel.name}: waits for registers for ever: "
+                    f"{kernel.kept} and twice {kernel.got} of three times {kernel.registers}"
+                )
             match = LINEAR.search(kernel.name)
             if not match or architecture not in NATIVE:
                 continue

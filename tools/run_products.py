@@ -32,10 +32,10 @@ def main() -> None:
     torch.manual_seed(0)
     kernel = ops.kernel_name("cuda")
     assert kernel == "cuda_decoded", kernel
-    # Each tile, with K in parts and not, and tokens shared and not.
+    # Each tile, with K in parts and not, tokens shared and not, and more tiles than run at once.
     for rows in (1, 9, 20, 40, 100, 300, 520):
         run(rows, 300, MixedLayout(672, 160, 96))
-    for rows in (20, 40, 100, 520):
+    for rows in (20, 40, 100, 512):
         run(rows, 17000, MixedLayout(288, 32, 64))
         run(rows, 100, MixedLayout(2048, 544, 32))
     torch.cuda.synchronize()

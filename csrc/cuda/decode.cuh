@@ -191,7 +191,8 @@ struct Power {
     const int power = largest - mx::kFloat32Bias;
     a = power_of_two(power / 2), b = power_of_two(power - power / 2);
   }
-  __device__ __forceinline__ Power(const Power& x, const Power& y) : a(x.a * y.a), b(x.b * y.b) {}
+  // Halves that are not of one size meet each other's: both products are numbers.
+  __device__ __forceinline__ Power(const Power& x, const Power& y) : a(x.a * y.b), b(x.b * y.a) {}
   // x times the power of two, plus y, rounded once.
   __device__ __forceinline__ float times(float x, float y) const { return fmaf(x * a, b, y); }
 };

@@ -90,7 +90,7 @@ void decoded_products(const char* op, const Launcher& launcher, const Tensor& da
   const mx::MixedLayout own = layout.weight();
   const PackedRows rows = packed_rows(layout, bytes_of(data), bytes_of(scales), m);
   const bool few = m <= kFewRows, tiled = !few && launcher.warpgroups;
-  Tensor largest = empty_vector(data, m, aoti_torch_dtype_uint8());
+  Tensor largest = empty_vector(data, tiled ? padded_rows(m) : m, aoti_torch_dtype_uint8());
   Tensor x = tiled ? empty_vector(data, tile_bytes(Steps(own), m), aoti_torch_dtype_uint8())
                    : empty_values(data, m, layout.channels());
   check(tiled ? launch_decode_tiles(rows, Steps(own), x.mutable_data_ptr(),

@@ -1,14 +1,17 @@
 // The product of many rows on Hopper: the weight stays packed, and is decoded in registers.
 //
-// A thread block has 128 rows of the weight and a tile of tokens. Either of its two warpgroups
+// A thread block has 128 rows of the weight and a tile of tokens. Either of two warpgroups
 // multiplies 64 rows, the registers' operand of a warpgroup's matrix instruction, by the tokens,
-// which come to a ring in shared memory by bulk copies, a slice of 64 channels at a time. Which
-// channels an instruction multiplies is free as long as both operands agree, so a lane decodes
-// blocks of its own, as in few_rows.cu. A warp has a panel of the weight, whose chunks come, steps
-// ahead, to a ring that no other warp reads.
+// which a third one brings to a ring in shared memory by bulk copies, a slice of 64 channels at a
+// time. Which channels an instruction multiplies is free as long as both operands agree, so a lane
+// decodes blocks of its own, as in few_rows.cu. A warp has a panel of the weight, whose chunks
+// come, steps ahead, to a ring that no other warp reads.
 //
-// Thread blocks of a cluster either share tokens, of which each copies a part to both, or, where
-// there are few tiles, have a part of K each, and add up their sums in its order.
+// Where there are few tiles, thread blocks of a cluster have a part of K each, and add up their
+// sums in its order. Else they share tokens, of which each copies a part to both, and stay for
+// several tiles: the operands of the next one come, and the results of the one before leave, while
+// they multiply.
+#include <algorithm>
 #include <array>
 #include <atomic>
 
@@ -26,33 +29,45 @@
 namespace micromix::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;  // two warpgroups
-constexpr int kRows = kWarps * kPanelRows;             // of the weight
-constexpr int kMostParts = 8;                          // of K: what any cluster may have
-constexpr int kLeastSteps = 8;                         // of a part
-constexpr int kSharers = 2;                            // of tokens
+// That multiply; and all threads.
+constexpr int kWarpgroups = 2, kWarps = 4 * kWarpgroups, kThreads = 32 * kWarps;
+constexpr int kAllThreads = kThreads + 128;
+constexpr int kRows = kWarps * kPanelRows;  // of the weight
+constexpr int kMostParts = 8;               // of K: what any cluster may have
+constexpr int kLeastSteps = 8;              // of a part
+constexpr int kResultsOfToken = 128;        // bytes, of a warpgroup
+constexpr int kSharers = 2;                 // of tokens
 
 struct Task {
-  const uint8_t* tiles;
+  const uint8_t* tiles_of_tokens;
   PlacedRows weight;
   Results results;
   int64_t padded;  // tokens
   int32_t token_tiles;
+  int32_t tiles;  // of all clusters
 };
 
-template <int kTokens>
+template <int kTokens, bool kShared>
 struct Shape {
-  static constexpr int kThreadBlocks = kTokens <= 128 ? 2 : 1;  // of a multiprocessor
+  static constexpr int kThreadBlocks = !kShared && kTokens <= 64 ? 2 : 1;  // of a multiprocessor
+  // Of a thread that copies, and of one that multiplies: of all of them no more than the compiler
+  // gives (80 or 168 each), or they wait for ever (`make check-sass` looks).
+  static constexpr int kFewRegisters = 24, kRegisters = kThreadBlocks == 2 ? 104 : 240;
   // A step's two slices of tokens are there together, or one after the other.
   static constexpr int kStagesOfStep = kTokens >= 64 ? 2 : 1;
   static constexpr int kSlice = kTokens * kSliceBytes, kStage = 2 * kSlice / kStagesOfStep;
-  static constexpr int kStages = 4, kChunks = kTokens == 128 ? 2 : 4;
+  static constexpr int kStages = kTokens == 128 ? 6 : 4;
+  static constexpr int kChunks = kShared && kTokens == 256 ? 2 : 4;
   static constexpr int kChunk = chunk_bytes(8);  // the largest
-  // The sums as they are added up: of a token in a row, which begins in another bank.
-  static constexpr int kSumStride = kRows + 4;
   static constexpr int kRings = kStages * kStage + kWarps * kChunks * kChunk;
-  static constexpr int kSumBytes = kTokens * kSumStride * 4;
-  static constexpr int kBytes = kRings > kSumBytes ? kRings : kSumBytes;
+  // The sums of parts, in place of the rings: of a token in a row, which begins in another bank.
+  static constexpr int kSumStride = kRows + 4, kSumBytes = kTokens * kSumStride * 4;
+  // The results of a tile, beside the rings: of a warpgroup's rows, for each token.
+  static constexpr int kResultBytes = kWarpgroups * kTokens * kResultsOfToken;
+  static constexpr int kPowerBytes = 4 * kTokens;
+  static constexpr int kBytes = kShared              ? kRings + kResultBytes + kPowerBytes
+                                : kRings > kSumBytes ? kRings
+                                                     : kSumBytes;
 };
 
 #if MICROMIX_HAS_WARPGROUPS || !defined(__CUDA_ARCH__)
@@ -80,8 +95,8 @@ struct SharedChunk {
 
 // What a thread block does.
 template <int kTokens, bool kShared>
-struct Product : Shape<kTokens> {
-  using S = Shape<kTokens>;
+struct Product : Shape<kTokens, kShared> {
+  using S = Shape<kTokens, kShared>;
   using S::kChunk, S::kChunks, S::kSlice, S::kStage, S::kStages, S::kStagesOfStep, S::kSumStride;
   static constexpr int kColumns = kTokens < 128 ? kTokens : 128;  // of an instruction
   static constexpr int kPieces = kTokens / kColumns;
@@ -91,12 +106,19 @@ struct Product : Shape<kTokens> {
   const PlacedRows& weight;
   const uint32_t shared, barriers;
   const int warp, lane;
-  const int rank, part, parts;     // of those that share tokens; of K
-  int64_t token, first_row;        // the tile's first
-  int begin, end;                  // steps
-  const uint8_t *tokens, *chunks;  // of the first step
-  int largest[2];                  // of the lane's rows, eight apart
+  const int rank, part, parts;  // of those that share tokens; of K
+  const int begin, end;         // steps
+  int64_t token, first_row;     // the tile's first
+  int largest[2];               // of the lane's rows, eight apart
   float sums[kTokens / 2];
+  // What waits to be stored, in sixteens of tokens, of which tile.
+  int waiting = 0;
+  int64_t waiting_token = 0, waiting_row = 0;
+  // What is copied next: of which tile, which of its stages or steps, from where.
+  struct Next {
+    int tile, i, copied;
+    const uint8_t* from;
+  } next_stage, next_chunk;
 
   __device__ Product(const Task& task, uint32_t shared, uint32_t barriers)
       : task(task),
@@ -107,21 +129,37 @@ struct Product : Shape<kTokens> {
         lane(threadIdx.x % 32),
         rank(kShared ? blockIdx.x % kSharers : 0),
         part(kShared ? 0 : blockIdx.y),
-        parts(kShared ? 1 : gridDim.y) {
-    const int pair = blockIdx.x / kCopies;
-    token = int64_t{kTokens} * (pair % task.token_tiles);
-    first_row = int64_t{kRows} * (pair / task.token_tiles * kCopies + rank);
-    const int steps = weight.steps.count();
-    begin = steps * part / parts, end = steps * (part + 1) / parts;
-    tokens =
-        task.tiles + (2 * begin * task.padded + token) * kSliceBytes + rank * (kSlice / kCopies);
+        parts(kShared ? 1 : gridDim.y),
+        begin(weight.steps.count() * part / parts),
+        end(weight.steps.count() * (part + 1) / parts) {
+    const int first = begin < end ? first_tile() : task.tiles;
+    next_stage = {first, 0, 0, tokens_of(first)};
+    next_chunk = {first, 0, 0, chunks_of(first)};
+  }
+
+  // A cluster has every n-th tile.
+  __device__ __forceinline__ int first_tile() const { return blockIdx.x / kCopies; }
+  __device__ __forceinline__ int tile_after(int tile) const {
+    return kShared ? tile + gridDim.x / kCopies : task.tiles;
+  }
+  __device__ __forceinline__ int64_t token_of(int tile) const {
+    return int64_t{kTokens} * (tile % task.token_tiles);
+  }
+  __device__ __forceinline__ int64_t row_of(int tile) const {
+    return int64_t{kRows} * (tile / task.token_tiles * kCopies + rank);
+  }
+  __device__ __forceinline__ const uint8_t* tokens_of(int tile) const {
+    return task.tiles_of_tokens + (2 * begin * task.padded + token_of(tile)) * kSliceBytes +
+           rank * (kSlice / kCopies);
+  }
+  __device__ __forceinline__ const uint8_t* chunks_of(int tile) const {
     // The last panel stands in for those beyond it.
-    const int64_t panel = min(first_row / kPanelRows + warp, panels_of(weight.rows) - 1);
-    chunks = weight.panels + panel * weight.steps.panel_bytes() + weight.steps.chunk_start(begin);
+    const int64_t panel = min(row_of(tile) / kPanelRows + warp, panels_of(weight.rows) - 1);
+    return weight.panels + panel * weight.steps.panel_bytes() + weight.steps.chunk_start(begin);
   }
 
   // The tokens of stage i of all are in place i % kStages, the warp's chunk of step i in place
-  // i % kChunks.
+  // i % kChunks; they are counted from tile to tile.
   __device__ __forceinline__ uint32_t stage(int i) const { return shared + i % kStages * kStage; }
   __device__ __forceinline__ uint32_t chunk(int i) const {
     return shared + kStages * kStage + (warp * kChunks + i % kChunks) * kChunk;
@@ -133,21 +171,28 @@ struct Product : Shape<kTokens> {
     return barriers + 8 * (2 * kStages + warp * kChunks + i % kChunks);
   }
 
-  // One thread: the tokens of a stage, or this thread block's part of them, to all that share them.
-  __device__ __forceinline__ void copy_stage(int i) const {
-    if (i >= kStagesOfStep * (end - begin)) return;
+  // One thread: the tokens of the next stage, or this thread block's part of them, to all that
+  // share them.
+  __device__ __forceinline__ void copy_stage() {
+    Next& next = next_stage;
+    if (next.tile >= task.tiles) return;
+    const int i = next.copied++;
     if (i >= kStages) wait(empty(i), (i / kStages - 1) % 2);
     constexpr int kSlices = 2 / kStagesOfStep, kBytes = kSlice / kCopies;
     expect(full(i), kStage);
 #pragma unroll
     for (int j = 0; j < kSlices; ++j) {
-      const uint8_t* const from = tokens + (kSlices * i + j) * task.padded * kSliceBytes;
       const uint32_t to = stage(i) + j * kSlice + rank * kBytes;
       if constexpr (kShared) {
-        copy_bulk_to_cluster(to, from, kBytes, full(i), (1 << kSharers) - 1);
+        copy_bulk_to_cluster(to, next.from, kBytes, full(i), (1 << kSharers) - 1);
       } else {
-        copy_bulk(to, from, kBytes, full(i));
+        copy_bulk(to, next.from, kBytes, full(i));
       }
+      next.from += task.padded * kSliceBytes;
+    }
+    if (++next.i == kStagesOfStep * (end - begin)) {
+      next.tile = tile_after(next.tile), next.i = 0;
+      if (next.tile < task.tiles) next.from = tokens_of(next.tile);
     }
   }
   __device__ __forceinline__ void release_stage(int i) const {
@@ -159,15 +204,21 @@ struct Product : Shape<kTokens> {
     }
   }
 
-  // The warp: the chunk of a step.
-  __device__ __forceinline__ void copy_chunk(int i) {
-    if (begin + i >= end) return;
-    const uint32_t bytes = chunk_bytes(weight.steps.bits_of(begin + i));
+  // The warp: the next chunk.
+  __device__ __forceinline__ void copy_chunk() {
+    Next& next = next_chunk;
+    if (next.tile >= task.tiles) return;
+    const int i = next.copied++;
+    const uint32_t bytes = chunk_bytes(weight.steps.bits_of(begin + next.i));
     if (lane == 0) {
       expect(chunk_full(i), bytes);
-      copy_bulk(chunk(i), chunks, bytes, chunk_full(i));
+      copy_bulk(chunk(i), next.from, bytes, chunk_full(i));
     }
-    chunks += bytes;
+    next.from += bytes;
+    if (++next.i == end - begin) {
+      next.tile = tile_after(next.tile), next.i = 0;
+      if (next.tile < task.tiles) next.from = chunks_of(next.tile);
+    }
   }
 
   template <mx::ElementFormat kFormat>
@@ -179,7 +230,8 @@ struct Product : Shape<kTokens> {
     const uint32_t factor[2] = {factor_of_block<kFormat>(scales & 0xFF, largest[0]),
                                 factor_of_block<kFormat>(scales >> 8, largest[1])};
     __syncwarp();
-    copy_chunk(step + kChunks);  // to where all of the warp have read
+    copy_chunk();  // to where all of the warp have read
+    if constexpr (kShared) store_waiting();
 #pragma unroll
     for (int s = 0; s < kStagesOfStep; ++s) {
       const int i = kStagesOfStep * step + s;
@@ -204,13 +256,11 @@ struct Product : Shape<kTokens> {
         wait_for_matrix_instructions<1>();
         if (g == 0 && i > 0) release_stage(i - 1);
       }
-      // To the place of the stage before: the other warpgroups have had some time.
-      if (threadIdx.x == 0 && i > 0) copy_stage(i - 1 + kStages);
-      __syncwarp();
     }
   }
 
-  __device__ __forceinline__ void multiply_all() {
+  // `done`: steps of the tiles before.
+  __device__ __forceinline__ void multiply_all(int done) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int64_t row = first_row + kPanelRows * warp + lane / 4 + 8 * i;
@@ -220,18 +270,18 @@ struct Product : Shape<kTokens> {
     for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0.0f;
     settle_sums();
     const int32_t (&ends)[3] = weight.steps.step_ends;
-    multiply_segment<mx::E2M1>(begin, min(end, ends[0]));
+    multiply_segment<mx::E2M1>(done, begin, min(end, ends[0]));
     if (weight.e3m2) {
-      multiply_segment<mx::E3M2>(max(begin, ends[0]), min(end, ends[1]));
+      multiply_segment<mx::E3M2>(done, max(begin, ends[0]), min(end, ends[1]));
     } else {
-      multiply_segment<mx::E2M3>(max(begin, ends[0]), min(end, ends[1]));
+      multiply_segment<mx::E2M3>(done, max(begin, ends[0]), min(end, ends[1]));
     }
-    multiply_segment<mx::E4M3>(max(begin, ends[1]), end);
+    multiply_segment<mx::E4M3>(done, max(begin, ends[1]), end);
   }
   template <mx::ElementFormat kFormat>
-  __device__ __forceinline__ void multiply_segment(int first, int last) {
+  __device__ __forceinline__ void multiply_segment(int done, int first, int last) {
 #pragma unroll 1
-    for (int step = first; step < last; ++step) multiply_step<kFormat>(step - begin);
+    for (int step = first; step < last; ++step) multiply_step<kFormat>(done + step - begin);
     wait_for_matrix_instructions<0>();
     settle_sums();
   }
@@ -242,6 +292,10 @@ struct Product : Shape<kTokens> {
     for (int i = 0; i < kTokens / 2; ++i) asm volatile("" : "+f"(sums[i])::"memory");
   }
 
+  // The two warpgroups that multiply.
+  static __device__ __forceinline__ void meet_multipliers() {
+    asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+  }
   // Rows of the weight side by side, for each token.
   __device__ __forceinline__ void leave_sums() const {
     const int row = kPanelRows * warp + lane / 4;
@@ -292,15 +346,11 @@ struct Product : Shape<kTokens> {
     for (int t = of_warp.first, i = 0; t < of_warp.stop; t += kWarps, ++i) {
       const Power of_row(__shfl_sync(kWarp, of_warp.largest_of_own, i));
       const uint32_t there = shared + 4 * (t * kSumStride + columns.row);
-      float4 four[kShared ? 1 : kMostParts];
-      Values<4> y{};
-      if constexpr (kShared) {
-        four[0] = load_from_cluster(there);
-      } else {
+      float4 four[kMostParts];
 #pragma unroll
-        for (int i = 0; i < kMostParts; ++i)
-          four[i] = i < parts ? load_from_cluster(in_thread_block(there, i)) : float4{};
-      }
+      for (int i = 0; i < kMostParts; ++i)
+        four[i] = i < parts ? load_from_cluster(in_thread_block(there, i)) : float4{};
+      Values<4> y{};
 #pragma unroll
       for (const float4& of_part : four)
         y.v[0] += of_part.x, y.v[1] += of_part.y, y.v[2] += of_part.z, y.v[3] += of_part.w;
@@ -320,39 +370,140 @@ struct Product : Shape<kTokens> {
     }
   }
 
+  // The powers of two of the tile's tokens, both halves of each in bfloat16.
+  __device__ __forceinline__ uint32_t powers() const {
+    return shared + S::kRings + S::kResultBytes;
+  }
+  __device__ __forceinline__ void leave_powers() const {
+    if (threadIdx.x >= kTokens) return;
+    const Power power(__ldg(task.results.largest_of_rows + token + threadIdx.x));
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(powers() + 4 * threadIdx.x),
+                 "r"(narrow_pair(power.a, power.b, true))
+                 : "memory");
+  }
+  // A tile whose sums are all this thread block's, and whose results are of 16 bits, in rows of 16
+  // bytes: they go to shared memory, from where they are stored while the next tile is multiplied,
+  // rows of 128 bytes at a time. All of them at once would wait for the memory.
+  __device__ __forceinline__ void leave_results() {
+    const Results& to = task.results;
+    const int64_t row = first_row + kPanelRows * warp + lane / 4;
+    const bool bfloat16 = to.out_dtype == Dtype::kBFloat16;
+    const Power of_column[2] = {Power(largest[0]), Power(largest[1])};
+    float bias[2] = {};
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (to.bias && row + 8 * i < weight.rows)
+        bias[i] = load_one(to.bias, to.bias_dtype, row + 8 * i);
+    // A lane tells where four matrices of 8 x 8 have a token: of both halves of the warp's rows,
+    // for 16 tokens.
+    const int unit = 2 * (warp % 4) + lane / 8 % 2, of_sixteen = lane / 16 * 8 + lane % 8;
+    const uint32_t place = results() + of_sixteen * kResultsOfToken + (unit ^ lane % 8) * 16;
+    store_all_waiting();
+    meet_multipliers();
+    // A turn for each of the sums, all of which are instructions that come from memory: when they
+    // were ten times as many, they took as long as half of the products.
+#pragma unroll
+    for (int c = 0; c < kTokens / 16; ++c) {
+      uint32_t words[4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint2 two =
+            SharedChunk{powers()}.words<uint2>(4 * (16 * c + 8 * half + lane % 4 * 2));
+        const float a[2] = {__uint_as_float(two.x << 16), __uint_as_float(two.y << 16)},
+                    b[2] = {__uint_as_float(two.x & 0xFFFF0000),
+                            __uint_as_float(two.y & 0xFFFF0000)};
+        float y[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          y[i] =
+              fmaf(sums[8 * c + 4 * half + i] * of_column[i / 2].a * a[i % 2] * of_column[i / 2].b,
+                   b[i % 2], bias[i / 2]);
+        words[2 * half] = narrow_pair(y[0], y[1], bfloat16);
+        words[2 * half + 1] = narrow_pair(y[2], y[3], bfloat16);
+      }
+      store_transposed(place + 16 * c * kResultsOfToken, words);
+    }
+    meet_multipliers();
+    waiting = kTokens / 16, waiting_token = token, waiting_row = first_row + 64 * (warp / 4);
+  }
+  __device__ __forceinline__ uint32_t results() const {
+    return shared + S::kRings + warp / 4 * kTokens * kResultsOfToken;
+  }
+  // The warp: the next four of its tokens that wait, if there are any.
+  __device__ __forceinline__ void store_waiting() {
+    if (waiting == 0) return;
+    const Results& to = task.results;
+    const int t = 16 * --waiting + 4 * (warp % 4) + lane / 8, unit = lane % 8;
+    const Narrow<8> x = load_shared(results() + t * kResultsOfToken + (unit ^ t % 8) * 16);
+    if (waiting_token + t < to.m && waiting_row + 8 * unit < weight.rows)
+      *static_cast<uint4*>(element(to.out, to.out_dtype,
+                                   (waiting_token + t) * to.stride + waiting_row + 8 * unit)) = {
+          x.word[0], x.word[1], x.word[2], x.word[3]};
+  }
+  __device__ __forceinline__ void store_all_waiting() {
+    while (waiting > 0) store_waiting();
+  }
+
+  __device__ __forceinline__ void multiply_tiles() {
+    int done = 0;
+    for (int tile = first_tile(); tile < task.tiles; tile = tile_after(tile)) {
+      token = token_of(tile), first_row = row_of(tile);
+      leave_powers();
+      multiply_all(done);
+      done += end - begin;
+      leave_results();
+    }
+    store_all_waiting();
+  }
+  __device__ __forceinline__ void multiply_part() {
+    token = token_of(first_tile()), first_row = row_of(first_tile());
+    multiply_all(0);
+    const Columns columns(*this);
+    const Tokens of_warp(*this);
+    // All of the thread block's slices and codes have been read: sums take their place.
+    meet_multipliers();
+    leave_sums();
+    if (parts == 1) {
+      meet_multipliers();
+    } else {
+      meet_cluster();
+    }
+    finish_tokens(columns, of_warp);
+  }
+
   __device__ __forceinline__ void run() {
     if (threadIdx.x == 0) {
       constexpr int kReaders = kWarps * kArrivalsOfWarp * kCopies;
       for (int i = 0; i < kStages; ++i) make_barrier(full(i), 1), make_barrier(empty(i), kReaders);
       if constexpr (kShared) show_barriers();
     }
-    if (lane == 0) {
+    if (lane == 0 && warp < kWarps) {
       for (int i = 0; i < kChunks; ++i) make_barrier(chunk_full(i), 1);
       before_bulk_copies();
     }
     let_the_next_kernel_start();
     wait_for_the_kernel_before();
-    for (int i = 0; i < kChunks; ++i) copy_chunk(i);
+    if (warp < kWarps)
+      for (int i = 0; i < kChunks; ++i) copy_chunk();
     if constexpr (kShared) {
       meet_cluster();  // others tell this one's barriers
     } else {
       __syncthreads();
     }
-    if (threadIdx.x == 0)
-      for (int i = 0; i < kStages; ++i) copy_stage(i);
-    __syncwarp();
-    multiply_all();
-    const Columns columns(*this);
-    const Tokens of_warp(*this);
-    // All of the thread block's slices and codes have been read: sums take their place.
-    __syncthreads();
-    leave_sums();
-    if (kShared || parts == 1) {
-      __syncthreads();
+    if (warp >= kWarps) {
+      keep_registers<S::kFewRegisters>();
+      if (threadIdx.x == kThreads)
+        while (next_stage.tile < task.tiles) copy_stage();
+      __syncwarp();
+      if (!kShared && parts > 1) meet_cluster();
     } else {
-      meet_cluster();
+      get_registers<S::kRegisters>();
+      if constexpr (kShared) {
+        multiply_tiles();
+      } else {
+        multiply_part();
+      }
     }
-    finish_tokens(columns, of_warp);
     if (kShared || parts > 1) leave_cluster();  // others tell its barriers, or read its sums
   }
 };
@@ -361,12 +512,12 @@ struct Product : Shape<kTokens> {
 
 // On other devices there is an empty kernel, with other bounds: has_many_rows tells them apart.
 template <int kTokens, bool kShared>
-__global__ void __launch_bounds__(MICROMIX_HAS_WARPGROUPS ? kThreads : 32,
-                                  Shape<kTokens>::kThreadBlocks)
+__global__ void __launch_bounds__(MICROMIX_HAS_WARPGROUPS ? kAllThreads : 32,
+                                  Shape<kTokens, kShared>::kThreadBlocks)
     many_rows_kernel(const __grid_constant__ Task task) {
 #if MICROMIX_HAS_WARPGROUPS
   extern __shared__ __align__(1024) uint8_t shared[];
-  using S = Shape<kTokens>;
+  using S = Shape<kTokens, kShared>;
   __shared__ uint64_t barriers[2 * S::kStages + kWarps * S::kChunks];
   const auto address = [](const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -375,30 +526,40 @@ __global__ void __launch_bounds__(MICROMIX_HAS_WARPGROUPS ? kThreads : 32,
 #endif
 }
 
-template <int kTokens>
 struct Kernel {
-  using S = Shape<kTokens>;
-  decltype(&many_rows_kernel<kTokens, false>) run;
+  decltype(&many_rows_kernel<32, false>) run;
+  int bytes;
   unsigned blocks, parts, sharers;
 
+  template <int kTokens, bool kShared>
+  static Kernel of(unsigned clusters, unsigned parts) {
+    constexpr unsigned kOfCluster = kShared ? kSharers : 1;
+    using S = Shape<kTokens, kShared>;
+    return {many_rows_kernel<kTokens, kShared>, S::kBytes, clusters * kOfCluster, parts,
+            kOfCluster};
+  }
   cudaLaunchConfig_t config(const Launcher& on,
                             cudaLaunchAttribute (&attributes)[kMostAttributes]) const {
-    return early_config({blocks, parts, 1}, kThreads, S::kBytes, on.stream, on.early,
+    return early_config({blocks, parts, 1}, kAllThreads, bytes, on.stream, on.early,
                         {sharers, parts, 1}, attributes);
+  }
+  cudaError_t allow_bytes() const {
+    return cudaFuncSetAttribute(run, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   }
 };
 
-// How many clusters of the parts of K run at once on a device; asked once.
-template <int kTokens>
+// How many clusters run at once on a device, none if that cannot be told; asked once.
+template <int kTokens, bool kShared>
 int clusters_at_once(unsigned parts, const Launcher& on) {
   static std::array<std::array<std::atomic<int>, kMostParts + 1>, kMostDevices> known{};
   std::atomic<int>& count = known[on.device][parts];
   if (count == 0) {
-    const Kernel<kTokens> kernel{many_rows_kernel<kTokens, false>, 1, parts, 1};
+    const auto kernel = Kernel::of<kTokens, kShared>(1, parts);
     cudaLaunchAttribute attributes[kMostAttributes];
     const cudaLaunchConfig_t config = kernel.config(on, attributes);
     int found = 0;
-    if (cudaOccupancyMaxActiveClusters(&found, kernel.run, &config) != cudaSuccess)
+    if (kernel.allow_bytes() != cudaSuccess ||
+        cudaOccupancyMaxActiveClusters(&found, kernel.run, &config) != cudaSuccess)
       cudaGetLastError();
     count = found > 0 ? found : -1;
   }
@@ -407,30 +568,31 @@ int clusters_at_once(unsigned parts, const Launcher& on) {
 
 template <int kTokens>
 cudaError_t launch(Task& task, const Launcher& on) {
-  using S = Shape<kTokens>;
-  for (const auto kernel : {many_rows_kernel<kTokens, false>, many_rows_kernel<kTokens, true>})
-    if (const cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes))
-      return error;
   task.token_tiles = static_cast<int32_t>((task.results.m + kTokens - 1) / kTokens);
   const int64_t row_tiles = (task.weight.rows + kRows - 1) / kRows;
   const int64_t tiles = task.token_tiles * row_tiles;
   // As many parts as run at once.
   int parts = kMostParts;
   while (parts > 1 && (task.weight.steps.count() < parts * kLeastSteps ||
-                       clusters_at_once<kTokens>(parts, on) < tiles))
+                       clusters_at_once<kTokens, false>(parts, on) < tiles))
     --parts;
-  Kernel<kTokens> kernel{many_rows_kernel<kTokens, false>, static_cast<unsigned>(tiles),
-                         static_cast<unsigned>(parts), 1};
-  if (parts == 1 && row_tiles > 1) {
-    const int64_t pairs = (row_tiles + kSharers - 1) / kSharers;
-    kernel = {many_rows_kernel<kTokens, true>,
-              static_cast<unsigned>(task.token_tiles * pairs * kSharers), 1, kSharers};
-  }
+  // Thread blocks that stay have results of 16 bits, in rows of 16 bytes, only.
+  const bool aligned = task.results.out_dtype != Dtype::kFloat32 && task.results.stride % 8 == 0;
+  const bool shared = parts == 1 && row_tiles > 1 && aligned;
+  task.tiles = static_cast<int32_t>(
+      shared ? task.token_tiles * ((row_tiles + kSharers - 1) / kSharers) : tiles);
+  int clusters = task.tiles;
+  if (shared)
+    if (const int most = clusters_at_once<kTokens, true>(1, on); most > 0)
+      clusters = std::min(clusters, most);
+  const auto kernel =
+      shared ? Kernel::of<kTokens, true>(clusters, 1) : Kernel::of<kTokens, false>(clusters, parts);
+  if (const cudaError_t error = kernel.allow_bytes()) return error;
   // Clusters that start early find multiprocessors taken. Where they are to have nearly all of them
   // at once, the last ones would wait until the first ones end.
   Launcher how = on;
-  how.early = on.early && (parts == 1 || 4 * tiles <= 3 * clusters_at_once<kTokens>(parts, on));
+  how.early =
+      on.early && (parts == 1 || 4 * tiles <= 3 * clusters_at_once<kTokens, false>(parts, on));
   cudaLaunchAttribute attributes[kMostAttributes];
   const cudaLaunchConfig_t config = kernel.config(how, attributes);
   return cudaLaunchKernelEx(&config, kernel.run, task);
@@ -444,12 +606,12 @@ bool has_many_rows() {
     cudaGetLastError();  // there is no code that this device runs, which is no error
     return false;
   }
-  return attributes.maxThreadsPerBlock == kThreads;
+  return attributes.maxThreadsPerBlock == kAllThreads;
 }
 
 cudaError_t launch_many_rows(const void* tiles, const PlacedRows& weight, const Results& results,
                              const Launcher& on) {
-  Task task{static_cast<const uint8_t*>(tiles), weight, results, padded_rows(results.m), 0};
+  Task task{static_cast<const uint8_t*>(tiles), weight, results, padded_rows(results.m), 0, 0};
   // Larger tiles decode less and are faster, but tokens that are not there take as long.
   constexpr double kGain = 1.15;
   const auto padded = [&](int64_t tile) {

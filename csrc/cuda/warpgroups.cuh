@@ -5,6 +5,16 @@
 
 namespace micromix::cuda {
 
+// The registers of a warpgroup's threads from here on: fewer, which are free then, or more.
+template <int kCount>
+__device__ __forceinline__ void keep_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount>
+__device__ __forceinline__ void get_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
 // What the warpgroup's registers hold is there for its next matrix instructions.
 __device__ __forceinline__ void before_matrix_instructions() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -64,6 +74,14 @@ __device__ __forceinline__ void multiply<128>(float* d, const uint32_t (&a)[4], 
 }
 #undef MICROMIX_D8
 #undef MICROMIX_A_AND_B
+
+// Four matrices of 8 x 8 numbers of 16 bits, of which a lane has two neighbours of row lane / 4, as
+// their transposes: lane 8 * i + j tells where matrix i has its column j, 16 bytes.
+__device__ __forceinline__ void store_transposed(uint32_t to, const uint32_t (&pairs)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
+               "r"(pairs[0]), "r"(pairs[1]), "r"(pairs[2]), "r"(pairs[3])
+               : "memory");
+}
 
 // All threads of all thread blocks of the cluster have come here, and what they wrote to shared
 // memory is there.

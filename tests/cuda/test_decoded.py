@@ -91,6 +91,16 @@ def test_long_rows(m, n):
     assert not product.fault(product.on_gpu(), torch.bfloat16)
 
 
+@pytest.mark.parametrize("mix", [(288, 32, 64), (2048, 160, 64)], ids=str)
+@pytest.mark.parametrize("m", [20, 40, 100, 500])
+def test_more_tiles_than_run_at_once(m, mix):
+    """On Hopper thread blocks stay for several of them: of rows that end with a tile or not, and of results that are
+    stored 16 bytes at a time or one by one."""
+    product = Product(m, [17048, 16900, 17024], MixedLayout(*mix))
+    for dtype in (torch.bfloat16, torch.float16):
+        assert not product.fault(product.on_gpu(dtype), dtype)
+
+
 @pytest.mark.parametrize("mix", MIXES, ids=str)
 def test_placed_bytes_are_those_of_the_fake(mix):
     for _, weights in FORMATS:
@@ -180,3 +190,22 @@ def test_the_largest_numbers_are_not_lost_on_the_way():
     )
     expected = mx.linear(ones, scales, ones, small, layout, layout, None, torch.float32)
     assert found.cpu() == expected == 2.0**65
+
+
+@pytest.mark.parametrize("m", [1, 12, 20, 130])
+def test_a_sum_of_zero_is_zero_under_the_largest_scales(m):
+    """Ones at 2^127 meet zeros on either side."""
+    layout = MixedLayout(64, 0, 0)
+    counts = (64, 0, 0, layout.code)
+    data = torch.full((1, 32), 0x22, dtype=torch.uint8)
+    data[:, 16:] = 0
+    rows, columns = data.expand(m, 32).contiguous(), data.flip(1).expand(300, 32).contiguous()
+    scales = [torch.tensor([pair], dtype=torch.uint8) for pair in ([254, 0], [0, 254])]
+    placed = torch.ops.micromix.place_weight(
+        columns.cuda(), scales[1].expand(300, 2).contiguous().cuda(), *counts
+    )
+    found = torch.ops.micromix.linear(
+        *(rows.cuda(), scales[0].expand(m, 2).contiguous().cuda(), placed, None, 300),
+        *(*counts, torch.bfloat16),
+    )
+    assert torch.equal(found.cpu(), torch.zeros(m, 300, dtype=torch.bfloat16))
