@@ -414,10 +414,11 @@ struct Product : Shape<kTokens, kShared> {
                             __uint_as_float(two.y & 0xFFFF0000)};
         float y[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          y[i] =
-              fmaf(sums[8 * c + 4 * half + i] * of_column[i / 2].a * a[i % 2] * of_column[i / 2].b,
-                   b[i % 2], bias[i / 2]);
+        for (int i = 0; i < 4; ++i) {  // as Power(x, y).times
+          const Power& column = of_column[i / 2];
+          y[i] = fmaf(sums[8 * c + 4 * half + i] * (a[i % 2] * column.b), b[i % 2] * column.a,
+                      bias[i / 2]);
+        }
         words[2 * half] = narrow_pair(y[0], y[1], bfloat16);
         words[2 * half + 1] = narrow_pair(y[2], y[3], bfloat16);
       }
@@ -504,7 +505,7 @@ struct Product : Shape<kTokens, kShared> {
         multiply_part();
       }
     }
-    if (kShared || parts > 1) leave_cluster();  // others tell its barriers, or read its sums
+    if (kShared || parts > 1) meet_cluster();  // others tell its barriers, or read its sums
   }
 };
 
@@ -577,7 +578,8 @@ cudaError_t launch(Task& task, const Launcher& on) {
                        clusters_at_once<kTokens, false>(parts, on) < tiles))
     --parts;
   // Thread blocks that stay have results of 16 bits, in rows of 16 bytes, only.
-  const bool aligned = task.results.out_dtype != Dtype::kFloat32 && task.results.stride % 8 == 0;
+  const bool aligned = task.results.out_dtype != Dtype::kFloat32 && task.results.stride % 8 == 0 &&
+                       task.weight.rows % 8 == 0;
   const bool shared = parts == 1 && row_tiles > 1 && aligned;
   task.tiles = static_cast<int32_t>(
       shared ? task.token_tiles * ((row_tiles + kSharers - 1) / kSharers) : tiles);

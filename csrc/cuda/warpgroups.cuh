@@ -91,13 +91,6 @@ __device__ __forceinline__ void meet_cluster() {
       "barrier.cluster.wait.acquire.aligned;" ::
           : "memory");
 }
-// The same for the end: nobody looks at this thread block's shared memory any more.
-__device__ __forceinline__ void leave_cluster() {
-  asm volatile(
-      "barrier.cluster.arrive.relaxed.aligned;\n"
-      "barrier.cluster.wait.aligned;" ::
-          : "memory");
-}
 // An address in the shared memory of a thread block of the cluster.
 __device__ __forceinline__ uint32_t in_thread_block(uint32_t address, uint32_t rank) {
   uint32_t there;

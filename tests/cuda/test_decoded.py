@@ -192,20 +192,36 @@ def test_the_largest_numbers_are_not_lost_on_the_way():
     assert found.cpu() == expected == 2.0**65
 
 
-@pytest.mark.parametrize("m", [1, 12, 20, 130])
-def test_a_sum_of_zero_is_zero_under_the_largest_scales(m):
-    """Ones at 2^127 meet zeros on either side."""
-    layout = MixedLayout(64, 0, 0)
-    counts = (64, 0, 0, layout.code)
-    data = torch.full((1, 32), 0x22, dtype=torch.uint8)
-    data[:, 16:] = 0
-    rows, columns = data.expand(m, 32).contiguous(), data.flip(1).expand(300, 32).contiguous()
-    scales = [torch.tensor([pair], dtype=torch.uint8) for pair in ([254, 0], [0, 254])]
-    placed = torch.ops.micromix.place_weight(
-        columns.cuda(), scales[1].expand(300, 2).contiguous().cuda(), *counts
-    )
+def rows_of_powers(rows: int, codes: list[int], scales: list[int]):
+    """Packed MXFP4: in each row, blocks of 32 times the same code under these scales, on the GPU."""
+    data = torch.tensor([code * 0x11 for code in codes], dtype=torch.uint8)
+    bytes = torch.tensor(scales, dtype=torch.uint8)
+    data, bytes = data.repeat_interleave(16).expand(rows, -1), bytes.expand(rows, -1)
+    return data.contiguous().cuda(), bytes.contiguous().cuda()
+
+
+ONE = 2  # the code of 1.0
+
+
+@pytest.mark.parametrize("n", [300, 304, 17000])
+@pytest.mark.parametrize("m", [1, 12, 20, 130, 250])
+@pytest.mark.parametrize(
+    "codes, scales, columns, of_columns, expected",
+    [
+        # Ones at 2^127 meet zeros on either side.
+        ([ONE, 0], [254, 0], [0, ONE], [0, 254], 0.0),
+        # The sum, 2^8, is within the type times both powers, and beyond it times one of them.
+        ([ONE] * 8, [117] * 8, [ONE] * 8, [254] * 8, 2.0**125),
+        # The same for what is too small.
+        ([0, ONE], [254, 150], [ONE, ONE], [0, 0], 2.0**-99),
+    ],
+    ids=["zero", "large", "small"],
+)
+def test_powers_meet_in_any_order(m, n, codes, scales, columns, of_columns, expected):
+    layout = MixedLayout(32 * len(codes), 0, 0)
+    counts = (layout.k4, 0, 0, layout.code)
+    placed = torch.ops.micromix.place_weight(*rows_of_powers(n, columns, of_columns), *counts)
     found = torch.ops.micromix.linear(
-        *(rows.cuda(), scales[0].expand(m, 2).contiguous().cuda(), placed, None, 300),
-        *(*counts, torch.bfloat16),
+        *rows_of_powers(m, codes, scales), placed, None, n, *counts, torch.bfloat16
     )
-    assert torch.equal(found.cpu(), torch.zeros(m, 300, dtype=torch.bfloat16))
+    assert torch.equal(found.cpu(), torch.full((m, n), expected, dtype=torch.bfloat16))
