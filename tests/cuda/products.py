@@ -49,7 +49,6 @@ class Product:
         self.data, self.scales = self._rows(m, layout)
         self.weights = [self._rows(size, self.weight_layout) for size in n]
         self.biases = [self._integers(size, 8).float() if bias else None for size in n]
-        self._expected: dict[torch.dtype, list[Tensor]] = {}
 
     def _integers(self, size, most):
         return torch.randint(-most, most + 1, (size,), generator=self.generator)
@@ -100,17 +99,21 @@ class Product:
         )
         return found if isinstance(found, tuple) else (found,)
 
-    def expected(self, dtype: torch.dtype) -> list[Tensor]:
-        """The reference: float64 sums, rounded to ``dtype``."""
-        return [
-            mx.linear(self.data, self.scales, *weight, self.layout, self.weight_layout, bias, dtype)
-            for weight, bias in zip(self.weights, self.biases, strict=True)
-        ]
+    def expected(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> list[Tensor]:
+        """The reference: float64 sums, rounded to ``dtype``, of the same bits on every ``device``."""
+        layouts = (self.layout, self.weight_layout)
+        x = [packed.to(device) for packed in (self.data, self.scales)]
+        found = []
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            packed = [part.to(device) for part in weight]
+            bias = None if bias is None else bias.to(device)
+            found.append(mx.linear(*x, *packed, *layouts, bias, dtype))
+        return found
 
     def fault(self, found: list[Tensor], dtype: torch.dtype) -> str:
         """What is wrong with a kernel's results, with the first place where it is; "" if nothing."""
-        for i, (y, expected) in enumerate(zip(found, self.expected(dtype), strict=True)):
-            y = y.cpu()
+        reference = self.expected(dtype, found[0].device)
+        for i, (y, expected) in enumerate(zip(found, reference, strict=True)):
             if self.exact:
                 wrong = (y != expected) & ~(y.isnan() & expected.isnan())
                 if wrong.any():

@@ -208,8 +208,6 @@ def battery() -> list[tuple[Product, dict]]:
     layout = MixedLayout(544, 160, 96)
     products.append((Product(9, [76], layout), {"tile": 16, "splits": 3}))
     products.append((with_nans(Product(21, [76], MixedLayout(32, 32, 32))), {"tile": 16}))
-    for product, _ in products:
-        product.expected(torch.bfloat16)
     return products
 
 
