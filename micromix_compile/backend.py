@@ -20,7 +20,6 @@ from micromix_compile.options import VALID, Options
 from micromix_compile.packing import (
     AUTO,
     OrderedBias,
-    PlacedWeight,
     format_code,
     one_packs,
     owners,
@@ -111,7 +110,10 @@ def _pack(
         row.folded_into = [names[producer] for producer in folds.into.get(linear, ())]
         uses[linear.weight] -= 1
         if options.release_weights and weight is not None and not uses[linear.weight]:
-            row.released = _release(linear, chosen, weight, owned[id(linear.parameter)])
+            layers = sum(other.weight is linear.weight for other, *_ in chosen)
+            if len(linear.weight.users) == layers:  # nothing else in the graph reads it
+                weight.release(linear.parameter, layers, owned[id(linear.parameter)])
+            row.released = weight.released
         layout = plan.weight_layout
         row.k4, row.k6, row.k8, row.format6 = (
             plan.layout.k4,
@@ -142,21 +144,6 @@ def _check_kernel(kernel: str, linear: Linear) -> None:
     else:
         return
     raise OptionError(option="kernel", reason=f"cannot be {kernel!r}: {reason}", valid=VALID)
-
-
-def _release(linear: Linear, chosen, weight: PlacedWeight, modules: int) -> bool:
-    """Free a float weight, unless something else needs its storage.
-
-    That is another reader in the graph, another of the `modules` that have it (a tied embedding may run in a graph
-    of its own), or what it is a view of.
-    """
-    lowered = sum(other.weight is linear.weight for other, *_ in chosen)
-    storage = linear.parameter.untyped_storage()
-    alone = len(linear.weight.users) == lowered >= modules
-    alone = alone and storage.nbytes() == linear.parameter.nbytes
-    if not weight.released and alone:
-        weight.release(linear.parameter)
-    return weight.released
 
 
 def _check_inference(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:

@@ -114,12 +114,16 @@ class PlacedWeight:
             self.state = state(parameter)
             self.released = False
 
-    def release(self, parameter: torch.Tensor) -> None:
-        """Give back the parameter's float storage; a use of the parameter then raises in torch.
+    def release(self, parameter: torch.Tensor, layers: int, modules: int) -> None:
+        """Give back the parameter's float storage, unless something else needs it; a use of it then raises in torch.
 
-        `refuse_released` is to be called soon after: it makes the modules raise something clearer.
+        That is another module: as many `layers` as read this weight instead, and no more, may be the `modules` that
+        have the parameter (`owners`; a tied embedding may run in a graph of its own). Or it is what the parameter is a
+        view of. `refuse_released` is to be called soon after: it makes the modules raise something clearer.
         """
         storage = parameter.untyped_storage()
+        if self.released or modules > layers or storage.nbytes() != parameter.nbytes:
+            return
         if not storage.resizable():  # of a mapped file, say: leave it to whoever else holds it
             storage = torch.UntypedStorage(parameter.nbytes, device=parameter.device)
             with torch.no_grad():

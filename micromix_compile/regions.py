@@ -24,6 +24,7 @@ from micromix_compile.packing import (
     AUTO,
     OrderedBias,
     PlacedWeight,
+    is_released,
     one_packs,
     owners,
     placed_weight,
@@ -152,11 +153,14 @@ class Region:
             placed = placed_weight(
                 names[i], weights[i], plans[i], slot.transposed, rows, slot.kernel, rounded[i]
             )
-            if slot.released and not placed.released and owned[id(weights[i])] <= 1:
-                placed.release(weights[i])
             held["weight", i] = placed
             if slot.bias is not None:
                 held["bias", i] = OrderedBias(arguments[slot.bias], rows)
+        layers = Counter(slot.weight for slot in self.slots)
+        for i, slot in enumerate(self.slots):
+            if slot.released:
+                parameter = weights[i]
+                held["weight", i].release(parameter, layers[slot.weight], owned[id(parameter)])
         refuse_released()
         tensors = [
             plans[i].order.to(weights[i].device) if kind == "order" else held[kind, i].buffer
@@ -189,6 +193,7 @@ class Region:
                         merged_with=renamed(row.merged_with),
                         folded_into=renamed(row.folded_into),
                         weight=weakref.ref(weight),
+                        released=is_released(weight),
                     )
                 )
         record(report, weights)

@@ -873,6 +873,26 @@ def test_release_weights_frees_those_of_every_equal_part(stack):
     assert all(row.released for row in explain(stack).layers.values())
 
 
+def test_weights_of_equal_parts_that_share_storage_are_not_released(stack):
+    """Also where the graph was compiled for a part whose own was released."""
+    x = torch.randn(4, 96)
+    planned(stack, x).attach(stack)
+    others = stack.layers[1:]
+    one = torch.cat([layer.up.weight.data for layer in others])
+    for layer, part in zip(others, one.chunk(len(others)), strict=True):
+        layer.up.weight.data = part
+    for layer in stack.layers:
+        layer.compile(backend="micromix", options={**QUICK, "release_weights": True})
+    with torch.no_grad():
+        stack(x)
+    assert one.untyped_storage().nbytes() == one.nbytes
+    kept = {id(layer.up.weight) for layer in others}
+    names = {
+        name for name, module in stack.named_modules() if id(getattr(module, "weight", 0)) in kept
+    }
+    assert {name for name, row in explain(stack).layers.items() if not row.released} == names
+
+
 def test_a_part_whose_names_are_not_unique_is_said_to_be_so(block):
     model = nn.ModuleDict({"encoder": block, "decoder": Block().eval()})
     model.forward = lambda x: model["decoder"](model["encoder"](x))
