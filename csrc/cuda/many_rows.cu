@@ -34,7 +34,7 @@ constexpr int kWarpgroups = 2, kWarps = 4 * kWarpgroups, kThreads = 32 * kWarps;
 constexpr int kAllThreads = kThreads + 128;
 constexpr int kRows = kWarps * kPanelRows;  // of the weight
 constexpr int kMostParts = 8;               // of K: what any cluster may have
-constexpr int kLeastSteps = 8;              // of a part
+constexpr int kLeastSteps = 4;              // of a part
 constexpr int kResultsOfToken = 128;        // bytes, of a warpgroup
 constexpr int kSharers = 2;                 // of tokens
 
@@ -130,11 +130,20 @@ struct Product : Shape<kTokens, kShared> {
         rank(kShared ? blockIdx.x % kSharers : 0),
         part(kShared ? 0 : blockIdx.y),
         parts(kShared ? 1 : gridDim.y),
-        begin(weight.steps.count() * part / parts),
-        end(weight.steps.count() * (part + 1) / parts) {
+        begin(start_of(part)),
+        end(start_of(part + 1)) {
     const int first = begin < end ? first_tile() : task.tiles;
     next_stage = {first, 0, 0, tokens_of(first)};
     next_chunk = {first, 0, 0, chunks_of(first)};
+  }
+
+  // The first step of a part of K, which take about as long: a step of MXFP6 or MXFP8 takes 1.4
+  // times as long as one of MXFP4, and 1.2 times where the tensor cores wait for less.
+  __device__ __forceinline__ int start_of(int part) const {
+    constexpr int kFour = 5, kOthers = kTokens <= 128 ? 7 : 6;
+    const int fours = weight.steps.step_ends[0], others = weight.steps.count() - fours;
+    const int before = (kFour * fours + kOthers * others) * part / parts;
+    return min(before / kFour, fours) + max(before - kFour * fours, 0) / kOthers;
   }
 
   // A cluster has every n-th tile.
@@ -527,17 +536,20 @@ __global__ void __launch_bounds__(MICROMIX_HAS_WARPGROUPS ? kAllThreads : 32,
 #endif
 }
 
+// Of shared memory, which two thread blocks of a multiprocessor do not have.
+constexpr int kBytesOfOne = 120 * 1024;
+
 struct Kernel {
   decltype(&many_rows_kernel<32, false>) run;
   int bytes;
   unsigned blocks, parts, sharers;
 
   template <int kTokens, bool kShared>
-  static Kernel of(unsigned clusters, unsigned parts) {
+  static Kernel of(unsigned clusters, unsigned parts, bool alone) {
     constexpr unsigned kOfCluster = kShared ? kSharers : 1;
-    using S = Shape<kTokens, kShared>;
-    return {many_rows_kernel<kTokens, kShared>, S::kBytes, clusters * kOfCluster, parts,
-            kOfCluster};
+    constexpr int kBytes = Shape<kTokens, kShared>::kBytes;
+    return {many_rows_kernel<kTokens, kShared>, alone ? std::max(kBytes, kBytesOfOne) : kBytes,
+            clusters * kOfCluster, parts, kOfCluster};
   }
   cudaLaunchConfig_t config(const Launcher& on,
                             cudaLaunchAttribute (&attributes)[kMostAttributes]) const {
@@ -551,11 +563,11 @@ struct Kernel {
 
 // How many clusters run at once on a device, none if that cannot be told; asked once.
 template <int kTokens, bool kShared>
-int clusters_at_once(unsigned parts, const Launcher& on) {
-  static std::array<std::array<std::atomic<int>, kMostParts + 1>, kMostDevices> known{};
-  std::atomic<int>& count = known[on.device][parts];
+int clusters_at_once(unsigned parts, bool alone, const Launcher& on) {
+  static std::array<std::array<std::atomic<int>, 2 * kMostParts + 2>, kMostDevices> known{};
+  std::atomic<int>& count = known[on.device][2 * parts + alone];
   if (count == 0) {
-    const auto kernel = Kernel::of<kTokens, kShared>(1, parts);
+    const auto kernel = Kernel::of<kTokens, kShared>(1, parts, alone);
     cudaLaunchAttribute attributes[kMostAttributes];
     const cudaLaunchConfig_t config = kernel.config(on, attributes);
     int found = 0;
@@ -567,34 +579,60 @@ int clusters_at_once(unsigned parts, const Launcher& on) {
   return count;
 }
 
+struct Cut {
+  int parts;
+  bool alone;  // on a multiprocessor
+};
+
+// How K is cut: where all parts of all tiles run at once, what takes the least time. Two thread
+// blocks of a multiprocessor take nearly twice as long as one, and while two are on one, others may
+// have none.
+template <int kTokens>
+Cut cut_of(int64_t tiles, int steps, const Launcher& on) {
+  constexpr int kMostOfOne = Shape<kTokens, false>::kThreadBlocks;
+  // In quarters of a step; a part's sums take three.
+  const auto time = [&](int parts, int of_one) {
+    return (of_one == 1 ? 8 : 15) * steps / (2 * parts) + 3 * parts;
+  };
+  Cut best{1, false};
+  int least = time(1, 1);
+  for (int parts = 2; parts <= kMostParts && parts * kLeastSteps <= steps; ++parts) {
+    for (int of_one = 1; of_one <= kMostOfOne; ++of_one) {
+      const bool alone = of_one < kMostOfOne;
+      if (time(parts, of_one) >= least ||
+          clusters_at_once<kTokens, false>(parts, alone, on) < tiles)
+        continue;
+      best = {parts, alone}, least = time(parts, of_one);
+    }
+  }
+  return best;
+}
+
 template <int kTokens>
 cudaError_t launch(Task& task, const Launcher& on) {
   task.token_tiles = static_cast<int32_t>((task.results.m + kTokens - 1) / kTokens);
   const int64_t row_tiles = (task.weight.rows + kRows - 1) / kRows;
   const int64_t tiles = task.token_tiles * row_tiles;
-  // As many parts as run at once.
-  int parts = kMostParts;
-  while (parts > 1 && (task.weight.steps.count() < parts * kLeastSteps ||
-                       clusters_at_once<kTokens, false>(parts, on) < tiles))
-    --parts;
+  const Cut cut = cut_of<kTokens>(tiles, task.weight.steps.count(), on);
   // Thread blocks that stay have results of 16 bits, in rows of 16 bytes, only.
   const bool aligned = task.results.out_dtype != Dtype::kFloat32 && task.results.stride % 8 == 0 &&
                        task.weight.rows % 8 == 0;
-  const bool shared = parts == 1 && row_tiles > 1 && aligned;
+  const bool shared = cut.parts == 1 && row_tiles > 1 && aligned;
   task.tiles = static_cast<int32_t>(
       shared ? task.token_tiles * ((row_tiles + kSharers - 1) / kSharers) : tiles);
   int clusters = task.tiles;
   if (shared)
-    if (const int most = clusters_at_once<kTokens, true>(1, on); most > 0)
+    if (const int most = clusters_at_once<kTokens, true>(1, false, on); most > 0)
       clusters = std::min(clusters, most);
-  const auto kernel =
-      shared ? Kernel::of<kTokens, true>(clusters, 1) : Kernel::of<kTokens, false>(clusters, parts);
+  const auto kernel = shared ? Kernel::of<kTokens, true>(clusters, 1, false)
+                             : Kernel::of<kTokens, false>(clusters, cut.parts, cut.alone);
   if (const cudaError_t error = kernel.allow_bytes()) return error;
   // Clusters that start early find multiprocessors taken. Where they are to have nearly all of them
   // at once, the last ones would wait until the first ones end.
+  const bool nearly_all =
+      cut.parts > 1 && 4 * tiles > 3 * clusters_at_once<kTokens, false>(cut.parts, cut.alone, on);
   Launcher how = on;
-  how.early =
-      on.early && (parts == 1 || 4 * tiles <= 3 * clusters_at_once<kTokens, false>(parts, on));
+  how.early = on.early && !nearly_all;
   cudaLaunchAttribute attributes[kMostAttributes];
   const cudaLaunchConfig_t config = kernel.config(how, attributes);
   return cudaLaunchKernelEx(&config, kernel.run, task);
