@@ -72,14 +72,9 @@ inline int64_t rows_of(const Tensor& t) {
 }
 
 // A new tensor [size] on the device of `like`.
+inline Tensor empty_of(const Tensor& like, std::span<const int64_t> sizes, int32_t dtype);
 inline Tensor empty_vector(const Tensor& like, int64_t size, int32_t dtype) {
-  const int64_t stride = 1;
-  AtenTensorHandle result;
-  int32_t device;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(1, &size, &stride, dtype, device, like.get_device_index(), &result));
-  return Tensor(result);
+  return empty_of(like, {&size, 1}, dtype);
 }
 
 // A new dense tensor of these sizes on the device of `like`. On the CPU a large one gets huge pages
@@ -96,8 +91,12 @@ inline Tensor empty_of(const Tensor& like, std::span<const int64_t> sizes, int32
   AtenTensorHandle result;
   int32_t device;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides, dtype, device,
-                                                  like.get_device_index(), &result));
+  // torch's own message is lost on the way here. Who catches it looks for these words.
+  const AOTITorchError error = aoti_torch_empty_strided(dims, sizes.data(), strides, dtype, device,
+                                                        like.get_device_index(), &result);
+  MICROMIX_CHECK(
+      error == AOTI_TORCH_SUCCESS, "micromix: no memory for a result of ", stride, " elements: ",
+      like.is_cpu() ? "DefaultCPUAllocator: can't allocate memory" : "CUDA out of memory.");
   Tensor tensor(result);
   const int64_t bytes = tensor.numel() * static_cast<int64_t>(tensor.element_size());
   if (bytes >= 2 * kHugePage && tensor.is_cpu()) {
@@ -154,6 +153,8 @@ inline const int32_t* checked_order(const char* op, const Tensor& x, std::option
   MICROMIX_CHECK(order->dim() == 1 && order->size(0) == layout.channels(), "micromix::", op,
                  ": order must have k4 + k6 + k8 = ", layout.channels(), " entries; got ",
                  order->numel());
+  MICROMIX_CHECK(k <= INT32_MAX, "micromix::", op, ": x has ", k,
+                 " channels, an order names at most 2^31 - 1");
   *order = dense(*order);
   const auto* const channels = static_cast<const int32_t*>(order->const_data_ptr());
   // On a GPU the check would have to wait for the device: its kernels read NaN for such a channel.

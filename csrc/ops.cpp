@@ -80,6 +80,8 @@ Tensor place_weight(Tensor data, Tensor scales, int64_t k4, int64_t k6, int64_t 
 
 void check_placed(const char* op, const Tensor& weight, const mx::MixedLayout& layout, int64_t n) {
   check_bytes(op, "weight", weight);
+  MICROMIX_CHECK(n <= INT32_MAX && layout.channels() <= INT32_MAX, "micromix::", op,
+                 ": n and k4 + k6 + k8 must be below 2^31");
   const micromix::cpu::PlacedLayout sizes(layout, n);
   MICROMIX_CHECK(weight.dim() == 1 && weight.is_contiguous() && weight.numel() == sizes.bytes(),
                  "micromix::", op, ": weight must be the flat buffer of ", sizes.bytes(),
@@ -103,12 +105,9 @@ std::tuple<Tensor, Tensor> unplace_weight(Tensor weight, int64_t n, int64_t k4, 
   const mx::MixedLayout layout = checked_layout("unplace_weight", k4, k6, k8, format);
   MICROMIX_CHECK(n >= 0, "micromix::unplace_weight: n must not be negative; got ", n);
   check_placed("unplace_weight", weight, layout, n);
-  const auto rows = [n](int64_t bytes) {
-    const int64_t size[2] = {n, bytes}, stride[2] = {bytes > 0 ? bytes : 1, 1};
-    AtenTensorHandle result;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, size, stride, aoti_torch_dtype_uint8(),
-                                                    aoti_torch_device_type_cpu(), 0, &result));
-    return Tensor(result);
+  const auto rows = [&](int64_t bytes) {
+    const int64_t sizes[2] = {n, bytes};
+    return empty_of(weight, sizes, aoti_torch_dtype_uint8());
   };
   Tensor data = rows(layout.weight().row_bytes()), scales = rows(layout.weight().blocks());
   const cpu::PlacedLayout sizes(layout, n);

@@ -16,9 +16,9 @@ inline int64_t checked_rows(const char* op, const Tensor& data, const Tensor& sc
                  "micromix::", op, ": data must be [..., ", layout.row_bytes(),
                  "], the last dimension is ", data.dim() ? data.size(data.dim() - 1) : 0);
   const int64_t m = rows_of(data);
-  MICROMIX_CHECK(scales.dim() == data.dim() && scales.size(scales.dim() - 1) == layout.blocks() &&
-                     rows_of(scales) == m,
-                 "micromix::", op, ": scales must be [..., ", layout.blocks(),
+  bool same = scales.dim() == data.dim() && scales.size(scales.dim() - 1) == layout.blocks();
+  for (int64_t i = 0; i + 1 < data.dim() && same; ++i) same = scales.size(i) == data.size(i);
+  MICROMIX_CHECK(same, "micromix::", op, ": scales must be [..., ", layout.blocks(),
                  "] with the leading sizes of data");
   return m;
 }

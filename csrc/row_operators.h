@@ -19,10 +19,14 @@ using RunRows = void (*)(const Tensor& x, const RowTask&, int64_t rows, const Ro
 // otherwise.
 inline RowInput rows_where_they_are(const char* op, const char* what, Tensor& t) {
   const int64_t last = t.dim() - 1;
-  int64_t stride = last > 0 ? t.stride(last - 1) : 0;
+  int64_t stride = 0, rows = 1;
   bool even = t.size(last) <= 1 || t.stride(last) == 1;
-  for (int64_t i = last - 1; i > 0 && even; --i)
-    even = t.size(i - 1) == 1 || t.stride(i - 1) == t.stride(i) * t.size(i);
+  for (int64_t i = last - 1; i >= 0 && even; --i) {
+    if (t.size(i) == 1) continue;  // its stride says nothing
+    if (rows == 1) stride = t.stride(i);
+    even = t.stride(i) == stride * rows;
+    rows *= t.size(i);
+  }
   if (!even) {
     t = torch::stable::contiguous(t);
     stride = t.size(last);

@@ -44,7 +44,8 @@ template <Dtype kDtype>
   if constexpr (kDtype == Dtype::kFloat32) {
     return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), real, channels, row, sizeof(float));
   }
-  if (k < 2) return _mm512_maskz_broadcastss_ps(real, _mm_set_ss(load_float(row, kDtype, 0)));
+  if (k == 0) return _mm512_setzero_ps();  // there is nothing at `row`
+  if (k == 1) return _mm512_maskz_broadcastss_ps(real, _mm_set_ss(load_float(row, kDtype, 0)));
   // Two elements at a time, none of them outside of the row: the channel is the second, or, where
   // it is channel 0, the first.
   const __m512i before =

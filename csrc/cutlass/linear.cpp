@@ -43,6 +43,7 @@ Device device_of(int index) {
   MICROMIX_CHECK(index < kMostDevices, "micromix: at most ", kMostDevices, " CUDA devices");
   if (!known[index]) {
     const std::lock_guard lock(asking);
+    if (known[index]) return devices[index];
     int count = 0, architecture = 0;
     cuda::check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index), "linear");
     const Atoms atoms = blackwell::atoms_of_current_device();
@@ -101,7 +102,7 @@ Tensor place_weight(Tensor data, Tensor scales, int64_t k4, int64_t k6, int64_t 
   MICROMIX_CHECK(
       scales.dim() == 2 && scales.size(0) == data.size(0) && scales.size(1) == own.blocks(),
       "micromix::place_weight: scales must be [", data.size(0), ", ", own.blocks(), "]");
-  data = dense(data);
+  data = aligned(data, 16);
   scales = dense(scales);
   const int64_t n = data.size(0);
   const int64_t bytes = is_blackwell ? blackwell::PlacedWeight(layout).bytes(n)
@@ -232,8 +233,8 @@ void run(const char* op, Tensor data, Tensor scales, std::span<Layer> layers, in
   data = aligned(data, 16);
   scales = aligned(scales, 4);
   for (Layer& layer : layers) {
-    MICROMIX_CHECK(layer.n >= 0 && layer.n < (int64_t{1} << 30), "micromix::", op,
-                   ": n must not be negative, and below 2^30; got ", layer.n);
+    MICROMIX_CHECK(layer.n >= 0 && layer.n < (int64_t{1} << 29), "micromix::", op,
+                   ": n must not be negative, and below 2^29; got ", layer.n);
     const int64_t bytes = is_blackwell ? blackwell::PlacedWeight(layout).bytes(layer.n)
                                        : cuda::decoded_weight_bytes(layout, layer.n);
     check_layer(op, layer, bytes, data, on.index, dtype);

@@ -57,7 +57,7 @@ def pointwise(x: Tensor, other: Tensor | None, function: int, dtype: torch.dtype
     if function == Pointwise.ADD:
         return (x.float() + other.float()).to(dtype)
     activations: dict[int, Callable[[Tensor], Tensor]] = {
-        Pointwise.CAST: lambda v: v,
+        Pointwise.CAST: torch.clone,  # a result of an operator is no view of an argument
         Pointwise.RELU: F.relu,
         Pointwise.SILU: F.silu,
         Pointwise.GELU: F.gelu,
@@ -90,12 +90,14 @@ def _sum(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """The first result of a norm, and what is normalised."""
     if residual is None:
         return x.new_empty(0), x
-    total = x + residual
+    total = (x + residual).contiguous()
     return total, total
 
 
 def _quantised(y: Tensor, keep: bool, order: Tensor | None, layout) -> tuple[Tensor, ...]:
-    return y if keep else y.new_empty(0), *torch.ops.micromix.quantize(y, order, *layout)
+    return y.contiguous() if keep else y.new_empty(0), *torch.ops.micromix.quantize(
+        y, order, *layout
+    )
 
 
 def _fake(x: Tensor, dtype, keep: bool, order: Tensor | None, *layout: int) -> tuple[Tensor, ...]:

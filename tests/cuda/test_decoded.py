@@ -192,6 +192,17 @@ def test_the_largest_numbers_are_not_lost_on_the_way():
     assert found.cpu() == expected == 2.0**65
 
 
+def test_a_weight_may_start_anywhere():
+    product = Product(5, [76], MixedLayout(64, 32, 32))
+    data, scales = product.weights[0]
+    flat = torch.zeros(data.numel() + 1, dtype=torch.uint8, device="cuda")
+    flat[1:] = data.flatten().cuda()
+    placed = torch.ops.micromix.place_weight(
+        flat[1:].view_as(data), scales.cuda(), *product.arguments
+    )
+    assert torch.equal(placed, product.place_on_gpu()[0])
+
+
 def rows_of_powers(rows: int, codes: list[int], scales: list[int]):
     """Packed MXFP4: in each row, blocks of 32 times the same code under these scales, on the GPU."""
     data = torch.tensor([code * 0x11 for code in codes], dtype=torch.uint8)

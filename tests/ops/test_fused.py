@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from micromix_compile import ops
+from micromix_compile.ops import fused
 from micromix_compile.ops._schemas import SCHEMAS
 from micromix_compile.ops.fused import Pointwise, RmsForm
 
-from .cases import DTYPES, arguments, mix_name, rows
+from .cases import DTYPES, VIEWS, arguments, mix_name, new_rows, rows, without_and_with_order
 from .cases import MIXES as ALL_MIXES
 
 micromix = torch.ops.micromix
@@ -204,6 +207,89 @@ def test_strided_rows_are_read_where_they_are(isa):
         want = micromix.pointwise_quantize(g.contiguous(), u.contiguous(), 2, *rest)
         assert all(map(torch.equal, micromix.pointwise_quantize(g, u, 2, *rest), want))
     assert not torch.equal(expected[0], want[0])
+
+
+def assert_read_as_dense(op, tensors: tuple[torch.Tensor, ...], *rest) -> None:
+    """What `op` makes of these views is bit for bit what it makes of dense copies."""
+    found = op(*tensors, *rest)
+    expected = op(*(t.contiguous() for t in tensors), *rest)
+    assert all(map(torch.equal, found, expected))
+    assert all(t.is_contiguous() for t in found)
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_views(isa, view):
+    for dtype in DTYPES:
+        x, other = (view(new_rows(dtype, seed)) for seed in (0, 1))
+        weight = rows(1, x.shape[-1], dtype, 2)[0]
+        for quantise in without_and_with_order(x.shape[-1]):
+            rest = (dtype, True, *quantise)
+            silu = (Pointwise.SILU, *rest)
+            assert_read_as_dense(micromix.quantize, (x,), *quantise)
+            assert_read_as_dense(micromix.pointwise_quantize, (x, other), *silu)
+            assert_read_as_dense(micromix.rms_norm_quantize, (x, other), weight, EPS, 1, *rest)
+            norm = (weight, weight, EPS, *rest)
+            assert_read_as_dense(micromix.layer_norm_quantize, (x, other), *norm)
+
+
+@st.composite
+def any_view(draw):
+    """Sizes of a dense tensor, an order of its dimensions, a slice of each, and what they are expanded to."""
+    sizes = draw(st.lists(st.sampled_from((1, 1, 2, 3)), min_size=3, max_size=4))
+    order = [*draw(st.permutations(range(len(sizes)))), len(sizes)]
+    sizes.append(draw(st.sampled_from((1, 32, 70))))
+    if draw(st.integers(0, 7)) == 0:  # seldom: rows are never read where they lie then
+        order = draw(st.permutations(order))
+    parts = (slice(None), slice(None), slice(-1, None), slice(None, None, 2), slice(1, 3))
+    slices, expanded = [], []
+    for size in (sizes[i] for i in order):
+        some = [part for part in parts if range(size)[part]]
+        slices.append(draw(st.sampled_from(some)))
+        one = len(range(size)[slices[-1]]) == 1
+        expanded.append(draw(st.sampled_from((1, 1, 1, 3))) if one else -1)
+    return sizes, order, tuple(slices), expanded
+
+
+@given(any_view(), st.sampled_from(DTYPES), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_any_view(view, dtype, reorder):
+    sizes, order, slices, expanded = view
+    x, other = (
+        new_rows(dtype, seed)(*sizes).permute(order)[slices].expand(expanded) for seed in (0, 1)
+    )
+    rest = (Pointwise.SILU, dtype, True, *without_and_with_order(x.shape[-1])[reorder])
+    assert_read_as_dense(micromix.pointwise_quantize, (x, other), *rest)
+    assert_read_as_dense(micromix.pointwise_quantize, (x, other.contiguous()), *rest)
+
+
+def transposed(*sizes: int) -> torch.Tensor:
+    """Rows in another order in memory, which elementwise functions keep."""
+    return rows(sizes[0] * sizes[1], sizes[2], torch.float32).view(sizes).transpose(0, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", [new_rows(torch.float32), transposed], ids=["dense", "transposed"])
+def test_results_of_the_reference_are_dense_tensors_of_their_own(make, dtype):
+    """As those of the kernels are: with the strides of the fakes, and no views of the arguments."""
+    x, residual = make(4, 3, 64), make(4, 3, 64) + 1
+    weight = torch.ones(64)
+    rest = (dtype, True, None, *arguments(MIXES[0]))
+    results = [
+        fused._rms_norm_quantize(x, residual, weight, EPS, form, *rest) for form in RmsForm
+    ] + [
+        fused._rms_norm_quantize(x, None, None, EPS, 0, *rest),
+        fused._layer_norm_quantize(x, residual, weight, None, EPS, *rest),
+        fused._layer_norm_quantize(x, None, None, None, EPS, *rest),
+    ]
+    for function in Pointwise:
+        results.append(fused._pointwise_quantize(x, residual, function, *rest))
+        if function != Pointwise.ADD:
+            results.append(fused._pointwise_quantize(x, None, function, *rest))
+    memory = {t.untyped_storage().data_ptr() for t in (x, residual, weight)}
+    for result in results:
+        assert all(t.is_contiguous() for t in result)
+        assert memory.isdisjoint(t.untyped_storage().data_ptr() for t in result)
+        assert len({t.untyped_storage().data_ptr() for t in result}) == len(result)
 
 
 def test_threads_do_not_change_results(isa, threads):

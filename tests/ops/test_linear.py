@@ -406,6 +406,56 @@ def test_bad_arguments_are_named():
         place(operands.weight_data, operands.weight_scales[1:], *counts)
 
 
+def test_scales_of_other_leading_sizes_are_refused():
+    """Though there are as many rows of them."""
+    operands = Operands(6, 16, MixedLayout(64, 32, 32))
+    counts = arguments(operands.layout)
+    layer = (place(operands.weight_data, operands.weight_scales, *counts), None, 16)
+
+    def refused(op, data_sizes, scales_sizes, layers=1):
+        data = operands.data.view(*data_sizes, -1)
+        scales = operands.scales.view(*scales_sizes, -1)
+        with pytest.raises(RuntimeError, match="leading sizes of data"):
+            op(data, scales, *layer * layers, *counts, torch.float32)
+
+    for sizes in ((3, 2), (6, 1), (1, 6), (6,), (1, 2, 3)):
+        refused(linear, (2, 3), sizes)
+    refused(linear, (6,), (1, 6))
+    refused(torch.ops.micromix.linears.two, (2, 3), (3, 2), 2)
+    refused(torch.ops.micromix.linears.three, (2, 3), (3, 2), 3)
+
+
+def test_sizes_whose_placed_weight_wraps_around_are_refused():
+    """n is such that the bytes of its placed weight are 0 modulo 2^64, those of an empty tensor."""
+    counts = (32, 0, 0, 0)
+    header = ops.placed_bytes(0, *counts)
+    panel = ops.placed_bytes(16, *counts) - header
+    assert header % 64 == panel % 64 == 0
+    panels = -(header // 64) * pow(panel // 64, -1, 2**58) % 2**58
+    assert (header + panels * panel) % 2**64 == 0
+    empty = torch.empty(0, dtype=torch.uint8)
+    data, scales = mx.quantize(rows(1, 32, torch.float32), MixedLayout(32, 0, 0))
+    unplace = torch.ops.micromix.unplace_weight
+    for n in (16 * panels, 2**31):
+        layer = (empty, None, n)
+        with pytest.raises(RuntimeError, match="linear: n and .* below 2.31"):
+            linear(data, scales, *layer, *counts, torch.float32)
+        with pytest.raises(RuntimeError, match="linears: n and .* below 2.31"):
+            torch.ops.micromix.linears.two(data, scales, *layer, *layer, *counts, torch.float32)
+        with pytest.raises(RuntimeError, match="unplace_weight: n and .* below 2.31"):
+            unplace(empty, n, *counts)
+    with pytest.raises(RuntimeError, match="below 2.31"):
+        unplace(empty, 1, 2**31, 0, 0, 0)
+
+
+def test_results_without_memory_say_so():
+    """2^53 bytes, of products of no channels."""
+    nothing, weight = (torch.empty(n, 0, dtype=torch.uint8) for n in (2**47, 16))
+    placed = place(weight, weight, 0, 0, 0, 0)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        linear(nothing, nothing, placed, None, 16, 0, 0, 0, 0, torch.float32)
+
+
 @pytest.mark.parametrize("weights", ["match", "mxfp4"])
 def test_opcheck(weights):
     operands = Operands(6, 20, MixedLayout(64, 32, 32), weights)

@@ -193,6 +193,16 @@ def test_bad_arguments_are_named():
         op(x[0, 0], None, 64, 0, 0, code)
 
 
+def test_results_without_memory_say_so():
+    """Who catches torch's own error looks for these words. No machine has 2^51 bytes of addresses."""
+    x, code = torch.randn(1, 32), MixedLayout(32, 0, 0).code
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        op(x, None, 2**52, 0, 0, code)
+    rest = (torch.float32, True, None, 32, 0, 0, code)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        torch.ops.micromix.pointwise_quantize(x.expand(2**47, 32), None, 0, *rest)
+
+
 def test_opcheck():
     layout = MixedLayout(64, 32, 32)
     order = torch.arange(127, -1, -1, dtype=torch.int32)

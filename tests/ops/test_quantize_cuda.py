@@ -11,8 +11,18 @@ from micromix_compile._torch_compat import has_kernel
 from micromix_compile.mx import MixedLayout
 from micromix_compile.ops.fused import Pointwise, RmsForm
 
-from .cases import DTYPES, MIXES, RULES, arguments, mix_name, rows
-from .test_fused import EPS, REFERENCES, assert_value, step
+from .cases import (
+    DTYPES,
+    MIXES,
+    RULES,
+    VIEWS,
+    arguments,
+    mix_name,
+    new_rows,
+    rows,
+    without_and_with_order,
+)
+from .test_fused import EPS, REFERENCES, assert_read_as_dense, assert_value, step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -224,6 +234,16 @@ def test_strided_and_unaligned_inputs():
         )
         assert torch.equal(y, x + x)
         check_quantised(y, quantised, None, layout)
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_views(view):
+    for dtype in DTYPES:
+        x, other = (view(new_rows(dtype, seed, "cuda")) for seed in (0, 1))
+        for quantise in without_and_with_order(x.shape[-1], "cuda"):
+            silu = (Pointwise.SILU, dtype, True, *quantise)
+            assert_read_as_dense(micromix.quantize, (x,), *quantise)
+            assert_read_as_dense(micromix.pointwise_quantize, (x, other), *silu)
 
 
 def test_no_rows():
