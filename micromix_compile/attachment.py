@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ DIGEST = "_micromix_digest"
 
 def attach(plan: ModelPlan, model: nn.Module) -> None:
     """See :meth:`ModelPlan.attach`."""
-    parameters = _named_parameters(model)
+    parameters = _named_weights(model)
     found, differences = {}, []
     for name, shape in plan.shapes.items():
         weight = parameters.get(f"{name}.weight", parameters.get(name))
@@ -51,7 +52,7 @@ def attach(plan: ModelPlan, model: nn.Module) -> None:
 def attach_rest(plan: ModelPlan, model: nn.Module) -> None:
     """See :meth:`ModelPlan.attach_rest`."""
     _count_change(model)
-    for parameter in _named_parameters(model).values():
+    for parameter in _named_weights(model).values():
         if attached(parameter) is None:
             _mark(parameter, plan, None, "left alone")
 
@@ -67,7 +68,7 @@ def attached(parameter: Tensor) -> tuple[ModelPlan, str | None] | None:
 def detach(model: nn.Module) -> None:
     """Takes off whatever plan is attached to the weights of a model."""
     _count_change(model)
-    for parameter in model.parameters():
+    for parameter in (*model.parameters(), *model.buffers()):
         if attached(parameter) is not None:
             for mark in (_PLAN, STRUCTURE, DIGEST):
                 delattr(parameter, mark)
@@ -94,10 +95,13 @@ def _mark(parameter: Tensor, plan: ModelPlan, layer: str | None, structure: str)
     setattr(parameter, DIGEST, plan.digest)
 
 
-def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def _named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """What may be a layer's weight: parameters, and buffers, as filter banks are."""
+    named = itertools.chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    )
     # torch.compile wraps a module, the whole model or a part of it, in one that holds _orig_mod.
-    named = model.named_parameters(remove_duplicate=False)
-    return {name.replace("_orig_mod.", ""): parameter for name, parameter in named}
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in named}
 
 
 def _structures(plan: Mapping[str, LayerPlan]) -> dict[str, str]:

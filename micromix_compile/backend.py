@@ -30,6 +30,7 @@ from micromix_compile.passes.between_layers import rewrite_between_layers
 from micromix_compile.passes.contiguous_cats import contiguous_cats
 from micromix_compile.passes.find_linears import Linear, find_linears
 from micromix_compile.passes.fold_order import Folds, fold_orders
+from micromix_compile.passes.in_place import value_of
 from micromix_compile.passes.lower_linears import Lowering
 from micromix_compile.runner import Runner
 
@@ -56,7 +57,7 @@ def _compile(
     contiguous_cats(gm.graph)
     linears = find_linears(gm, example_inputs)
     if any(linear.reason is None for linear in linears):
-        _check_inference(gm, example_inputs)
+        _check_inference(gm, example_inputs, linears)
         nodes = [linear.node for linear in linears]
         report.passes |= rewrite_between_layers(gm.graph, nodes, options.inductor)
     gm.recompile()
@@ -146,16 +147,36 @@ def _check_kernel(kernel: str, linear: Linear) -> None:
     raise OptionError(option="kernel", reason=f"cannot be {kernel!r}: {reason}", valid=VALID)
 
 
-def _check_inference(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
-    if torch.is_grad_enabled():
-        for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs):
-            if isinstance(value, torch.Tensor) and value.requires_grad:
-                raise GradientError(reason=f"gradients are enabled and {node.name} requires them")
+def _check_inference(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], linears: Sequence[Linear]
+) -> None:
+    """Raise GradientError where a layer would have to be differentiated, or the model is in training mode."""
+    placeholders = zip(gm.graph.find_nodes(op="placeholder"), example_inputs)
+    wanting = [n.name for n, v in placeholders if isinstance(v, torch.Tensor) and v.requires_grad]
+    products = {linear.node for linear in linears if linear.reason is None}
+    enabled = torch.is_grad_enabled()
     for node in gm.graph.nodes:
-        if node.target in (torch.nn.functional.dropout, torch.dropout):
-            training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
-            if training is True:
+        name = getattr(node.target, "__name__", "")
+        if node.target is torch._C._set_grad_enabled:
+            enabled = node.args[0]
+        elif name in ("_grad_increment_nesting", "_jvp_increment_nesting"):
+            raise GradientError(reason="torch.func differentiates it")
+        elif node in products and enabled and wanting:
+            raise GradientError(reason=f"gradients are enabled and {wanting[0]} requires them")
+        elif name in _DROPOUTS:
+            given = dict(zip(("input", "p", "training"), node.args)) | node.kwargs
+            training = given.get("training", given.get("train", True))
+            if training is True and given.get("p", 0.5) != 0:
                 raise GradientError(reason="the model is in training mode (its dropout is on)")
+        elif node.op == "output":
+            results: list[fx.Node] = []
+            fx.node.map_arg(node.args, results.append)
+            if any(getattr(value_of(result), "requires_grad", False) for result in results):
+                raise GradientError(reason="gradients are enabled and a result requires them")
+
+
+_DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"}
+_DROPOUTS |= {"alpha_dropout", "feature_alpha_dropout"}
 
 
 def _guard_plans(linears: list[Linear], options: Options) -> None:

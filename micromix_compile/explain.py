@@ -200,10 +200,28 @@ def explain(compiled: Any) -> Explanation:
             parameter = row.parameter
             row = row.within(() if parameter is None else names.get(parameter, ()))
             layers[row.name] = row
+    if graphs:
+        layers |= _in_no_graph(module, layers)
     passes: Counter[str] = Counter()
     for report in graphs:
         passes.update(report.passes)
     return Explanation(layers, len(graphs), dict(passes))
+
+
+def _in_no_graph(
+    module: torch.nn.Module, known: Mapping[str, LayerReport]
+) -> dict[str, LayerReport]:
+    """The linear layers of a module whose weights are in no compiled graph."""
+    rows = {}
+    for name, part in module.named_modules():
+        name = name.replace("_orig_mod.", "")
+        weight = getattr(part, "weight", None) if isinstance(part, torch.nn.Linear) else None
+        if weight is not None and name not in known and not _reports.get(weight):
+            reason = "no compiled graph has it: it did not run, or ran uncompiled"
+            rows[name] = LayerReport(
+                name, part.in_features, part.out_features, bytes_before=weight.nbytes, reason=reason
+            )
+    return rows
 
 
 def _note(row: LayerReport) -> str:

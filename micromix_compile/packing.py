@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from micromix_compile.errors import ReleasedWeightError, RoundedWeightError
@@ -94,6 +95,7 @@ class PlacedWeight:
         self.out_features = parameter.shape[1 if transposed else 0]
         self.buffer = self._pack(parameter)
         self.state = state(parameter)
+        self.sample = _sample(parameter)
 
     def _pack(self, parameter: torch.Tensor) -> torch.Tensor:
         global _packings
@@ -107,11 +109,18 @@ class PlacedWeight:
             )
             return packed.place(self.kernel)
 
-    def refresh(self, parameter: torch.Tensor) -> None:
-        """Pack again if the parameter was changed in place since; the buffer keeps its address."""
-        if state(parameter) != self.state:
+    def refresh(self, parameter: torch.Tensor, look: bool = False) -> None:
+        """Pack again if the parameter was changed in place since; the buffer keeps its address.
+
+        `look`: at some of its values too. What is written through `parameter.data`, as adapters are merged, changes
+        nothing else; so each compilation looks.
+        """
+        changed = state(parameter) != self.state
+        if not changed and look and not self.released:
+            changed = not torch.equal(_sample(parameter), self.sample)
+        if changed:
             self.buffer.copy_(self._pack(parameter))
-            self.state = state(parameter)
+            self.state, self.sample = state(parameter), _sample(parameter)
             self.released = False
 
     def release(self, parameter: torch.Tensor, layers: int, modules: int) -> None:
@@ -190,6 +199,25 @@ def state(parameter: torch.Tensor) -> tuple[int, int]:
     """
     return (0 if parameter.is_inference() else parameter._version, parameter.data_ptr())
 
+
+def _sample(parameter: torch.Tensor) -> torch.Tensor:
+    """A copy of up to 64 x 64 of a weight's values, spread over it, as bytes: NaN is equal to itself then."""
+    if is_released(parameter):
+        return torch.empty(0, dtype=torch.uint8)
+    with torch.inference_mode(False), torch.no_grad():
+        steps = [slice(None, None, max(1, size // 64)) for size in parameter.shape]
+        return parameter.detach()[tuple(steps)].contiguous().clone().view(torch.uint8)
+
+
+def _count_step(optimizer: torch.optim.Optimizer, *_) -> None:
+    """A fused optimizer changes its parameters and not their versions."""
+    if len(_cache):
+        for group in optimizer.param_groups:
+            changed = [p for p in group["params"] if p in _cache and p.grad is not None]
+            torch.autograd.graph.increment_version(changed)
+
+
+register_optimizer_step_post_hook(_count_step)
 
 _version = operator.attrgetter("_version")
 
@@ -273,13 +301,14 @@ def placed_weight(
         plan.digest,
         transposed,
         parameter.device,
+        tuple(parameter.shape),
         None if rows is None else tuple(rows.tolist()),
         kernel,
         None if rounded is None else rounded.digest,
     )
     if key not in placed:
         placed[key] = PlacedWeight(name, parameter, plan, transposed, rows, kernel, rounded)
-    placed[key].refresh(parameter)
+    placed[key].refresh(parameter, look=True)
     return placed[key]
 
 

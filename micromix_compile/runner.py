@@ -51,6 +51,7 @@ class Runner(compat.serializable_callable()):
             nonlocal last
             with graph.inserting_after(last):
                 last = graph.placeholder(f"micromix_{name}")
+            last.target = last.name  # which is unique
             last.meta["example_value"] = compat.static_fake(tensor)
             compat.mark_static_input(last)
             packed.append(tensor)

@@ -46,6 +46,10 @@ _TRANSPOSE |= {aten.mT.default, aten.matrix_H.default, aten.adjoint.default}
 _TRANSPOSE_ATTRIBUTES = (["T"], ["mT"], ["H"], ["mH"])
 _SWAP = {torch.transpose, torch.swapaxes, aten.transpose.int, "transpose"}
 _PERMUTE = {torch.permute, aten.permute.default, "permute"}
+# By name, as they are functions, methods and operators of several namespaces.
+_OTHERS = {"einsum", "bmm", "baddbmm", "addbmm", "matmul", "mm", "mv", "addmv", "inner"}
+_OTHERS |= {"tensordot", "multi_dot", "linalg_multi_dot", "chain_matmul", "bilinear"}
+_OTHERS |= {"__matmul__", "__rmatmul__"}
 _QUANTIZE = torch.ops.micromix.quantize.default
 _QUANTISED = torch.ops.micromix.linear.default
 _WEIGHT_ONLY = torch.ops.micromix.weight_only_linear.default
@@ -102,7 +106,8 @@ def find_linears(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> list
     constants = _constants(gm, example_inputs)
     found = itertools.chain.from_iterable(_matches(node, constants) for node in gm.graph.nodes)
     writes = [operand for node in gm.graph.nodes for operand in written(node)]
-    return [_unless_written(linear, writes) for linear in found]
+    found = [_unless_written(linear, writes) for linear in found]
+    return found + [linear for node in gm.graph.nodes for linear in _inside(gm, node, constants)]
 
 
 def layer_names(model: torch.nn.Module) -> Mapping[torch.Tensor, list[str]]:
@@ -167,8 +172,66 @@ def _matches(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> list[Line
             # It is None where q, k and v have weights of their own.
             if isinstance(given.get(w), fx.Node)
         ]
-    linear = _match(node, constants)
+    linear = _match(node, constants) or _match_other(node, constants)
+    if linear is not None and linear.reason is None:
+        linear = replace(linear, reason=_reason(node, linear))
     return [] if linear is None else [linear]
+
+
+def _reason(node: fx.Node, linear: Linear) -> str | None:
+    """Why a layer of a known form is not lowered all the same."""
+    if node.kwargs.get("out") is not None:
+        return "it writes its result into out="
+    bias = None if linear.bias is None else value_of(linear.bias)
+    if bias is not None and tuple(bias.shape) != (linear.out_features,):
+        return f"its bias has the shape {list(bias.shape)}, not [{linear.out_features}]"
+    return None
+
+
+def _match_other(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> Linear | None:
+    """A product of an activation and a parameter in a form that is not lowered: said to be there, or it would be float in silence."""
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    name = name.partition(".")[0]
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if name not in _OTHERS and "grouped_mm" not in name:  # torch's and transformers'
+        return None
+    weights = [x for x in node.all_input_nodes if _computed_from_parameters(x, constants)]
+    others = [x for x in node.all_input_nodes if x not in weights and x not in constants]
+    weights = [weight for weight in weights if _rank(weight) > 1]
+    if not weights or not others:
+        return None
+    weight, reason = weights[0], f"products by {name} of such operands are not lowered"
+    parameter = constants.get(weight)
+    if parameter is not None and parameter.dim() != 2:
+        parameter = None
+    return Linear(_name(node, weight), node, others[0], weight, None, False, parameter, reason)
+
+
+def _inside(
+    gm: fx.GraphModule, node: fx.Node, constants: dict[fx.Node, torch.Tensor]
+) -> list[Linear]:
+    """The layers in a graph that a node runs: torch.utils.checkpoint's, a branch of torch.cond. None of them is lowered."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return []
+    operands: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), operands.append)
+    values = {n: operator.attrgetter(n.target)(gm) for n in operands if n.op == "get_attr"}
+    given = [n for n in operands if not isinstance(values.get(n), fx.GraphModule)]
+    found = []
+    for part in (value for value in values.values() if isinstance(value, fx.GraphModule)):
+        inputs = part.graph.find_nodes(op="placeholder")
+        # What it is called with comes last.
+        known = dict(zip(reversed(inputs), reversed(given)))
+        own = {p: constants[n] for p, n in known.items() if n in constants}
+        reason = f"it is inside {node.target.name()}, which runs a graph of its own"
+        for inner in part.graph.nodes:
+            for linear in _matches(inner, own):
+                weight = known.get(linear.weight, linear.weight)
+                name = _name(inner, weight)
+                found.append(replace(linear, name=name, reason=linear.reason or reason))
+            found += [replace(linear, reason=reason) for linear in _inside(part, inner, own)]
+    return found
 
 
 def _match(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> Linear | None:
@@ -208,11 +271,12 @@ def _match(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> Linear | No
 
 
 def _unless_written(linear: Linear, writes: list[fx.Node]) -> Linear:
-    """The layer, refused where the graph itself writes to its weight: that is packed before the graph runs."""
-    if linear.reason is None and any(same_memory(operand, linear.weight) for operand in writes):
-        return replace(
-            linear, reason="the graph writes to its weight, so it cannot be packed ahead"
-        )
+    """The layer, refused where the graph itself writes to its weight or bias: they may be read before the graph runs."""
+    for what, value in (("weight", linear.weight), ("bias", linear.bias)):
+        written_to = value is not None and any(same_memory(operand, value) for operand in writes)
+        if linear.reason is None and written_to:
+            reason = f"the graph writes to its {what}, so it cannot be packed ahead"
+            return replace(linear, reason=reason)
     return linear
 
 
@@ -323,7 +387,12 @@ def _name(node: fx.Node, weight: fx.Node) -> str:
     """
     stack = list(node.meta.get("nn_module_stack", {}).values())
     module = _relative(stack[-1][0]) if stack else ""
-    path = _relative(source_name(weight)) if weight.op == "placeholder" else str(weight.target)
+    if weight.op == "placeholder":
+        path = _relative(source_name(weight))
+    elif weight.op == "get_attr":
+        path = weight.target
+    else:  # it is computed: by the node's own name, of which there is one
+        path = ".".join(filter(None, (module, node.name)))
     path = path.removesuffix(".weight")
     inside = not module or path == module or path.startswith(module + ".")
     return (path if inside else module) or str(weight.name)

@@ -21,7 +21,11 @@ _FUNCTIONS = {
     operator.iand,
     operator.ior,
     operator.ixor,
+    operator.ilshift,
+    operator.irshift,
+    operator.imatmul,
 }
+_METHODS = {"__setitem__", *(f"__{function.__name__}__" for function in _FUNCTIONS)}
 
 
 def value_of(node: fx.Node) -> torch.Tensor | None:
@@ -60,10 +64,11 @@ def written(node: fx.Node) -> list[fx.Node]:
     if node.op != "call_function":
         return []
     if isinstance(node.target, torch._ops.OpOverload):
-        arguments = node.target._schema.arguments
-        writes = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
-        by_name = [node.kwargs.get(a.name) for a, w in zip(arguments, writes) if w]
-        return _nodes([*(a for a, w in zip(node.args, writes) if w), *by_name])
+        return _written_by(node, node.target)
+    if isinstance(node.target, torch._ops.OpOverloadPacket):
+        # Which of them it is, torch decides at the call.
+        overloads = [getattr(node.target, name) for name in node.target.overloads()]
+        return list({w: None for overload in overloads for w in _written_by(node, overload)})
     if node.target is torch.nn.functional.embedding:
         # With max_norm it scales rows of the weight.
         norm = node.args[3] if len(node.args) > 3 else node.kwargs.get("max_norm")
@@ -85,8 +90,15 @@ def written(node: fx.Node) -> list[fx.Node]:
     return []
 
 
+def _written_by(node: fx.Node, overload: torch._ops.OpOverload) -> list[fx.Node]:
+    arguments = overload._schema.arguments
+    writes = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
+    by_name = [node.kwargs.get(a.name) for a, w in zip(arguments, writes) if w]
+    return _nodes([*(a for a, w in zip(node.args, writes) if w), *by_name])
+
+
 def _is_in_place_name(name: str) -> bool:
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    return name in _METHODS or (name.endswith("_") and not name.endswith("__"))
 
 
 def _nodes(arguments: object) -> list[fx.Node]:

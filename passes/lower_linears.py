@@ -7,6 +7,7 @@ time. Where activations stay in bfloat16 there is nothing to share: each layer i
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -58,6 +59,8 @@ def unsupported(linear: Linear) -> str | None:
         return f"its weight is {weight.layout}"
     if weight.numel() == 0:
         return "its weight is empty"
+    if x is not None and (x.is_nested or x.layout is not torch.strided):
+        return f"its input is {'a nested tensor' if x.is_nested else x.layout}"
     for what, tensor in (("weight", weight), ("input", x), ("output", y)):
         if tensor is not None and tensor.dtype not in _FLOATS:
             dtype = str(tensor.dtype).removeprefix("torch.")
@@ -174,7 +177,7 @@ def _product_key(linear: Linear) -> object:
 
 
 def _tag(linear: Linear) -> str:
-    return linear.name.replace(".", "_")
+    return re.sub(r"\W", "_", linear.name)
 
 
 def _quantise(

@@ -43,6 +43,8 @@ def _is_shared(node: fx.Node) -> bool:
         and (value.dtype.is_floating_point or value.dtype == torch.bool)
         and value.dim() > 0
         and len(node.users) >= FEWEST_READERS
+        # A view that the graph returns is the caller's to write to.
+        and all(user.op != "output" for user in node.users)
     )
 
 

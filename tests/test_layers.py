@@ -1,0 +1,358 @@
+"""Layers that are not lowered are named, and what a graph or the user changes behind the backend's back is seen."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import nn
+
+from micromix_compile import Recipe, calibrate, explain
+from micromix_compile.errors import GradientError, NoPlanWarning, StrictError
+
+QUICK = {"inductor": False}
+
+
+class Model(nn.Module):
+    """Weights of every kind; `f` is its forward."""
+
+    def __init__(self, f) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.matrix = nn.Parameter(torch.randn(64, 64))
+        self.experts = nn.Parameter(torch.randn(3, 64, 64))
+        self.register_buffer("filters", torch.randn(64, 64))
+        self.f = f
+
+    def forward(self, x):
+        return self.f(self, x)
+
+
+@pytest.fixture
+def x():
+    torch.manual_seed(0)
+    return torch.randn(4, 64)
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoPlanWarning)
+        yield
+
+
+def compiled(model, **options):
+    return torch.compile(model, backend="micromix", options={**QUICK, **options})
+
+
+def assert_close(found, expected):
+    """As MXFP8 is; 0.03 to 0.04, where the operands are normal."""
+    assert (found - expected).norm() <= 0.1 * expected.norm()
+
+
+def rows(model) -> dict[str, str]:
+    """The reasons of the layers that ran."""
+    layers = explain(model).layers.items()
+    return {name: row.reason for name, row in layers if not row.reason.startswith("no compiled")}
+
+
+OTHER_PRODUCTS = {
+    "einsum": lambda m, x: torch.einsum("bi,oi->bo", x, m.matrix),
+    "bmm": lambda m, x: torch.bmm(x.expand(3, 4, 64), m.experts),
+    "baddbmm": lambda m, x: torch.baddbmm(x.expand(3, 4, 64), x.expand(3, 4, 64), m.experts),
+    "matmul": lambda m, x: x @ m.experts,
+    "mv": lambda m, x: torch.mv(m.matrix, x[0]),
+    "inner": lambda m, x: torch.inner(x, m.matrix),
+    "tensordot": lambda m, x: torch.tensordot(x, m.matrix, 1),
+    "bilinear": lambda m, x: F.bilinear(x, x, m.experts),
+}
+
+
+@pytest.mark.parametrize("form", OTHER_PRODUCTS)
+def test_a_product_of_another_form_is_named_and_strict_refuses_it(x, form):
+    model = Model(OTHER_PRODUCTS[form])
+    with torch.no_grad():
+        run = compiled(model)
+        assert torch.equal(run(x), model(x))
+        weight = "experts" if form in ("bmm", "baddbmm", "matmul", "bilinear") else "matrix"
+        assert rows(run) == {weight: f"products by {form} of such operands are not lowered"}
+        torch.compiler.reset()
+        with pytest.raises(StrictError, match=weight):
+            compiled(model, strict=True)(x)
+
+
+def test_experts_in_one_weight_are_named():
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**sizes, **heads)).eval()
+    with torch.no_grad():
+        run = compiled(model)
+        run(input_ids=torch.arange(8)[None], use_cache=False)
+    experts = {name: why for name, why in rows(run).items() if "experts" in name}
+    assert len(experts) == 2 and all("grouped_mm" in why for why in experts.values())
+
+
+def test_a_weight_on_the_left_is_named(x):
+    model = Model(lambda m, x: m.matrix @ x.t())
+    with torch.no_grad():
+        run = compiled(model)
+        run(x)
+    assert list(rows(run)) == ["matrix"]
+
+
+def test_products_of_activations_and_buffers_are_no_layers(x):
+    model = Model(lambda m, x: torch.einsum("bi,oi->bo", x, m.filters) @ x.t() @ m.a(x))
+    with torch.no_grad():
+        run = compiled(model, strict=True)
+        run(x)
+    assert rows(run) == {"a": ""}
+
+
+def test_slices_of_a_weight_have_names_of_their_own(x):
+    model = Model(lambda m, x: F.linear(x, m.experts[0]) + F.linear(x, m.experts[1]))
+    with torch.no_grad():
+        run = compiled(model)
+        run(x)
+    assert len(rows(run)) == 2 and all("computed in the graph" in why for why in rows(run).values())
+
+
+@pytest.mark.parametrize("write", ["mm", "addmm", "matmul"])
+def test_a_product_that_writes_its_result_somewhere_is_left_alone(x, write):
+    def forward(m, x):
+        out, weight = x.new_zeros(4, 64), m.a.weight.t()
+        operands = (m.a.bias, x, weight) if write == "addmm" else (x, weight)
+        getattr(torch, write)(*operands, out=out)
+        return out + 1
+
+    model = Model(forward)
+    with torch.no_grad():
+        run = compiled(model)
+        assert torch.equal(run(x), model(x))
+    assert rows(run) == {"a": "it writes its result into out="}
+
+
+@pytest.mark.parametrize("size", [1, 64])
+def test_a_bias_of_another_shape_is_left_alone(x, size):
+    model = Model(lambda m, x: F.linear(x, m.a.weight, m.a.bias[:size].view(1, size)))
+    with torch.no_grad():
+        run = compiled(model)
+        assert torch.equal(run(x), model(x))
+    assert "its bias has the shape" in rows(run)["a"]
+
+
+def test_a_bias_that_the_graph_writes_to_is_read_in_its_place(x):
+    def forward(m, x):
+        before = m.a(x)
+        m.a.bias.add_(10.0)
+        return torch.cat((before, F.linear(x, m.b.weight, m.a.bias)), 1)
+
+    model, other = Model(forward), Model(forward)
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert_close(compiled(model)(x), other(x))
+
+
+INSIDE = {
+    "checkpoint": lambda m, x: torch.utils.checkpoint.checkpoint(
+        lambda y: m.b(F.relu(m.a(y))), x, use_reentrant=False
+    ),
+    "cond": lambda m, x: torch.cond(x.sum() > 0, lambda y: m.a(y), lambda y: m.b(y), (x,)),
+}
+
+
+@pytest.mark.parametrize("operator", INSIDE)
+def test_layers_in_a_graph_inside_the_graph_are_named(x, operator):
+    model = Model(INSIDE[operator])
+    with torch.no_grad():
+        run = compiled(model)
+        assert torch.equal(run(x), model(x))
+        assert rows(run).keys() == {"a", "b"}
+        assert all("which runs a graph of its own" in why for why in rows(run).values())
+        torch.compiler.reset()
+        with pytest.raises(StrictError, match="graph of its own"):
+            compiled(model, strict=True)(x)
+
+
+def test_a_layer_that_no_graph_has_is_named(x):
+    model = Model(lambda m, x: torch.compiler.disable(m.b)(m.a(x)))
+    with torch.no_grad():
+        run = compiled(model)
+        run(x)
+    layers = explain(run).layers
+    assert layers["a"].reason == "" and "no compiled graph has it" in layers["b"].reason
+    assert layers["b"].bytes_before == 4 * 64 * 64
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapters = nn.ModuleDict({"my-adapter": nn.Linear(64, 64)})
+        self.q, self.q_a = nn.Module(), nn.Module()
+        self.q.a_b, self.q_a.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.adapters["my-adapter"](x) + self.q.a_b(x) + self.q_a.b(x)
+
+
+def test_names_need_be_no_identifiers_and_may_collide(x):
+    model = Named()
+    with torch.no_grad():
+        run = compiled(model, strict=True)
+        assert_close(run(x), model(x))
+    assert set(rows(run)) == {"adapters.my-adapter", "q.a_b", "q_a.b"}
+
+
+def test_a_functional_call_with_other_parameters(x):
+    model = nn.Sequential(nn.Linear(64, 64))
+    given = {name: nn.Parameter(p.detach() * 2) for name, p in model.named_parameters()}
+    call = lambda x: torch.func.functional_call(model, given, (x,))
+    with torch.no_grad():
+        assert_close(torch.compile(call, backend="micromix", options=QUICK)(x), call(x))
+
+
+def test_a_plan_with_a_buffer_for_a_weight_can_be_attached(x):
+    model = Model(lambda m, x: m.a(x @ m.filters))
+    plan = calibrate(model).run([x]).plan(Recipe(format="mxfp8")).attach(model)
+    assert set(plan) == {"filters", "a"}
+    with torch.no_grad():
+        run = compiled(model, strict=True)
+        assert_close(run(x), model(x))
+
+
+@pytest.mark.parametrize("call", ["packet", "method"])
+def test_writes_are_seen_however_they_are_called(x, call):
+    def forward(m, x):
+        x = x + 0
+        before = m.a(x)
+        if call == "packet":
+            torch.ops.micromix_tests.scale(x, 5.0)
+        else:
+            x.__imul__(5.0)
+        return torch.cat((before, m.b(x)), 1)
+
+    model = Model(forward)
+    with torch.no_grad():
+        assert_close(compiled(model)(x), model(x))
+
+
+@torch.library.custom_op("micromix_tests::scale", mutates_args=("x",))
+def _scale(x: torch.Tensor, factor: float) -> None:
+    x.mul_(factor)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_of_an_optimizer_are_seen(x, fused):
+    model = Model(lambda m, x: m.b(F.relu(m.a(x))))
+    run = compiled(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    for _ in range(3):
+        with torch.no_grad():
+            assert_close(run(x), model(x))
+        optimizer.zero_grad()
+        model(x).pow(2).sum().backward()
+        optimizer.step()
+
+
+class Adapted(nn.Module):
+    """As adapters are: merged through `.data`, which only the flag tells of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(64, 64)
+        self.down = nn.Parameter(torch.randn(8, 64))
+        self.up = nn.Parameter(torch.randn(64, 8))
+        self.merged = False
+
+    def forward(self, x):
+        y = self.base(x)
+        return y if self.merged else y + x @ self.down.t() @ self.up.t()
+
+
+def test_a_merged_adapter_is_seen_by_the_compilation_that_follows(x):
+    model = Adapted()
+    run = compiled(model)
+    with torch.no_grad():
+        assert_close(run(x), model(x))
+        model.base.weight.data += model.up @ model.down
+        model.merged = True
+        assert_close(run(x), model(x))
+
+
+def test_a_weight_that_lost_rows_is_another_weight(x):
+    model = nn.Linear(64, 64, bias=False)
+    run = compiled(model)
+    with torch.no_grad():
+        run(x)
+        model.weight.data = model.weight.data[:32].clone()
+        assert_close(run(x), model(x))
+
+
+def test_torch_func_cannot_differentiate_a_layer(x):
+    model = nn.Linear(64, 64).requires_grad_(False)
+    gradient = torch.func.grad(lambda x: model(x).pow(2).sum())
+    with pytest.raises(GradientError, match=r"torch\.func differentiates it"):
+        torch.compile(gradient, backend="micromix", options=QUICK)(x)
+
+
+def test_gradients_enabled_in_the_graph_are_seen(x):
+    def forward(m, x):
+        with torch.enable_grad():
+            return m.a(x)
+
+    with torch.no_grad(), pytest.raises(GradientError, match="requires them"):
+        compiled(Model(forward))(x)
+
+
+def test_gradients_disabled_in_the_graph_are_seen(x):
+    def forward(m, x):
+        with torch.no_grad():
+            return m.a(x)
+
+    model = Model(forward)
+    assert_close(compiled(model)(x), model(x))
+
+
+def test_a_gradient_of_what_follows_a_layer_is_refused(x):
+    def forward(m, x):
+        with torch.no_grad():
+            y = m.a(x)
+        return y * m.matrix[0]
+
+    with pytest.raises(GradientError, match="a result requires them"):
+        compiled(Model(forward))(x)
+
+
+def test_a_dropout_of_nothing_is_no_training(x):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.0)).train()
+    with torch.no_grad():
+        assert_close(compiled(model)(x), model(x))
+        model[1] = nn.Dropout1d(0.5)
+        torch.compiler.reset()
+        with pytest.raises(GradientError, match="dropout"):
+            compiled(model)(x)
+
+
+def test_a_nested_input_is_left_alone(x):
+    model = nn.Linear(64, 64)
+    nested = torch.nested.nested_tensor([x[:1], x[1:]], layout=torch.jagged)
+    with torch.no_grad():
+        run = compiled(model)
+        assert torch.equal(run(nested).values(), model(nested).values())
+    assert [row.reason for row in explain(run).layers.values()] == ["its input is a nested tensor"]
+
+
+def test_a_view_that_is_returned_stays_a_view(x):
+    def forward(m, x):
+        view = m.filters[:, :]
+        return m.a(x) + view[0] * 3 + (view + 1)[0] + (view * 2)[1] + view.sum(), view
+
+    model = Model(forward)
+    with torch.no_grad():
+        _, view = torch.compile(model, backend="micromix")(x)
+        view.fill_(7)
+    assert (model.filters == 7).all()
