@@ -17,6 +17,10 @@ from pathlib import Path
 
 from micromix_compile.errors import MicroMixError, MicroMixWarning
 
+_MODEL = (
+    "directory of a causal language model of transformers, a name that `hf download NAME` has put in the cache "
+    "(nothing is downloaded), or smollm2"
+)
 _EXIT_CODES = "exit codes: 0 done, 1 failed (one line on stderr says what to do), 2 wrong usage"
 
 
@@ -116,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         "quantize", _quantize, "write a model as a quantised checkpoint that transformers loads",
         _text_flags(), recipe,
     )  # fmt: skip
-    quantize.add_argument("model", metavar="IN", help="Hugging Face directory, or smollm2")
+    quantize.add_argument("model", metavar="IN", help=_MODEL)
     quantize.add_argument("output", type=Path, metavar="OUT", help="a directory that is not there")
     quantize.add_argument(
         "--plan", type=Path, metavar="FILE",
@@ -135,9 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         "export", _export, "compile a model ahead of time, into one .pt2 file that generates",
         _text_flags(), recipe,
     )  # fmt: skip
-    export.add_argument(
-        "model", metavar="IN", help="Hugging Face directory, quantised or not, or smollm2"
-    )
+    export.add_argument("model", metavar="IN", help=_MODEL + "; quantised or not")
     export.add_argument("output", type=Path, metavar="OUT.pt2", help="replaced if it is there")
     export.add_argument("--plan", type=Path, metavar="FILE", help="a plan instead of a recipe")
     export.add_argument(
@@ -250,9 +252,7 @@ def _not_negative(text: str) -> int:
 
 def _model_flags() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(add_help=False, parents=[_text_flags()])
-    flags.add_argument(
-        "--model", required=True, metavar="DIR|smollm2", help="Hugging Face directory, or smollm2"
-    )
+    flags.add_argument("--model", required=True, metavar="DIR|NAME|smollm2", help=_MODEL)
     return flags
 
 
@@ -260,7 +260,10 @@ def _text_flags() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(add_help=False)
     group = flags.add_argument_group("model and text")
     add = group.add_argument
-    add("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    add(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"),
+        help="of the model (default: %(default)s); float32 is faster on a CPU without AVX-512",
+    )  # fmt: skip
     add("--device", default="cpu", help="where the model runs, e.g. cuda (default: %(default)s)")
     add("--samples", type=_positive, default=32, help="windows of text, at most (default: 32)")
     add("--seqlen", type=_positive, default=2048, help="tokens of a window (default: 2048)")
@@ -300,7 +303,8 @@ def _recipe_flags() -> argparse.ArgumentParser:
         help="what --bits or --time is spent on (default: all three)")  # fmt: skip
     add("--hadamard", type=_hadamard, metavar="4,6|measured",
         help="segments whose blocks are rotated, or, with a budget, what lowers the error")  # fmt: skip
-    add("--rounding", choices=("nearest", "gptq"), help="of the weights (default: nearest)")
+    add("--rounding", choices=("nearest", "gptq"),
+        help="of the weights (default: nearest); gptq needs the model, so `micromix plan` refuses it")  # fmt: skip
     add("--lam", type=float, metavar="L", help="scales the thresholds")
     add("--act-sort-metric", dest="sort", choices=("mean", "max", "hessian"),
         help="what channels are sorted by")  # fmt: skip

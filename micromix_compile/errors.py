@@ -4,8 +4,8 @@ A class holds the template of its message; a caller gives the facts that fill it
 
     raise NonFiniteCalibrationError(layer="model.layers.0.mlp.down_proj")
 
-A fact that is a list becomes indented lines, the first few of them. All facts stay in
-``error.facts``.
+A fact that is a list becomes indented lines, the first few of them, but where the template asks for
+its repr (``{value!r}``). All facts stay in ``error.facts``.
 """
 
 from __future__ import annotations
@@ -71,7 +71,12 @@ class _Message(Exception):
 
     def __init__(self, **facts: Any) -> None:
         self.facts = facts
-        texts = {k: _listed(v) if isinstance(v, (list, tuple)) else v for k, v in facts.items()}
+        texts = {
+            name: _listed(fact)
+            if isinstance(fact, (list, tuple)) and f"{{{name}!r}}" not in self.template
+            else fact
+            for name, fact in facts.items()
+        }
         super().__init__(self.template.format(**texts))
 
     def __reduce__(self):
@@ -316,7 +321,7 @@ class ExtensionError(MicroMixError):
 
     template = (
         "The micromix extension {path} cannot be used: {reason}. Rebuild it: `make install` in the "
-        "checkout, or `pip install --force-reinstall micromix-compile`. "
+        "checkout, or there `pip install --no-build-isolation --force-reinstall --no-deps .`. "
         "`python -m micromix_compile.env` shows what was built."
     )
 
@@ -341,7 +346,8 @@ class ReferenceKernelWarning(MicroMixWarning):
 
     template = (
         "micromix runs its pure-torch reference on {device}, which is slow: {reason}. "
-        "`make install` builds the kernels; `python -m micromix_compile.env` shows what is there."
+        "`make install` builds the CPU's kernels, `make cuda` (or MICROMIX_CUDA=1, see README.md) a GPU's; "
+        "`python -m micromix_compile.env` shows what is there."
     )
 
 

@@ -24,7 +24,8 @@ class Options:
     Attributes:
         plan: a ModelPlan, or the path of a saved one; without it, the plan attached to the model.
         recipe: for a model without a plan: a Recipe that needs no calibration (one format for all).
-        strict: raise StrictError where a layer is not lowered for another reason than the recipe's.
+        strict: raise StrictError where a layer is left alone that the recipe does not skip, or a fusion that should
+            match did not.
         release_weights: free the float storage of each weight once it is packed.
         kernel: "auto", the device's own kernel, or "mx_emulated", the Blackwell kernel in software on an older GPU:
             slow, for its numbers. It runs only where it is asked for.

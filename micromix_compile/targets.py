@@ -53,8 +53,8 @@ class Target:
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
-        # One core, as docs/kernels-cpu.md measures it: every format is decoded to the same bf16
-        # tiles.
+        # One core, with every format decoded to the same bf16 tiles. MXFP4 of many rows is multiplied as integers
+        # since, and faster (docs/kernels-cpu.md), so this holds for few rows only.
         "amx": Target(bandwidth=14e9, rates={4: 1.6e12, 6: 1.6e12, 8: 1.6e12}, cpu=True),
         # GeForce RTX 5090: NVIDIA's 1792 GB/s; MXFP8 and NVFP4 at 8192 x 8192 x 8192 through torch._scaled_mm, as
         # measured in Dao-AILab/quack#153. MXFP6 is the same instruction as MXFP8; no kernel that was measured reaches

@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import re
 import subprocess
 import sys
 
@@ -106,6 +107,13 @@ def test_bad_values(option, value):
     with pytest.raises(RecipeError, match=option) as caught:
         Recipe(**{option: value})
     assert caught.value.facts["option"] == option
+
+
+def test_a_bad_sequence_is_shown_as_it_was_given():
+    with pytest.raises(RecipeError, match=re.escape("split = (0.5, 0.5, 0.5) does not work")):
+        Recipe(split=(0.5, 0.5, 0.5))
+    with pytest.raises(RecipeError, match=re.escape("rules = ['even', 'ceil'] does not work")):
+        Recipe(rules=["even", "ceil"])
 
 
 def test_counts_are_multiples_of_the_multiple():
