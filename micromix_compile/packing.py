@@ -1,7 +1,7 @@
 """Float weights into packed ones: quantised by a layer's plan, placed for its device, and kept.
 
-A weight is packed once for each plan, however many graphs use it. The cache belongs to the parameter: it goes
-when the parameter goes.
+A weight is packed once for each plan, however many graphs use it. It is kept while one of them does; where the float
+weight was released, as long as the parameter.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ KERNELS = (AUTO, MX_EMULATED)
 one_packs = threading.RLock()
 """Held while weights are packed, compared or released: graphs and threads share them. Nothing under it compiles."""
 
-_cache: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_cache: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> weak values
+_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()  # released parameter -> what is left of it
 _names: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of released parameters, for messages
 _unguarded: list[weakref.ref] = []
 _packings = 0
@@ -138,6 +139,7 @@ class PlacedWeight:
             with torch.no_grad():
                 parameter.set_(storage, 0, parameter.shape, parameter.stride())
         storage.resize_(0)
+        _kept[parameter] = self
         _names[parameter] = self.name
         _unguarded.append(weakref.ref(parameter))
         self.released = True
@@ -292,11 +294,11 @@ def placed_weight(
     kernel: str = AUTO,
     rounded: RoundedWeight | None = None,
 ) -> PlacedWeight:
-    """The placed form of a parameter under `plan`, packed at the first call and kept with the parameter.
+    """The placed form of a parameter under `plan`, packed at the first call and shared while someone holds it.
 
     `rows` and `rounded` are as in `pack_weight`, `kernel` one of KERNELS; another of any is another placed weight.
     """
-    placed = _cache.setdefault(parameter, {})
+    placed = _cache.setdefault(parameter, weakref.WeakValueDictionary())
     key = (
         plan.digest,
         transposed,
@@ -306,10 +308,12 @@ def placed_weight(
         kernel,
         None if rounded is None else rounded.digest,
     )
-    if key not in placed:
-        placed[key] = PlacedWeight(name, parameter, plan, transposed, rows, kernel, rounded)
-    placed[key].refresh(parameter, look=True)
-    return placed[key]
+    weight = placed.get(key)
+    if weight is None:
+        weight = PlacedWeight(name, parameter, plan, transposed, rows, kernel, rounded)
+        placed[key] = weight
+    weight.refresh(parameter, look=True)
+    return weight
 
 
 def packings() -> int:

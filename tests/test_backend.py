@@ -26,7 +26,7 @@ from micromix_compile.errors import (
     ReleasedWeightError,
     StrictError,
 )
-from micromix_compile.packing import packings
+from micromix_compile.packing import PlacedWeight, packings
 from micromix_compile.reference import reference_model
 
 MIX = Recipe(split=(0.5, 0.25, 0.25))
@@ -570,6 +570,28 @@ def test_parts_of_one_flat_buffer_are_weights_of_their_own():
     _, compiled = run(model, x, recipe=Recipe(format="mxfp8"))
     found = reasons(compiled)
     assert "writes to its weight" in found["first"] and found["second"] == ""
+
+
+def test_packed_weights_go_with_the_last_graph_that_has_them(block):
+    x = torch.randn(4, 96)
+
+    def buffers() -> int:
+        gc.collect()
+        placed = (o for o in gc.get_objects() if type(o) is PlacedWeight)
+        return sum(weight.out_features == 77 for weight in placed)
+
+    block.down = nn.Linear(64, 77)
+    for recipe in (MIX, Recipe(format="mxfp4")):
+        run(block, x, plan=planned(block, x, recipe=recipe))
+        assert buffers() == 1
+        torch.compiler.reset()
+        assert buffers() == 0
+    plan = planned(block, x)
+    first, _ = run(block, x, plan=plan, release_weights=True)
+    torch.compiler.reset()
+    assert buffers() == 1  # the float weight is gone
+    again, _ = run(block, x, plan=plan, release_weights=True)
+    assert torch.equal(first, again)
 
 
 def test_a_module_used_twice_is_packed_once():
