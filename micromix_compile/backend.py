@@ -154,12 +154,22 @@ def _check_inference(
     placeholders = zip(gm.graph.find_nodes(op="placeholder"), example_inputs)
     wanting = [n.name for n, v in placeholders if isinstance(v, torch.Tensor) and v.requires_grad]
     products = {linear.node for linear in linears if linear.reason is None}
-    enabled = torch.is_grad_enabled()
+    late = set(products)  # and what is computed from them
+    enabled, differentiated = torch.is_grad_enabled(), 0
+    before = enabled
     for node in gm.graph.nodes:
         name = getattr(node.target, "__name__", "")
         if node.target is torch._C._set_grad_enabled:
             enabled = node.args[0]
+        elif name == "_enter_inference_mode":
+            before, enabled = enabled, enabled and not node.args[0]
+        elif name == "_exit_inference_mode":
+            enabled = before
         elif name in ("_grad_increment_nesting", "_jvp_increment_nesting"):
+            differentiated += 1
+        elif name in ("_grad_decrement_nesting", "_jvp_decrement_nesting"):
+            differentiated -= 1
+        elif node in products and differentiated:
             raise GradientError(reason="torch.func differentiates it")
         elif node in products and enabled and wanting:
             raise GradientError(reason=f"gradients are enabled and {wanting[0]} requires them")
@@ -171,8 +181,15 @@ def _check_inference(
         elif node.op == "output":
             results: list[fx.Node] = []
             fx.node.map_arg(node.args, results.append)
-            if any(getattr(value_of(result), "requires_grad", False) for result in results):
+            # Not of others: a view of a parameter requires them even where they are disabled.
+            if any(
+                getattr(value_of(result), "requires_grad", False)
+                for result in results
+                if result in late
+            ):
                 raise GradientError(reason="gradients are enabled and a result requires them")
+        if node.op != "output" and late.intersection(node.all_input_nodes):
+            late.add(node)
 
 
 _DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"}

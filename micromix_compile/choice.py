@@ -31,12 +31,16 @@ def choose(
     refused: list[str] = []
     missing: list[str] = []  # those of them that a given plan does not have
     planless = 0
+    marks = (attached(x.parameter) for x in linears if x.parameter is not None)
+    any_plan, _ = next(filter(None, marks), (None, None))
     for linear in linears:
         plan, name, reason, by_choice = None, linear.name, unsupported(linear), False
         if linear.quantised is not None:
             plan = _own_plan(linear, options)
         else:
             model_plan, name = plan_of(linear, options)
+            if linear.parameter is None and options.plan is None and options.recipe is None:
+                model_plan = any_plan  # a computed weight has no mark of its own
             recipe = options.recipe or Recipe(format="mxfp8")
             if model_plan is not None:
                 recipe = Recipe.from_dict(model_plan.recipe)  # an empty one skips the output head
@@ -54,6 +58,8 @@ def choose(
             else:
                 reason = _missing(model_plan, name)
                 missing.append(f"{name}: {reason}")
+        if linear.twin:
+            name = f"{name}.{linear.twin}"
         row = LayerReport(name, linear.in_features, linear.out_features, reason=reason or "")
         if linear.parameter is not None:
             row.bytes_before, row.weight = linear.parameter.nbytes, weakref.ref(linear.parameter)

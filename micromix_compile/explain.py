@@ -215,9 +215,10 @@ def _in_no_graph(
     rows = {}
     for name, part in module.named_modules():
         name = name.replace("_orig_mod.", "")
-        weight = getattr(part, "weight", None) if isinstance(part, torch.nn.Linear) else None
+        # Not the attribute: a parametrization would compute it.
+        weight = part._parameters.get("weight") if isinstance(part, torch.nn.Linear) else None
         if weight is not None and name not in known and not _reports.get(weight):
-            reason = "no compiled graph has it: it did not run, or ran uncompiled"
+            reason = "no compiled graph names it: it did not run, ran uncompiled, or shares the graph of an equal part that is left alone"
             rows[name] = LayerReport(
                 name, part.in_features, part.out_features, bytes_before=weight.nbytes, reason=reason
             )

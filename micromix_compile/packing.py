@@ -207,7 +207,7 @@ def _sample(parameter: torch.Tensor) -> torch.Tensor:
     if is_released(parameter):
         return torch.empty(0, dtype=torch.uint8)
     with torch.inference_mode(False), torch.no_grad():
-        steps = [slice(None, None, max(1, size // 64)) for size in parameter.shape]
+        steps = [slice(None, None, max(1, -(-size // 64))) for size in parameter.shape]
         return parameter.detach()[tuple(steps)].contiguous().clone().view(torch.uint8)
 
 

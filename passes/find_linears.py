@@ -61,7 +61,8 @@ class Linear:
 
     `parameter` is the real tensor behind `weight`: `[N, K]`, or `[K, N]` where `transposed`. `reason` says why
     the layer can never be lowered; then `parameter` may be None and the sizes 0. A layer that is `quantised`
-    already (a QuantizedLinear of the model) has a placed weight as its `parameter`.
+    already (a QuantizedLinear of the model) has a placed weight as its `parameter`. A `twin` has the name of another
+    layer of the graph, and is told from it by this.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Linear:
     parameter: torch.Tensor | None
     reason: str | None = None
     quantised: Quantised | None = None
+    twin: str = ""
 
     @property
     def in_features(self) -> int:
@@ -107,7 +109,8 @@ def find_linears(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> list
     found = itertools.chain.from_iterable(_matches(node, constants) for node in gm.graph.nodes)
     writes = [operand for node in gm.graph.nodes for operand in written(node)]
     found = [_unless_written(linear, writes) for linear in found]
-    return found + [linear for node in gm.graph.nodes for linear in _inside(gm, node, constants)]
+    found += [linear for node in gm.graph.nodes for linear in _inside(gm, node, constants)]
+    return _told_apart(found)
 
 
 def layer_names(model: torch.nn.Module) -> Mapping[torch.Tensor, list[str]]:
@@ -196,8 +199,9 @@ def _match_other(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> Linea
         return None
     if name not in _OTHERS and "grouped_mm" not in name:  # torch's and transformers'
         return None
-    weights = [x for x in node.all_input_nodes if _computed_from_parameters(x, constants)]
-    others = [x for x in node.all_input_nodes if x not in weights and x not in constants]
+    operands = node.all_input_nodes[1 if name in ("baddbmm", "addbmm", "addmv") else 0 :]
+    weights = [x for x in operands if _is_of_parameter(x, constants)]
+    others = [x for x in operands if x not in weights and x not in constants]
     weights = [weight for weight in weights if _rank(weight) > 1]
     if not weights or not others:
         return None
@@ -227,8 +231,11 @@ def _inside(
         reason = f"it is inside {node.target.name()}, which runs a graph of its own"
         for inner in part.graph.nodes:
             for linear in _matches(inner, own):
-                weight = known.get(linear.weight, linear.weight)
-                name = _name(inner, weight)
+                weight, name = known.get(linear.weight, linear.weight), linear.name
+                if (
+                    weight.op == "placeholder"
+                ):  # parts that are traced once have the first one's modules
+                    name = _relative(source_name(weight)).removesuffix(".weight") or name
                 found.append(replace(linear, name=name, reason=linear.reason or reason))
             found += [replace(linear, reason=reason) for linear in _inside(part, inner, own)]
     return found
@@ -296,6 +303,28 @@ def _computed_from_parameters(weight: Any, constants: dict[fx.Node, torch.Tensor
             return False
         waiting += [] if node in constants else node.all_input_nodes
     return found
+
+
+def _is_of_parameter(operand: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> bool:
+    """Whether a product's operand is a parameter, or a view or a part of one; no projected query, which is a linear layer's."""
+    while operand not in constants and len(operand.all_input_nodes) == 1:
+        if "linear" in str(operand.target):
+            return False
+        operand = operand.all_input_nodes[0]
+    return isinstance(constants.get(operand), torch.nn.Parameter)
+
+
+def _told_apart(found: list[Linear]) -> list[Linear]:
+    """The same; of those that are not lowered the twins of another weight's layer, or of a lowered one."""
+    first = {linear.name: linear for linear in reversed(found) if linear.reason is None}
+    result = []
+    for linear in found:
+        named = first.setdefault(linear.name, linear)
+        same = named is linear or (named.weight is linear.weight and named.reason is not None)
+        if linear.reason is not None and not same:
+            linear = replace(linear, twin=linear.node.name)
+        result.append(linear)
+    return result
 
 
 def _linear(node, x, weight, bias, transposed, constants, reason=None) -> Linear:
@@ -391,8 +420,8 @@ def _name(node: fx.Node, weight: fx.Node) -> str:
         path = _relative(source_name(weight))
     elif weight.op == "get_attr":
         path = weight.target
-    else:  # it is computed: by the node's own name, of which there is one
-        path = ".".join(filter(None, (module, node.name)))
+    else:  # it is computed
+        path = module or node.name
     path = path.removesuffix(".weight")
     inside = not module or path == module or path.startswith(module + ".")
     return (path if inside else module) or str(weight.name)

@@ -97,6 +97,77 @@ def test_experts_in_one_weight_are_named():
     assert len(experts) == 2 and all("grouped_mm" in why for why in experts.values())
 
 
+def test_scores_of_projected_queries_are_no_layers(x):
+    """Of learned queries and relative positions: what linear layers give, or what is looked up."""
+
+    def forward(m, x):
+        keys = m.a(x)
+        scores = m.b(m.matrix) @ keys.t()
+        places = m.matrix[torch.arange(4)]
+        scores = scores + torch.einsum("qc,kc->qk", m.matrix, keys).detach() * 0
+        biased = torch.baddbmm(
+            m.experts[:, :4, :4], keys.expand(3, 4, 64), keys.t().expand(3, 64, 4)
+        )
+        return scores.sum() + torch.einsum("qc,kc->qk", keys, places).sum() + biased.sum()
+
+    model = Model(forward)
+    with torch.no_grad():
+        run = compiled(model)
+        run(x)
+    assert {name: bool(why) for name, why in rows(run).items()} == {
+        "a": False,
+        "b": False,
+        "matrix": True,
+    }
+
+
+def test_a_weight_in_two_forms_is_two_rows(x):
+    model = Model(lambda m, x: m.a(x) + torch.einsum("bi,io->bo", x, m.a.weight))
+    plan = calibrate(model).run([x]).plan(Recipe(format="mxfp8"))
+    for attach in (False, True):
+        torch.compiler.reset()
+        if attach:
+            plan.attach(model)
+        with torch.no_grad():
+            run = compiled(model)
+            run(x)
+        assert rows(run)["a"] == "" and "einsum" in rows(run)["a.einsum"]
+
+
+@pytest.mark.parametrize("skip", ["*experts", "experts"])
+def test_an_attached_plan_skips_what_has_no_weight_of_its_own(x, skip):
+    model = Model(lambda m, x: m.a(x) + torch.bmm(x.expand(3, 4, 64), m.experts))
+    plan = calibrate(model).run([x]).plan(Recipe(format="mxfp8", skip=[skip]))
+    plan.attach(model)
+    with torch.no_grad():
+        run = compiled(model, strict=True)
+        run(x)
+    assert "bmm" in rows(run)["experts"]
+
+
+def test_equal_parts_name_what_they_leave_alone(x):
+    parts = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)) for _ in range(3)))
+    calibrate(parts).run([x]).plan(Recipe(format="mxfp8", skip=["*.1"])).attach(parts)
+    for part in parts:
+        part.compile(backend="micromix", options=QUICK)
+    with torch.no_grad():
+        parts(x)
+    layers = explain(parts).layers
+    assert not any(row.reason.startswith("no compiled") for row in layers.values())
+
+
+def test_a_parametrized_layer_is_one_row(x):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    with torch.no_grad():
+        run = compiled(model)
+        run(x)
+        recipe = Recipe(format="mxfp8", skip=["0"])
+        torch.compiler.reset()
+        compiled(model, strict=True, recipe=recipe)(x)
+    assert list(rows(run)) == list(explain(run).layers) == ["0", "1"]
+
+
 def test_a_weight_on_the_left_is_named(x):
     model = Model(lambda m, x: m.matrix @ x.t())
     with torch.no_grad():
@@ -184,7 +255,7 @@ def test_a_layer_that_no_graph_has_is_named(x):
         run = compiled(model)
         run(x)
     layers = explain(run).layers
-    assert layers["a"].reason == "" and "no compiled graph has it" in layers["b"].reason
+    assert layers["a"].reason == "" and "no compiled graph names it" in layers["b"].reason
     assert layers["b"].bytes_before == 4 * 64 * 64
 
 
@@ -299,6 +370,28 @@ def test_torch_func_cannot_differentiate_a_layer(x):
         torch.compile(gradient, backend="micromix", options=QUICK)(x)
 
 
+def test_torch_func_may_differentiate_something_else(x):
+    model = Model(lambda m, x: m.a(x + torch.func.grad(lambda t: (t**3).sum())(x)))
+    with torch.no_grad():
+        assert_close(compiled(model, strict=True)(x), model(x))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_views_of_parameters_are_no_gradients(x, mode):
+    """They say that they require them even where gradients are disabled."""
+
+    def forward(m, x):
+        y, flat = m.a(x), m.matrix.view(-1)
+        torch._dynamo.graph_break()
+        return m.b(y) + flat.sum(), m.matrix.t()
+
+    model = Model(forward)
+    with mode():
+        found, view = compiled(model, strict=True)(x)
+        assert_close(found, model(x)[0])
+    assert view.shape == (64, 64)
+
+
 def test_gradients_enabled_in_the_graph_are_seen(x):
     def forward(m, x):
         with torch.enable_grad():
@@ -308,9 +401,10 @@ def test_gradients_enabled_in_the_graph_are_seen(x):
         compiled(Model(forward))(x)
 
 
-def test_gradients_disabled_in_the_graph_are_seen(x):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_disabled_in_the_graph_are_seen(x, mode):
     def forward(m, x):
-        with torch.no_grad():
+        with mode():
             return m.a(x)
 
     model = Model(forward)
