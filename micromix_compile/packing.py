@@ -1,7 +1,7 @@
 """Float weights into packed ones: quantised by a layer's plan, placed for its device, and kept.
 
-A weight is packed once for each plan, however many graphs use it. It is kept while one of them does; where the float
-weight was released, as long as the parameter.
+A weight is packed once for each plan, however many graphs use it. It is kept while one of them does; what was packed
+last, as long as the parameter.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ one_packs = threading.RLock()
 """Held while weights are packed, compared or released: graphs and threads share them. Nothing under it compiles."""
 
 _cache: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> weak values
-_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()  # released parameter -> what is left of it
+# What was packed last is what is left of a released weight, and what Dynamo asks for again when it restarts.
+_last: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _names: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of released parameters, for messages
 _unguarded: list[weakref.ref] = []
 _packings = 0
@@ -139,7 +140,6 @@ class PlacedWeight:
             with torch.no_grad():
                 parameter.set_(storage, 0, parameter.shape, parameter.stride())
         storage.resize_(0)
-        _kept[parameter] = self
         _names[parameter] = self.name
         _unguarded.append(weakref.ref(parameter))
         self.released = True
@@ -313,6 +313,7 @@ def placed_weight(
         weight = PlacedWeight(name, parameter, plan, transposed, rows, kernel, rounded)
         placed[key] = weight
     weight.refresh(parameter, look=True)
+    _last[parameter] = weight
     return weight
 
 

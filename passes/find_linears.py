@@ -102,8 +102,9 @@ def find_linears(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> list
     """The linear layers of `gm`, in graph order.
 
     `example_inputs` are what the placeholders stand for; those of a Dynamo graph include the parameters
-    themselves. Products of two activations are no layers and are not returned; a layer whose weight is not a
-    constant of the graph is returned with a `reason`.
+    themselves. Products of two activations are no layers and are not returned. A layer whose weight is not a
+    constant of the graph, whose product has another form, or which is in a graph inside the graph, is returned with
+    a `reason`; those of a graph inside come last.
     """
     constants = _constants(gm, example_inputs)
     found = itertools.chain.from_iterable(_matches(node, constants) for node in gm.graph.nodes)
@@ -232,9 +233,8 @@ def _inside(
         for inner in part.graph.nodes:
             for linear in _matches(inner, own):
                 weight, name = known.get(linear.weight, linear.weight), linear.name
-                if (
-                    weight.op == "placeholder"
-                ):  # parts that are traced once have the first one's modules
+                # Parts that are traced once have the modules of the first.
+                if weight.op == "placeholder":
                     name = _relative(source_name(weight)).removesuffix(".weight") or name
                 found.append(replace(linear, name=name, reason=linear.reason or reason))
             found += [replace(linear, reason=reason) for linear in _inside(part, inner, own)]

@@ -572,7 +572,7 @@ def test_parts_of_one_flat_buffer_are_weights_of_their_own():
     assert "writes to its weight" in found["first"] and found["second"] == ""
 
 
-def test_packed_weights_go_with_the_last_graph_that_has_them(block):
+def test_packed_weights_of_an_earlier_plan_go_with_its_graphs(block):
     x = torch.randn(4, 96)
 
     def buffers() -> int:
@@ -583,9 +583,8 @@ def test_packed_weights_go_with_the_last_graph_that_has_them(block):
     block.down = nn.Linear(64, 77)
     for recipe in (MIX, Recipe(format="mxfp4")):
         run(block, x, plan=planned(block, x, recipe=recipe))
-        assert buffers() == 1
+        assert buffers() == 1  # that of the plan before is gone
         torch.compiler.reset()
-        assert buffers() == 0
     plan = planned(block, x)
     first, _ = run(block, x, plan=plan, release_weights=True)
     torch.compiler.reset()
