@@ -71,12 +71,6 @@ inline int64_t rows_of(const Tensor& t) {
   return rows;
 }
 
-// A new tensor [size] on the device of `like`.
-inline Tensor empty_of(const Tensor& like, std::span<const int64_t> sizes, int32_t dtype);
-inline Tensor empty_vector(const Tensor& like, int64_t size, int32_t dtype) {
-  return empty_of(like, {&size, 1}, dtype);
-}
-
 // A new dense tensor of these sizes on the device of `like`. On the CPU a large one gets huge pages
 // where its memory is fresh.
 inline Tensor empty_of(const Tensor& like, std::span<const int64_t> sizes, int32_t dtype) {
@@ -103,6 +97,11 @@ inline Tensor empty_of(const Tensor& like, std::span<const int64_t> sizes, int32
     ask_for_huge_pages(tensor.mutable_data_ptr(), bytes);
   }
   return tensor;
+}
+
+// The same of one dimension.
+inline Tensor empty_vector(const Tensor& like, int64_t size, int32_t dtype) {
+  return empty_of(like, {&size, 1}, dtype);
 }
 
 // The same with the sizes of `like`, the last one replaced.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -16,7 +16,16 @@ from .errors import PlanMismatchError
 if TYPE_CHECKING:
     from .plan import LayerPlan, ModelPlan
 
-__all__ = ["DIGEST", "STRUCTURE", "attach", "attach_rest", "attached", "changes", "detach"]
+__all__ = [
+    "DIGEST",
+    "STRUCTURE",
+    "attach",
+    "attach_rest",
+    "attached",
+    "changes",
+    "detach",
+    "named_weights",
+]
 
 _PLAN = "_micromix_plan"
 # Beside it what Dynamo can guard: all of the plan that is constant in a graph, and the whole plan.
@@ -26,7 +35,7 @@ DIGEST = "_micromix_digest"
 
 def attach(plan: ModelPlan, model: nn.Module) -> None:
     """See :meth:`ModelPlan.attach`."""
-    parameters = _named_weights(model)
+    parameters = _by_name(model)
     found, differences = {}, []
     for name, shape in plan.shapes.items():
         weight = parameters.get(f"{name}.weight", parameters.get(name))
@@ -52,7 +61,7 @@ def attach(plan: ModelPlan, model: nn.Module) -> None:
 def attach_rest(plan: ModelPlan, model: nn.Module) -> None:
     """See :meth:`ModelPlan.attach_rest`."""
     _count_change(model)
-    for parameter in _named_weights(model).values():
+    for parameter in _by_name(model).values():
         if attached(parameter) is None:
             _mark(parameter, plan, None, "left alone")
 
@@ -68,7 +77,7 @@ def attached(parameter: Tensor) -> tuple[ModelPlan, str | None] | None:
 def detach(model: nn.Module) -> None:
     """Takes off whatever plan is attached to the weights of a model."""
     _count_change(model)
-    for parameter in (*model.parameters(), *model.buffers()):
+    for parameter in _by_name(model).values():
         if attached(parameter) is not None:
             for mark in (_PLAN, STRUCTURE, DIGEST):
                 delattr(parameter, mark)
@@ -95,13 +104,16 @@ def _mark(parameter: Tensor, plan: ModelPlan, layer: str | None, structure: str)
     setattr(parameter, DIGEST, plan.digest)
 
 
-def _named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """What may be a layer's weight: parameters, and buffers, as filter banks are."""
-    named = itertools.chain(
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What may be a layer's weight: parameters, and buffers, as filter banks are; by each of its names."""
+    return itertools.chain(
         model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
     )
+
+
+def _by_name(model: nn.Module) -> dict[str, Tensor]:
     # torch.compile wraps a module, the whole model or a part of it, in one that holds _orig_mod.
-    return {name.replace("_orig_mod.", ""): tensor for name, tensor in named}
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in named_weights(model)}
 
 
 def _structures(plan: Mapping[str, LayerPlan]) -> dict[str, str]:

@@ -34,6 +34,9 @@ from micromix_compile.passes.in_place import value_of
 from micromix_compile.passes.lower_linears import Lowering
 from micromix_compile.runner import Runner
 
+_DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"}
+_DROPOUTS |= {"alpha_dropout", "feature_alpha_dropout"}
+
 
 def micromix(
     gm: fx.GraphModule,
@@ -190,10 +193,6 @@ def _check_inference(
                 raise GradientError(reason="gradients are enabled and a result requires them")
         if node.op != "output" and late.intersection(node.all_input_nodes):
             late.add(node)
-
-
-_DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"}
-_DROPOUTS |= {"alpha_dropout", "feature_alpha_dropout"}
 
 
 def _guard_plans(linears: list[Linear], options: Options) -> None:

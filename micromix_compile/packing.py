@@ -312,7 +312,8 @@ def placed_weight(
     if weight is None:
         weight = PlacedWeight(name, parameter, plan, transposed, rows, kernel, rounded)
         placed[key] = weight
-    weight.refresh(parameter, look=True)
+    else:
+        weight.refresh(parameter, look=True)
     _last[parameter] = weight
     return weight
 

@@ -167,8 +167,8 @@ class Region:
             for kind, i in self.kinds
         ]
         self._report(report, dict(zip((slot.name for slot in self.slots), names)), weights)
-        # Those of this part that are left alone, too.
-        record(report, (x for x in arguments if isinstance(x, torch.nn.Parameter)))
+        # By those of this part that are left alone, too.
+        record(report, [*weights, *(x for x in arguments if isinstance(x, torch.nn.Parameter))])
         return Placed(
             [weakref.ref(arguments[i]) for i in self.positions],
             [held["weight", i] for i in range(len(self.slots))]
@@ -198,4 +198,3 @@ class Region:
                         released=is_released(weight),
                     )
                 )
-        record(report, weights)

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import micromix_compile.ops  # noqa: F401  (registers torch.ops.micromix)
 from micromix_compile._torch_compat import FUSED_LAYERS, is_static_input, source_name
+from micromix_compile.attachment import named_weights
 from micromix_compile.mx import MixedLayout
 from micromix_compile.mx.layout import WEIGHT_IS_MXFP4
 from micromix_compile.passes.in_place import same_memory, value_of, written
@@ -121,9 +122,7 @@ def layer_names(model: torch.nn.Module) -> Mapping[torch.Tensor, list[str]]:
     tied or shared parameter has several names. Keyed by identity; holds no parameter alive.
     """
     names: WeakIdKeyDictionary = WeakIdKeyDictionary()
-    for name, tensor in itertools.chain(
-        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
-    ):
+    for name, tensor in named_weights(model):
         layer = name.removesuffix(".weight").removesuffix(".placed")
         names.setdefault(tensor, []).append(layer)
     return names
@@ -165,6 +164,8 @@ def _constants(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[fx.Nod
 
 def _matches(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> list[Linear]:
     """The layers that a node is: one, none, or those of a whole module of torch."""
+    if node.op not in ("call_function", "call_method"):
+        return []
     if node.target in FUSED_LAYERS:
         reason = f"torch computes it inside {node.target.__name__}"
         if "multi_head" not in node.target.__name__:
@@ -196,8 +197,6 @@ def _match_other(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> Linea
     """A product of an activation and a parameter in a form that is not lowered: said to be there, or it would be float in silence."""
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     name = name.partition(".")[0]
-    if node.op not in ("call_function", "call_method"):
-        return None
     if name not in _OTHERS and "grouped_mm" not in name:  # torch's and transformers'
         return None
     operands = node.all_input_nodes[1 if name in ("baddbmm", "addbmm", "addmv") else 0 :]
@@ -242,8 +241,6 @@ def _inside(
 
 
 def _match(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> Linear | None:
-    if node.op not in ("call_function", "call_method"):
-        return None
     if node.target in _LINEAR:
         x, weight = _arguments(node, "input", "weight")
         bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")

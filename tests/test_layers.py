@@ -59,6 +59,12 @@ def rows(model) -> dict[str, str]:
     return {name: row.reason for name, row in layers if not row.reason.startswith("no compiled")}
 
 
+def assert_strict_refuses(model, x, match):
+    torch.compiler.reset()
+    with pytest.raises(StrictError, match=match):
+        compiled(model, strict=True)(x)
+
+
 OTHER_PRODUCTS = {
     "einsum": lambda m, x: torch.einsum("bi,oi->bo", x, m.matrix),
     "bmm": lambda m, x: torch.bmm(x.expand(3, 4, 64), m.experts),
@@ -79,9 +85,7 @@ def test_a_product_of_another_form_is_named_and_strict_refuses_it(x, form):
         assert torch.equal(run(x), model(x))
         weight = "experts" if form in ("bmm", "baddbmm", "matmul", "bilinear") else "matrix"
         assert rows(run) == {weight: f"products by {form} of such operands are not lowered"}
-        torch.compiler.reset()
-        with pytest.raises(StrictError, match=weight):
-            compiled(model, strict=True)(x)
+        assert_strict_refuses(model, x, weight)
 
 
 def test_experts_in_one_weight_are_named():
@@ -244,9 +248,7 @@ def test_layers_in_a_graph_inside_the_graph_are_named(x, operator):
         assert torch.equal(run(x), model(x))
         assert rows(run).keys() == {"a", "b"}
         assert all("which runs a graph of its own" in why for why in rows(run).values())
-        torch.compiler.reset()
-        with pytest.raises(StrictError, match="graph of its own"):
-            compiled(model, strict=True)(x)
+        assert_strict_refuses(model, x, "graph of its own")
 
 
 def test_a_layer_that_no_graph_has_is_named(x):
