@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <span>
 
 #include "../dtype.h"
 #include "decoded_weight.h"
@@ -57,6 +58,13 @@ struct Results {
   Dtype out_dtype;
 };
 
+// Of one of the layers that share a launch: as many rows of as many channels.
+struct LayerProduct {
+  PlacedRows weight;
+  Results results;
+};
+constexpr int kMostProducts = 3;
+
 // Where a kernel is launched; `early`: before the one before it ends (early_launch.h).
 constexpr int kMostDevices = 64;
 struct Launcher {
@@ -78,9 +86,9 @@ cudaError_t launch_decode_weight(const PlacedRows& weight, void* values, const L
 // Brings float32 sums [m, n] to the results.
 cudaError_t launch_finish(const float* sums, const Results& results, const Launcher& on);
 
-// few_rows.cu: the product of few decoded rows with a weight.
+// few_rows.cu: the products of few decoded rows with one to kMostProducts weights that have rows.
 constexpr int kFewRows = 16;
-cudaError_t launch_few_rows(const void* x, const PlacedRows& weight, const Results& results,
+cudaError_t launch_few_rows(const void* x, std::span<const LayerProduct> layers,
                             const Launcher& on);
 
 // many_rows.cu: the product of any number of rows, on Hopper. They are decoded to tiles: slices,

@@ -97,15 +97,28 @@ void decoded_products(const char* op, const Launcher& launcher, const Tensor& da
                                     writable_bytes_of(largest), launcher)
               : launch_decode(rows, x.mutable_data_ptr(), writable_bytes_of(largest), launcher),
         op);
+  if (few || tiled) {
+    static_assert(kMostLayers <= kMostProducts);
+    std::array<LayerProduct, kMostProducts> products;
+    size_t count = 0;
+    for (const Layer& layer : layers) {
+      if (layer.n == 0) continue;
+      const PlacedRows weight = placed_rows(own, layer, 0, layer.n);
+      products[count++] = {weight, results_of(op, layer, largest, weight, m, 0)};
+    }
+    if (count == 0) return;
+    if (few) {
+      check(launch_few_rows(x.const_data_ptr(), {products.data(), count}, launcher), op);
+    } else {
+      for (size_t i = 0; i < count; ++i)
+        check(
+            launch_many_rows(x.const_data_ptr(), products[i].weight, products[i].results, launcher),
+            op);
+    }
+    return;
+  }
   for (const Layer& layer : layers) {
     if (layer.n == 0) continue;
-    if (few || tiled) {
-      const PlacedRows weight = placed_rows(own, layer, 0, layer.n);
-      check((few ? launch_few_rows : launch_many_rows)(
-                x.const_data_ptr(), weight, results_of(op, layer, largest, weight, m, 0), launcher),
-            op);
-      continue;
-    }
     const int64_t row_bytes = 2 * std::max<int64_t>(own.channels(), 1);
     const int64_t most =
         std::max<int64_t>(kMostWeightBytes / row_bytes / kPanelRows, 1) * kPanelRows;

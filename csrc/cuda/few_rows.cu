@@ -3,7 +3,8 @@
 // A thread block has a panel of the weight, 16 rows, or two, and its warps share out the steps of
 // K, four blocks: one for each of the four lanes that hold a row in a matrix instruction of 16 x 8
 // x 16. Which channels an instruction multiplies is free as long as both operands agree: a lane's
-// are eight of its block, as they are decoded. Sums of the warps are added in their order.
+// are eight of its block, as they are decoded. Sums of the warps are added in their order. Layers
+// that share the rows share a launch: the panels of one follow those of another.
 #include "decode.cuh"
 #include "early_launch.h"
 
@@ -44,6 +45,7 @@ struct Product {
 
   const PlacedRows& weight;
   const Results& results;
+  const unsigned block;
   const int lane, row, quarter;  // the lane's first row of 16, and its block of four
   const uint8_t* const panel;
   int64_t to_last = 0;  // bytes from there to the last panel
@@ -51,13 +53,16 @@ struct Product {
   const uint4* x[kTiles];
   float sums[kPanels][kTiles][4] = {};
 
-  __device__ Product(const void* decoded, const PlacedRows& weight, const Results& results)
+  // `block`: of those of the layer.
+  __device__ Product(const void* decoded, const PlacedRows& weight, const Results& results,
+                     unsigned block)
       : weight(weight),
         results(results),
+        block(block),
         lane(threadIdx.x % 32),
         row(lane / 4),
         quarter(lane % 4),
-        panel(weight.panels + kPanels * blockIdx.x * weight.steps.panel_bytes()) {
+        panel(weight.panels + int64_t{kPanels} * block * weight.steps.panel_bytes()) {
     // Columns of tokens that are not there may hold anything.
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
@@ -66,11 +71,11 @@ struct Product {
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      largest[0][i] = __ldg(weight.largest + int64_t{kRows} * blockIdx.x + row + 8 * i);
+      largest[0][i] = __ldg(weight.largest + int64_t{kRows} * block + row + 8 * i);
     if constexpr (kPanels == 2) {
       // Of an odd number of panels the last one stands in for the one that is not there.
-      const int64_t last = min(2 * int64_t{blockIdx.x} + 1, panels_of(weight.rows) - 1);
-      to_last = (last - 2 * int64_t{blockIdx.x}) * weight.steps.panel_bytes();
+      const int64_t last = min(2 * int64_t{block} + 1, panels_of(weight.rows) - 1);
+      to_last = (last - 2 * int64_t{block}) * weight.steps.panel_bytes();
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         largest[1][i] = __ldg(weight.largest + kPanelRows * last + row + 8 * i);
@@ -93,7 +98,7 @@ struct Product {
                        : LaneBlocks<kFormat>({chunk.chunk + to_last}, lane, largest[kPanels - 1]);
       // The last block's activations stand in for those beyond it, times zeros: where one of them
       // is NaN, so is the sum.
-      const int block = min(first_block + kStepBlocks * (step - first) + quarter, last_block - 1);
+      const int of_lane = min(first_block + kStepBlocks * (step - first) + quarter, last_block - 1);
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
         Eight w[kPanels][2];
@@ -104,7 +109,7 @@ struct Product {
         }
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
-          const Eight v = __ldg(x[t] + int64_t{block} * kGroups + g);
+          const Eight v = __ldg(x[t] + int64_t{of_lane} * kGroups + g);
 #pragma unroll
           for (int p = 0; p < kPanels; ++p) {
             multiply(sums[p][t], w[p][0].x, w[p][1].x, w[p][0].y, w[p][1].y, v.x, v.y);
@@ -123,7 +128,7 @@ struct Product {
   };
   __device__ __forceinline__ Place place_of(int j) const {
     const int i = threadIdx.x + j * kThreads, token = i / kRows, r = i % kRows;
-    const int64_t n = int64_t{kRows} * blockIdx.x + r;
+    const int64_t n = int64_t{kRows} * block + r;
     return {min(token, static_cast<int>(results.m) - 1), r, min(n, weight.rows - 1),
             i < kSums && token < results.m && n < weight.rows};
   }
@@ -163,38 +168,55 @@ struct Product {
   }
 };
 
+struct Task {
+  LayerProduct layers[kMostProducts];
+  unsigned first_blocks[kMostProducts];  // of a layer; of those that are not there: all of them
+};
+
 // 16 warps of a multiprocessor have registers for all that they load; four with one panel take
 // fewer, so that more fit.
 template <int kTiles, int kWarps, int kPanels>
 __global__ void __launch_bounds__(32 * kWarps, kPanels == 2 || kWarps == 8 ? 16 / kWarps : 0)
-    few_rows_kernel(const void* x, const __grid_constant__ PlacedRows weight,
-                    const __grid_constant__ Results results) {
+    few_rows_kernel(const void* x, const __grid_constant__ Task task) {
   let_the_next_kernel_start();
   wait_for_the_kernel_before();
-  Product<kTiles, kWarps, kPanels>(x, weight, results).run();
+  int i = 0;
+#pragma unroll
+  for (int next = 1; next < kMostProducts; ++next) i += blockIdx.x >= task.first_blocks[next];
+  const LayerProduct& layer = task.layers[i];
+  Product<kTiles, kWarps, kPanels>(x, layer.weight, layer.results,
+                                   blockIdx.x - task.first_blocks[i])
+      .run();
 }
 
 template <int kTiles, int kWarps, int kPanels>
-cudaError_t launch(const void* x, const PlacedRows& weight, const Results& results,
-                   const Launcher& on) {
-  const auto blocks = static_cast<unsigned>((panels_of(weight.rows) + kPanels - 1) / kPanels);
+cudaError_t launch(const void* x, std::span<const LayerProduct> layers, const Launcher& on) {
+  Task task{};
+  unsigned blocks = 0;
+  for (size_t i = 0; i < kMostProducts; ++i) {
+    task.first_blocks[i] = blocks;
+    if (i >= layers.size()) continue;
+    task.layers[i] = layers[i];
+    blocks += static_cast<unsigned>((panels_of(layers[i].weight.rows) + kPanels - 1) / kPanels);
+  }
   return launch_early(few_rows_kernel<kTiles, kWarps, kPanels>, blocks, 32 * kWarps, 0, on.stream,
-                      on.early, x, weight, results);
+                      on.early, x, task);
 }
 
 }  // namespace
 
-cudaError_t launch_few_rows(const void* x, const PlacedRows& weight, const Results& results,
+cudaError_t launch_few_rows(const void* x, std::span<const LayerProduct> layers,
                             const Launcher& on) {
   static_assert(kFewRows == 2 * kTokens);
   // Fewer warps have longer loops, more of them fill the device where panels are few. Two tiles of
   // tokens are more to read than a panel, so two panels share them.
-  const int64_t panels = panels_of(weight.rows);
+  int64_t panels = 0;
+  for (const LayerProduct& layer : layers) panels += panels_of(layer.weight.rows);
   const auto of_one_tile = panels < 512 ? launch<1, 8, 1> : launch<1, 4, 1>;
   const auto of_two_tiles = panels <= 256   ? launch<2, 16, 2>
                             : panels <= 512 ? launch<2, 8, 2>
                                             : launch<2, 4, 2>;
-  return (results.m <= kTokens ? of_one_tile : of_two_tiles)(x, weight, results, on);
+  return (layers[0].results.m <= kTokens ? of_one_tile : of_two_tiles)(x, layers, on);
 }
 
 }  // namespace micromix::cuda

@@ -59,7 +59,8 @@ cudaError_t launch(const Rows& rows, const Launch& how) {
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.bytes);
     if (error != cudaSuccess) return error;
   }
-  return launch_early(kernel, how.blocks, how.threads, how.bytes, how.stream, how.early, rows);
+  const dim3 blocks(how.blocks, how.parts);
+  return launch_early(kernel, blocks, how.threads, how.bytes, how.stream, how.early, rows);
 }
 
 }  // namespace micromix::cuda

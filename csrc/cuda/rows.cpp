@@ -13,6 +13,7 @@ namespace micromix::cuda {
 namespace {
 
 constexpr int64_t kThreadsOf64Registers = 1024;      // that a multiprocessor has at once
+constexpr int kThreadsOfFew = 64;                    // that share out a row
 constexpr int64_t kMostChannels = int64_t{1} << 24;  // positions are 32-bit, with room for sums
 
 bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
@@ -182,8 +183,17 @@ Launch choose(const RowTask& task, int64_t count, const RowOutput& output, const
   const int64_t channels = std::max(task.k, output.layout.channels());
   const int64_t group = direct && launch.types != Types::kAny ? 16 : 8;
   const int64_t groups = (channels + group - 1) / group;
-  // Smaller thread blocks overlap better where several rows fit on a multiprocessor.
-  const int64_t most = groups <= 512 ? 256 : max_threads(launch.placement);
+  // Where there are few rows, thread blocks that would have nothing share them, if that is
+  // possible, and else a row has more threads. Smaller thread blocks overlap better where several
+  // rows fit on a multiprocessor.
+  const bool few = count <= limits.multiprocessors;
+  if (few && direct && task.row_function == RowFunction::kPointwise) {
+    launch.threads = kThreadsOfFew;
+    launch.parts = static_cast<int>(std::clamp<int64_t>(
+        (groups + kThreadsOfFew - 1) / kThreadsOfFew, 1, limits.multiprocessors / count));
+    return launch;
+  }
+  const int64_t most = groups <= 512 && !few ? 256 : max_threads(launch.placement);
   const int64_t each = std::max<int64_t>((groups + most - 1) / most, 1);  // groups of a thread
   launch.threads = static_cast<int>(std::clamp<int64_t>((groups / each + 31) / 32 * 32, 32, most));
   return launch;

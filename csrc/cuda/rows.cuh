@@ -322,7 +322,8 @@ struct Block {
     const Output& out = rows.output;
     const OutputRow to(out, row);
     const int groups = out.blocks * (mx::kBlock / kGroup);
-    for (int first = 0; first < groups; first += blockDim.x) {
+    // Several thread blocks share out a row where there are few.
+    for (int first = blockIdx.y * blockDim.x; first < groups; first += gridDim.y * blockDim.x) {
       const int group = first + threadIdx.x;
       if constexpr (is_narrow(kTypes)) {
         Pairs<kGroup> y{};
@@ -387,6 +388,11 @@ __global__ void __launch_bounds__(max_threads(kPlacement),
     if (blockIdx.x < rows.fetched) {
       fetch_row<kTypes>(rows.task.x, blockIdx.x, rows.k);
       fetch_row<kTypes>(rows.task.second, blockIdx.x, rows.k);
+    }
+    if (blockIdx.x == 0) {
+      fetch_vector(rows.task.weight, rows.k);
+      fetch_vector(rows.task.bias, rows.k);
+      fetch_lines(rows.output.order, int64_t{4 * mx::kBlock} * rows.output.blocks);
     }
   }
   wait_for_the_kernel_before();

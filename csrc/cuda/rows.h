@@ -129,7 +129,8 @@ struct Launch {
   Types types;
   Placement placement;
   int blocks, threads, bytes;
-  int stages;  // of the streamed kernel
+  int parts = 1;  // of a row, where the direct kernel has few: its thread blocks are as many more
+  int stages;     // of the streamed kernel
   cudaStream_t stream;
   bool early;  // before the kernel before it in the stream ends
 };

@@ -42,23 +42,31 @@ __device__ __forceinline__ int kept_in_register(int x) {
   return static_cast<int>(kept_in_register<kKept>(static_cast<uint32_t>(x)));
 }
 
-// Asks for a line, or a row, in the second-level cache. That reads nothing, so it may come before
+// Asks for a line, or many, in the second-level cache. That reads nothing, so it may come before
 // the wait: what the kernel before still writes goes to the same cache.
 __device__ __forceinline__ void fetch_line(const void* line) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
 #endif
 }
+// By all threads of a thread block; from null there is nothing.
+__device__ __forceinline__ void fetch_lines(const void* from, int64_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  if (from == nullptr) return;
+  for (int64_t at = kLine * threadIdx.x; at < bytes; at += kLine * blockDim.x)
+    fetch_line(static_cast<const char*>(from) + at);
+#endif
+}
 template <Types kTypes>
 __device__ __forceinline__ void fetch_row(const RowInput& from, int64_t row, int k) {
-#if __CUDA_ARCH__ >= 900
   static_assert(kTypes != Types::kAny);
   constexpr int kBytes = is_narrow(kTypes) ? 2 : 4;
   if (from.data == nullptr) return;
-  const char* const start = static_cast<const char*>(from.data) + row * from.stride * kBytes;
-  for (int at = kLine * threadIdx.x; at < k * kBytes; at += kLine * blockDim.x)
-    fetch_line(start + at);
-#endif
+  fetch_lines(static_cast<const char*>(from.data) + row * from.stride * kBytes, k * kBytes);
+}
+// A norm's weight or bias, of any type.
+__device__ __forceinline__ void fetch_vector(const RowInput& vector, int k) {
+  fetch_lines(vector.data, int64_t{k} * (vector.dtype == Dtype::kFloat32 ? 4 : 2));
 }
 
 // The type of a tensor: known to the compiler, or decided as the kernel runs.
