@@ -12,8 +12,8 @@ rounds' ratios to stock Inductor, which gets `mode="reduce-overhead"` as all do:
     with head   the mix, and the output head quantised too
 
 A decode step is one token for each row of a batch, over a static cache. A profile of more steps tells the milliseconds
-on the GPU in quantised products, in quantises and what is fused with them, in attention, and in all else; what the
-GPU waits is the step's time less their sum.
+on the GPU in quantised products, in quantises and what is fused with them, in attention's own kernel, and in all else
+(with "inductor" all products, and the output head's where that is bf16).
 """
 
 from __future__ import annotations
@@ -162,7 +162,10 @@ def prompt_of(model, step, tokens: int) -> Callable[[], None]:
 def measure(title: str, runs: dict[str, Callable], steps: int, rounds: int) -> dict:
     """Prints and returns each one's milliseconds a step, its ratio, and where they go."""
     results = {}
-    print(f"{title:28s} {'ms':>8s} {'ratio':>6s}  " + " ".join(f"{g:>9s}" for g in (*GROUPS, "else", "kernels")))
+    print(
+        f"{title:28s} {'ms':>8s} {'ratio':>6s}  "
+        + " ".join(f"{g:>9s}" for g in (*GROUPS, "else", "kernels"))
+    )
     compile_seconds = {}
     for name, run in runs.items():
         began = time.perf_counter()
@@ -186,18 +189,22 @@ def measure(title: str, runs: dict[str, Callable], steps: int, rounds: int) -> d
 
 
 def kernels_of(run: Callable[[], None], steps: int) -> tuple[dict[str, float], float]:
-    """Milliseconds a step of the kernels of each group, and kernels a step."""
+    """Milliseconds a step of the kernels of each group, and kernels a step.
+
+    A kernel may start before the one before it ends, and wait for it: its time begins where that one ends.
+    """
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
-    parts = dict.fromkeys((*GROUPS, "else"), 0.0)
-    launches = 0
-    for event in profiler.key_averages():
-        if event.device_type != torch.autograd.DeviceType.CUDA:
-            continue
-        names = (group for group, parts in GROUPS.items() if any(p in event.key for p in parts))
-        parts[next(names, "else")] += 1e-3 * event.self_device_time_total / steps
-        launches += event.count
-    return parts, launches / steps
+    kernels = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    spent, end = dict.fromkeys((*GROUPS, "else"), 0.0), 0.0
+    for kernel in sorted(kernels, key=lambda kernel: kernel.time_range.end):
+        group = next(
+            (g for g, names in GROUPS.items() if any(n in kernel.name for n in names)), "else"
+        )
+        began = max(kernel.time_range.start, end)
+        end = kernel.time_range.end
+        spent[group] += 1e-3 * (end - began) / steps
+    return spent, len(kernels) / steps
 
 
 if __name__ == "__main__":

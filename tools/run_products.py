@@ -17,15 +17,19 @@ micromix = torch.ops.micromix
 
 
 def run(rows: int, columns: int, layout: MixedLayout) -> None:
+    """One layer, and three that share a launch."""
     counts = (layout.k4, layout.k6, layout.k8, layout.code)
-    x, weight = (
-        torch.randn(n, layout.channels, device="cuda", dtype=torch.bfloat16)
-        for n in (rows, columns)
-    )
-    placed = micromix.place_weight(*micromix.quantize(weight, None, *counts), *counts)
-    bias = torch.randn(columns, device="cuda")
-    packed = micromix.quantize(x, None, *counts)
-    micromix.linear(*packed, placed, bias, columns, *counts, torch.bfloat16)
+
+    def quantized(n: int) -> tuple[torch.Tensor, ...]:
+        values = torch.randn(n, layout.channels, device="cuda", dtype=torch.bfloat16)
+        return micromix.quantize(values, None, *counts)
+
+    layers = []
+    for n in (columns, columns // 2, 40):
+        layers += micromix.place_weight(*quantized(n), *counts), torch.randn(n, device="cuda"), n
+    packed = quantized(rows)
+    micromix.linear(*packed, *layers[:3], *counts, torch.bfloat16)
+    micromix.linears.three(*packed, *layers, *counts, torch.bfloat16)
 
 
 def main() -> None:

@@ -91,8 +91,8 @@ constexpr int kFewRows = 16;
 cudaError_t launch_few_rows(const void* x, std::span<const LayerProduct> layers,
                             const Launcher& on);
 
-// many_rows.cu: the product of any number of rows, on Hopper. They are decoded to tiles: slices,
-// half a step of the weight of all rows and those that pad them.
+// many_rows.cu: the same of any number of rows, on Hopper. They are decoded to tiles: slices, half
+// a step of the weight of all rows and those that pad them.
 constexpr int kSliceBytes = 128;  // of a row
 constexpr int64_t padded_rows(int64_t m) {
   constexpr int64_t kMostTokens = 256;  // of a tile
@@ -104,7 +104,7 @@ inline int64_t tile_bytes(const Steps& steps, int64_t m) {
 bool has_many_rows();  // whether the current device runs it
 cudaError_t launch_decode_tiles(const PackedRows& rows, const Steps& steps, void* tiles,
                                 uint8_t* largest, const Launcher& on);
-cudaError_t launch_many_rows(const void* tiles, const PlacedRows& weight, const Results& results,
+cudaError_t launch_many_rows(const void* tiles, std::span<const LayerProduct> layers,
                              const Launcher& on);
 
 }  // namespace micromix::cuda

@@ -107,14 +107,9 @@ void decoded_products(const char* op, const Launcher& launcher, const Tensor& da
       products[count++] = {weight, results_of(op, layer, largest, weight, m, 0)};
     }
     if (count == 0) return;
-    if (few) {
-      check(launch_few_rows(x.const_data_ptr(), {products.data(), count}, launcher), op);
-    } else {
-      for (size_t i = 0; i < count; ++i)
-        check(
-            launch_many_rows(x.const_data_ptr(), products[i].weight, products[i].results, launcher),
-            op);
-    }
+    check((few ? launch_few_rows : launch_many_rows)(x.const_data_ptr(), {products.data(), count},
+                                                     launcher),
+          op);
     return;
   }
   for (const Layer& layer : layers) {

@@ -10,7 +10,8 @@
 // Where there are few tiles, thread blocks of a cluster have a part of K each, and add up their
 // sums in its order. Else they share tokens, of which each copies a part to both, and stay for
 // several tiles: the operands of the next one come, and the results of the one before leave, while
-// they multiply.
+// they multiply. Layers that share the tokens share a launch: the rows of one follow those of
+// another.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -40,11 +41,13 @@ constexpr int kSharers = 2;                 // of tokens
 
 struct Task {
   const uint8_t* tiles_of_tokens;
-  PlacedRows weight;
-  Results results;
+  LayerProduct layers[kMostProducts];
   int64_t padded;  // tokens
   int32_t token_tiles;
   int32_t tiles;  // of all clusters
+  // Of a layer, in those of a cluster: its first tile of rows; of a layer that is not there, where
+  // all of them end.
+  int32_t first_tiles[kMostProducts];
 };
 
 template <int kTokens, bool kShared>
@@ -103,16 +106,17 @@ struct Product : Shape<kTokens, kShared> {
   static constexpr int kCopies = kShared ? kSharers : 1;  // of a slice
 
   const Task& task;
-  const PlacedRows& weight;
+  const Steps& steps;  // the same of all layers
   const uint32_t shared, barriers;
   const int warp, lane;
   const int rank, part, parts;  // of those that share tokens; of K
   const int begin, end;         // steps
-  int64_t token, first_row;     // the tile's first
+  int layer;                    // the tile's
+  int64_t token, first_row;     // its first
   int largest[2];               // of the lane's rows, eight apart
   float sums[kTokens / 2];
   // What waits to be stored, in sixteens of tokens, of which tile.
-  int waiting = 0;
+  int waiting = 0, waiting_layer = 0;
   int64_t waiting_token = 0, waiting_row = 0;
   // What is copied next: of which tile, which of its stages or steps, from where.
   struct Next {
@@ -122,7 +126,7 @@ struct Product : Shape<kTokens, kShared> {
 
   __device__ Product(const Task& task, uint32_t shared, uint32_t barriers)
       : task(task),
-        weight(task.weight),
+        steps(task.layers[0].weight.steps),
         shared(shared),
         barriers(barriers),
         warp(__shfl_sync(kWarp, threadIdx.x / 32, 0)),  // the compiler sees that all have the same
@@ -134,14 +138,14 @@ struct Product : Shape<kTokens, kShared> {
         end(start_of(part + 1)) {
     const int first = begin < end ? first_tile() : task.tiles;
     next_stage = {first, 0, 0, tokens_of(first)};
-    next_chunk = {first, 0, 0, chunks_of(first)};
+    next_chunk = {first, 0, 0, first < task.tiles ? chunks_of(first) : nullptr};
   }
 
   // The first step of a part of K, which take about as long: a step of MXFP6 or MXFP8 takes 1.4
   // times as long as one of MXFP4, and 1.2 times where the tensor cores wait for less.
   __device__ __forceinline__ int start_of(int part) const {
     constexpr int kFour = 5, kOthers = kTokens <= 128 ? 7 : 6;
-    const int fours = weight.steps.step_ends[0], others = weight.steps.count() - fours;
+    const int fours = steps.step_ends[0], others = steps.count() - fours;
     const int before = (kFour * fours + kOthers * others) * part / parts;
     return min(before / kFour, fours) + max(before - kFour * fours, 0) / kOthers;
   }
@@ -154,17 +158,28 @@ struct Product : Shape<kTokens, kShared> {
   __device__ __forceinline__ int64_t token_of(int tile) const {
     return int64_t{kTokens} * (tile % task.token_tiles);
   }
-  __device__ __forceinline__ int64_t row_of(int tile) const {
-    return int64_t{kRows} * (tile / task.token_tiles * kCopies + rank);
+  __device__ __forceinline__ int layer_of(int tile) const {
+    int found = 0;
+#pragma unroll
+    for (int i = 1; i < kMostProducts; ++i) found += tile / task.token_tiles >= task.first_tiles[i];
+    return found;
   }
+  __device__ __forceinline__ int64_t row_of(int tile, int layer) const {
+    const int of_layer = tile / task.token_tiles - task.first_tiles[layer];
+    return int64_t{kRows} * (of_layer * kCopies + rank);
+  }
+  __device__ __forceinline__ const PlacedRows& weight() const { return task.layers[layer].weight; }
+  __device__ __forceinline__ const Results& results() const { return task.layers[layer].results; }
   __device__ __forceinline__ const uint8_t* tokens_of(int tile) const {
     return task.tiles_of_tokens + (2 * begin * task.padded + token_of(tile)) * kSliceBytes +
            rank * (kSlice / kCopies);
   }
   __device__ __forceinline__ const uint8_t* chunks_of(int tile) const {
     // The last panel stands in for those beyond it.
-    const int64_t panel = min(row_of(tile) / kPanelRows + warp, panels_of(weight.rows) - 1);
-    return weight.panels + panel * weight.steps.panel_bytes() + weight.steps.chunk_start(begin);
+    const int of = layer_of(tile);
+    const PlacedRows& weight = task.layers[of].weight;
+    const int64_t panel = min(row_of(tile, of) / kPanelRows + warp, panels_of(weight.rows) - 1);
+    return weight.panels + panel * steps.panel_bytes() + steps.chunk_start(begin);
   }
 
   // The tokens of stage i of all are in place i % kStages, the warp's chunk of step i in place
@@ -218,7 +233,7 @@ struct Product : Shape<kTokens, kShared> {
     Next& next = next_chunk;
     if (next.tile >= task.tiles) return;
     const int i = next.copied++;
-    const uint32_t bytes = chunk_bytes(weight.steps.bits_of(begin + next.i));
+    const uint32_t bytes = chunk_bytes(steps.bits_of(begin + next.i));
     if (lane == 0) {
       expect(chunk_full(i), bytes);
       copy_bulk(chunk(i), next.from, bytes, chunk_full(i));
@@ -268,19 +283,22 @@ struct Product : Shape<kTokens, kShared> {
     }
   }
 
+  __device__ __forceinline__ void begin_tile(int tile) {
+    layer = layer_of(tile), token = token_of(tile), first_row = row_of(tile, layer);
+  }
   // `done`: steps of the tiles before.
   __device__ __forceinline__ void multiply_all(int done) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int64_t row = first_row + kPanelRows * warp + lane / 4 + 8 * i;
-      largest[i] = row < weight.rows ? __ldg(weight.largest + row) : 0;
+      largest[i] = row < weight().rows ? __ldg(weight().largest + row) : 0;
     }
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0.0f;
     settle_sums();
-    const int32_t (&ends)[3] = weight.steps.step_ends;
+    const int32_t (&ends)[3] = steps.step_ends;
     multiply_segment<mx::E2M1>(done, begin, min(end, ends[0]));
-    if (weight.e3m2) {
+    if (task.layers[0].weight.e3m2) {
       multiply_segment<mx::E3M2>(done, max(begin, ends[0]), min(end, ends[1]));
     } else {
       multiply_segment<mx::E2M3>(done, max(begin, ends[0]), min(end, ends[1]));
@@ -325,12 +343,12 @@ struct Product : Shape<kTokens, kShared> {
 
     __device__ __forceinline__ explicit Columns(const Product& p)
         : n(p.first_row + 4 * p.lane), row(4 * p.lane) {
-      count = static_cast<int>(max(min(p.weight.rows - n, int64_t{4}), int64_t{0}));
-      const Results& to = p.task.results;
+      count = static_cast<int>(max(min(p.weight().rows - n, int64_t{4}), int64_t{0}));
+      const Results& to = p.results();
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (i >= count) continue;
-        power[i] = Power(__ldg(p.weight.largest + n + i));
+        power[i] = Power(__ldg(p.weight().largest + n + i));
         if (to.bias) bias.v[i] = load_one(to.bias, to.bias_dtype, n + i);
       }
     }
@@ -341,7 +359,7 @@ struct Product : Shape<kTokens, kShared> {
 
     __device__ __forceinline__ explicit Tokens(const Product& p)
         : first(kTokens * p.part / p.parts + p.warp) {
-      const Results& to = p.task.results;
+      const Results& to = p.results();
       stop = static_cast<int>(min(int64_t{kTokens} * (p.part + 1) / p.parts, to.m - p.token));
       static_assert(kTokens <= kWarps * 32);
       const int own = first + kWarps * p.lane;
@@ -351,7 +369,7 @@ struct Product : Shape<kTokens, kShared> {
   // The results of the part's tokens: the sums of all parts, in their order.
   __device__ __forceinline__ void finish_tokens(const Columns& columns,
                                                 const Tokens& of_warp) const {
-    const Results& to = task.results;
+    const Results& to = results();
     for (int t = of_warp.first, i = 0; t < of_warp.stop; t += kWarps, ++i) {
       const Power of_row(__shfl_sync(kWarp, of_warp.largest_of_own, i));
       const uint32_t there = shared + 4 * (t * kSumStride + columns.row);
@@ -385,7 +403,7 @@ struct Product : Shape<kTokens, kShared> {
   }
   __device__ __forceinline__ void leave_powers() const {
     if (threadIdx.x >= kTokens) return;
-    const Power power(__ldg(task.results.largest_of_rows + token + threadIdx.x));
+    const Power power(__ldg(results().largest_of_rows + token + threadIdx.x));
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(powers() + 4 * threadIdx.x),
                  "r"(narrow_pair(power.a, power.b, true))
                  : "memory");
@@ -394,19 +412,20 @@ struct Product : Shape<kTokens, kShared> {
   // bytes: they go to shared memory, from where they are stored while the next tile is multiplied,
   // rows of 128 bytes at a time. All of them at once would wait for the memory.
   __device__ __forceinline__ void leave_results() {
-    const Results& to = task.results;
+    const Results& to = results();
     const int64_t row = first_row + kPanelRows * warp + lane / 4;
     const bool bfloat16 = to.out_dtype == Dtype::kBFloat16;
     const Power of_column[2] = {Power(largest[0]), Power(largest[1])};
     float bias[2] = {};
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      if (to.bias && row + 8 * i < weight.rows)
+      if (to.bias && row + 8 * i < weight().rows)
         bias[i] = load_one(to.bias, to.bias_dtype, row + 8 * i);
     // A lane tells where four matrices of 8 x 8 have a token: of both halves of the warp's rows,
     // for 16 tokens.
     const int unit = 2 * (warp % 4) + lane / 8 % 2, of_sixteen = lane / 16 * 8 + lane % 8;
-    const uint32_t place = results() + of_sixteen * kResultsOfToken + (unit ^ lane % 8) * 16;
+    const uint32_t place =
+        waiting_results() + of_sixteen * kResultsOfToken + (unit ^ lane % 8) * 16;
     store_all_waiting();
     meet_multipliers();
     // A turn for each of the sums, all of which are instructions that come from memory: when they
@@ -434,18 +453,19 @@ struct Product : Shape<kTokens, kShared> {
       store_transposed(place + 16 * c * kResultsOfToken, words);
     }
     meet_multipliers();
-    waiting = kTokens / 16, waiting_token = token, waiting_row = first_row + 64 * (warp / 4);
+    waiting = kTokens / 16, waiting_layer = layer;
+    waiting_token = token, waiting_row = first_row + 64 * (warp / 4);
   }
-  __device__ __forceinline__ uint32_t results() const {
+  __device__ __forceinline__ uint32_t waiting_results() const {
     return shared + S::kRings + warp / 4 * kTokens * kResultsOfToken;
   }
   // The warp: the next four of its tokens that wait, if there are any.
   __device__ __forceinline__ void store_waiting() {
     if (waiting == 0) return;
-    const Results& to = task.results;
+    const Results& to = task.layers[waiting_layer].results;
     const int t = 16 * --waiting + 4 * (warp % 4) + lane / 8, unit = lane % 8;
-    const Narrow<8> x = load_shared(results() + t * kResultsOfToken + (unit ^ t % 8) * 16);
-    if (waiting_token + t < to.m && waiting_row + 8 * unit < weight.rows)
+    const Narrow<8> x = load_shared(waiting_results() + t * kResultsOfToken + (unit ^ t % 8) * 16);
+    if (waiting_token + t < to.m && waiting_row + 8 * unit < to.n)
       *static_cast<uint4*>(element(to.out, to.out_dtype,
                                    (waiting_token + t) * to.stride + waiting_row + 8 * unit)) = {
           x.word[0], x.word[1], x.word[2], x.word[3]};
@@ -457,7 +477,7 @@ struct Product : Shape<kTokens, kShared> {
   __device__ __forceinline__ void multiply_tiles() {
     int done = 0;
     for (int tile = first_tile(); tile < task.tiles; tile = tile_after(tile)) {
-      token = token_of(tile), first_row = row_of(tile);
+      begin_tile(tile);
       leave_powers();
       multiply_all(done);
       done += end - begin;
@@ -466,7 +486,7 @@ struct Product : Shape<kTokens, kShared> {
     store_all_waiting();
   }
   __device__ __forceinline__ void multiply_part() {
-    token = token_of(first_tile()), first_row = row_of(first_tile());
+    begin_tile(first_tile());
     multiply_all(0);
     const Columns columns(*this);
     const Tokens of_warp(*this);
@@ -609,17 +629,28 @@ Cut cut_of(int64_t tiles, int steps, const Launcher& on) {
 }
 
 template <int kTokens>
-cudaError_t launch(Task& task, const Launcher& on) {
-  task.token_tiles = static_cast<int32_t>((task.results.m + kTokens - 1) / kTokens);
-  const int64_t row_tiles = (task.weight.rows + kRows - 1) / kRows;
-  const int64_t tiles = task.token_tiles * row_tiles;
-  const Cut cut = cut_of<kTokens>(tiles, task.weight.steps.count(), on);
+cudaError_t launch(Task& task, std::span<const LayerProduct> layers, const Launcher& on) {
+  // Tiles of rows, if a cluster has so many at a time.
+  const auto row_tiles = [&](int64_t at_a_time) {
+    int64_t count = 0;
+    for (size_t i = 0; i < kMostProducts; ++i) {
+      task.first_tiles[i] = static_cast<int32_t>(count);
+      const int64_t rows = i < layers.size() ? layers[i].weight.rows : 0;
+      count += (rows + at_a_time * kRows - 1) / (at_a_time * kRows);
+    }
+    return count;
+  };
+  task.token_tiles = static_cast<int32_t>((layers[0].results.m + kTokens - 1) / kTokens);
+  const int64_t tiles = task.token_tiles * row_tiles(1);
+  const Cut cut = cut_of<kTokens>(tiles, layers[0].weight.steps.count(), on);
   // Thread blocks that stay have results of 16 bits, in rows of 16 bytes, only.
-  const bool aligned = task.results.out_dtype != Dtype::kFloat32 && task.results.stride % 8 == 0 &&
-                       task.weight.rows % 8 == 0;
-  const bool shared = cut.parts == 1 && row_tiles > 1 && aligned;
-  task.tiles = static_cast<int32_t>(
-      shared ? task.token_tiles * ((row_tiles + kSharers - 1) / kSharers) : tiles);
+  const bool shared =
+      cut.parts == 1 && std::all_of(layers.begin(), layers.end(), [](const LayerProduct& layer) {
+        const Results& to = layer.results;
+        return layer.weight.rows > kRows && to.out_dtype != Dtype::kFloat32 && to.stride % 8 == 0 &&
+               to.n % 8 == 0;
+      });
+  task.tiles = static_cast<int32_t>(shared ? task.token_tiles * row_tiles(kSharers) : tiles);
   int clusters = task.tiles;
   if (shared)
     if (const int most = clusters_at_once<kTokens, true>(1, false, on); most > 0)
@@ -649,19 +680,23 @@ bool has_many_rows() {
   return attributes.maxThreadsPerBlock == kAllThreads;
 }
 
-cudaError_t launch_many_rows(const void* tiles, const PlacedRows& weight, const Results& results,
+cudaError_t launch_many_rows(const void* tiles, std::span<const LayerProduct> layers,
                              const Launcher& on) {
-  Task task{static_cast<const uint8_t*>(tiles), weight, results, padded_rows(results.m), 0, 0};
+  const int64_t m = layers[0].results.m;
+  Task task{};
+  task.tiles_of_tokens = static_cast<const uint8_t*>(tiles);
+  std::copy(layers.begin(), layers.end(), task.layers);
+  task.padded = padded_rows(m);
   // Larger tiles decode less and are faster, but tokens that are not there take as long.
   constexpr double kGain = 1.15;
   const auto padded = [&](int64_t tile) {
-    return static_cast<double>((results.m + tile - 1) / tile * tile);
+    return static_cast<double>((m + tile - 1) / tile * tile);
   };
-  const auto run = results.m <= 32                      ? launch<32>
-                   : results.m <= 64                    ? launch<64>
+  const auto run = m <= 32                              ? launch<32>
+                   : m <= 64                            ? launch<64>
                    : kGain * padded(128) <= padded(256) ? launch<128>
                                                         : launch<256>;
-  return run(task, on);
+  return run(task, layers, on);
 }
 
 }  // namespace micromix::cuda

@@ -101,6 +101,16 @@ def test_more_tiles_than_run_at_once(m, mix):
         assert not product.fault(product.on_gpu(dtype), dtype)
 
 
+@pytest.mark.parametrize(
+    "n", [(300, 40, 17000), (1024, 8, 136), (0, 256, 0), (2560, 8448)], ids=str
+)
+@pytest.mark.parametrize("m", [3, 12, 20, 40, 100, 300])
+def test_layers_that_share_a_launch(m, n):
+    product = Product(m, n, MixedLayout(288, 160, 96))
+    for dtype in (torch.bfloat16, torch.float32):
+        assert not product.fault(product.on_gpu(dtype), dtype)
+
+
 @pytest.mark.parametrize("mix", MIXES, ids=str)
 def test_placed_bytes_are_those_of_the_fake(mix):
     for _, weights in FORMATS:
