@@ -12,8 +12,8 @@ rounds' ratios to stock Inductor, which gets `mode="reduce-overhead"` as all do:
     with head   the mix, and the output head quantised too
 
 A decode step is one token for each row of a batch, over a static cache. A profile of more steps tells the milliseconds
-on the GPU in quantised products, in quantises and what is fused with them, in attention's own kernel, and in all else
-(with "inductor" all products, and the output head's where that is bf16).
+on the GPU in quantised products, in quantises and what is fused with them, in attention and what Inductor prepares
+for it, and in all else (with "inductor" all products, and the output head's where that is bf16).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ VARIANTS = ("inductor", *RECIPES)
 GROUPS = {
     "products": ("few_rows", "many_rows", "decode_rows", "decode_tiles", "decode_weight"),
     "quantise": ("micromix",),
-    "attention": ("flash", "fmha", "attention", "softmax"),
+    "attention": ("sdpa", "flash", "fmha", "attention"),
 }
 
 

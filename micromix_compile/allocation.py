@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
 from .banks import spread_over_banks
 from .budget import InputBudget, spend
-from .errors import RecipeError
+from .errors import RecipeError, UnmatchedPatternWarning
 from .mx.layout import MixedLayout
 from .plan import LayerPlan, LayerShape, ModelPlan
 from .recipe import Recipe
@@ -26,11 +28,16 @@ def allocate(statistics: ModelStatistics, recipe: Recipe) -> ModelPlan:
     widest format; inside a block they are spread over a GPU's memory banks (banks.py). Layers that
     share an input share one LayerPlan. Raises EmptyCalibrationError if
     a layer saw no token, and RecipeError if the recipe's counts do not fit a layer, or its rounding
-    needs the model.
+    needs the model. An UnmatchedPatternWarning names patterns of the recipe that match no layer.
     """
     if recipe.rounding != "nearest":
         expected = "'nearest' where there is no model; calibration.plan(recipe) rounds by GPTQ"
         raise RecipeError(option="rounding", value=recipe.rounding, expected=expected)
+    if not statistics.layers:
+        statistics.require_tokens()
+    patterns = (*recipe.skip, *(pattern for pattern, _ in recipe.counts or ()))
+    if unmatched := [p for p in patterns if not any(fnmatchcase(n, p) for n in statistics.layers)]:
+        warnings.warn(UnmatchedPatternWarning(patterns=unmatched), stacklevel=2)
     kept = {name: shape for name, shape in statistics.layers.items() if not recipe.skips(name)}
     if recipe.method == "format":
         return uniform_plan(kept, recipe)
@@ -97,7 +104,7 @@ def channel_order(
         if width in hadamard:
             order[start:stop] = order[start:stop].sort().values
     first = next(count for count in counts if count) - padding
-    pads = torch.full((padding,), -1, dtype=torch.int32)
+    pads = torch.full((padding,), -1, dtype=torch.int32, device="cpu")
     return torch.cat([order[:first], pads, order[first:]])
 
 
@@ -124,7 +131,7 @@ def _plan_group(names: list[str], inputs: ChannelStatistics, recipe: Recipe) -> 
 def _budget_plan(
     names: list[str], inputs: ChannelStatistics, budget: InputBudget, recipe: Recipe
 ) -> LayerPlan:
-    identity = torch.arange(len(budget.order), dtype=torch.int32)
+    identity = torch.arange(len(budget.order), dtype=torch.int32, device="cpu")
     identity[inputs.channels :] = -1
     return LayerPlan(
         in_features=inputs.channels,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from . import _torch_compat as compat
-from .errors import PlanMismatchError
+from .errors import PlanMismatchError, TiedLayersWarning, UnplannedLayersWarning
 
 if TYPE_CHECKING:
     from .plan import LayerPlan, ModelPlan
@@ -50,12 +51,40 @@ def attach(plan: ModelPlan, model: nn.Module) -> None:
             found[name] = weight
     if differences:
         raise PlanMismatchError(differences=differences)
+    _warn(plan, model, parameters, found)
     detach(model)
     structures = _structures(plan)
     for name, weight in found.items():
         if attached(weight) is None:
             _mark(weight, plan, name, structures[name])
     attach_rest(plan, model)
+
+
+def _warn(
+    plan: ModelPlan,
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+) -> None:
+    """Says which layers will not run as one may think."""
+    from .quantized_linear import linear_shapes  # which imports this module, as does the recipe's
+    from .recipe import Recipe
+
+    recipe = Recipe.from_dict(plan.recipe)
+    planned = set(map(id, found.values()))
+    unplanned = [
+        name
+        for name in map(_plain, linear_shapes(model))
+        if not recipe.skips(name) and id(parameters.get(f"{name}.weight")) not in planned
+    ]
+    if unplanned:
+        warnings.warn(UnplannedLayersWarning(layers=unplanned), stacklevel=4)
+    sharing: dict[int, list[str]] = {}
+    for name, weight in found.items():
+        sharing.setdefault(id(weight), []).append(name)
+    tied = [names for names in sharing.values() if len({plan[name] for name in names}) > 1]
+    if tied:
+        warnings.warn(TiedLayersWarning(layers=[", ".join(names) for names in tied]), stacklevel=4)
 
 
 def attach_rest(plan: ModelPlan, model: nn.Module) -> None:
@@ -113,7 +142,11 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _by_name(model: nn.Module) -> dict[str, Tensor]:
     # torch.compile wraps a module, the whole model or a part of it, in one that holds _orig_mod.
-    return {name.replace("_orig_mod.", ""): tensor for name, tensor in named_weights(model)}
+    return {_plain(name): tensor for name, tensor in named_weights(model)}
+
+
+def _plain(name: str) -> str:
+    return name.replace("_orig_mod.", "")
 
 
 def _structures(plan: Mapping[str, LayerPlan]) -> dict[str, str]:

@@ -57,7 +57,7 @@ def spread_over_banks(order: Tensor) -> Tensor:
             for block, channel in part:
                 channels[block + gather + count * taken[block]] = channel
                 taken[block] += 1
-    return torch.tensor(channels, dtype=order.dtype)
+    return torch.tensor(channels, dtype=order.dtype, device="cpu")
 
 
 def _halves(

@@ -15,8 +15,9 @@ token by token, takes the place of the loss.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -68,6 +69,10 @@ def spend(
     if recipe.method == "time":
         check_time({n: statistics.layers[n] for names, _ in groups for n in names}, recipe)
     choices = [_choices(statistics, names, inputs, recipe) for names, inputs in groups]
+    # Prices are searched around 1, and the errors are as small as the square of the loss.
+    largest = max((float(choice.errors.max()) for choice in choices), default=0.0)
+    scale = 2.0 ** min(1000, -math.frexp(largest)[1])  # a power of two: rounds nothing
+    choices = [replace(choice, errors=choice.errors * scale) for choice in choices]
     unit_costs, budget = (_bit_costs if recipe.method == "bits" else _time_costs)(choices, recipe)
 
     def at(price: float) -> tuple[float, list[tuple[int, Tensor]]]:
@@ -105,7 +110,8 @@ def _bit_costs(choices: Sequence[_Choices], recipe: Recipe) -> tuple[list[Tensor
 
     Scales are not counted: they take 0.25 bit in every format. Padding is.
     """
-    widths = torch.tensor([BITS[name] for name in recipe.formats], dtype=torch.float64)
+    widths = [float(BITS[name]) for name in recipe.formats]
+    widths = torch.tensor(widths, dtype=torch.float64, device="cpu")
     total = sum(sum(c.outputs) * len(c.orders[0]) for c in choices)
     return [widths * sum(c.outputs) * recipe.multiple for c in choices], recipe.bits * total
 
@@ -123,7 +129,8 @@ def _time_costs(choices: Sequence[_Choices], recipe: Recipe) -> tuple[list[Tenso
         for c in choices
     ]
     unit = recipe.multiple / whole
-    return [torch.tensor(own, dtype=torch.float64) * unit for own in costs], recipe.time
+    costs = [torch.tensor(own, dtype=torch.float64, device="cpu") * unit for own in costs]
+    return costs, recipe.time
 
 
 def _spend_rest(choices, unit_costs, bought, left: float) -> None:
@@ -149,7 +156,8 @@ def _spend_rest(choices, unit_costs, bought, left: float) -> None:
 def _choices(
     statistics: ModelStatistics, names: Sequence[str], inputs: ChannelStatistics, recipe: Recipe
 ) -> _Choices:
-    if not len(inputs.sample.rows) and bool(inputs.peak.any()):
+    # A gradient of zero gives no row a weight: then no format is in error.
+    if not len(inputs.sample.rows) and bool(inputs.peak.any()) and not inputs.graded:
         raise SensitivityError(reason=f"the statistics of {names[0]} are of an older version")
     importance, slopes = _sensitivity(statistics, names, inputs)
     padded = -(-inputs.channels // recipe.multiple) * recipe.multiple
@@ -181,7 +189,7 @@ def _orders(importance: Tensor, padded: int, multiple: int) -> list[Tensor]:
     """Channel orders ``[Kp]``, int64, K standing for padding; each once."""
     channels = len(importance)
     by_importance = importance.argsort(stable=True)
-    padding = torch.full((padded - channels,), channels)
+    padding = torch.full((padded - channels,), channels, device="cpu")
     orders: dict[int, Tensor] = {}
     for fraction in _SORTED:
         last = min(channels, round(fraction * padded / multiple) * multiple)
@@ -202,7 +210,7 @@ def _errors(
 ) -> Tensor:
     """The error of each unit in each format, float64 ``[U, F]``."""
     units = (len(order) // recipe.multiple, recipe.multiple)
-    zero = torch.zeros(1, dtype=torch.float64)
+    zero = torch.zeros(1, dtype=torch.float64, device="cpu")
     importance = torch.cat([importance, zero])[order].view(units).sum(dim=1)
     slopes = torch.cat([slopes, zero])[order]
     x = torch.nn.functional.pad(rows.float(), (0, 1))[:, order]
@@ -212,8 +220,8 @@ def _errors(
         return (squares / energy).sum(dim=0).mul(slopes).view(units).sum(dim=1)
 
     if recipe.activations == "bfloat16":
-        noise = torch.tensor([_weight_noise(name, recipe) for name in recipe.formats])
-        return importance.unsqueeze(1) * noise.double()
+        noise = [_weight_noise(name, recipe) for name in recipe.formats]
+        return importance.unsqueeze(1) * torch.tensor(noise, dtype=torch.float64, device="cpu")
     whole = unit_sums(x.double().square()).clamp(min=torch.finfo(torch.float64).tiny)
     turned = hadamard(x) if rotation else x
     errors = []
@@ -240,7 +248,9 @@ def _uniform(
 @lru_cache
 def _weight_noise(name: str, recipe: Recipe) -> float:
     """The relative squared error of a Gaussian weight in a format."""
-    weight = torch.randn(256, 16 * BLOCK, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    shape = (256, 16 * BLOCK)
+    weight = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     layout = _uniform(name, weight.shape[1], recipe, recipe.weight_rules)
     difference = dequantize(*quantize(weight, layout), layout) - weight
     return float(difference.double().square().sum() / weight.double().square().sum())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +15,14 @@ from typing_extensions import Self
 
 from micromix_compile import _torch_compat as compat
 from micromix_compile.allocation import allocate
-from micromix_compile.errors import CalibrationGradientError, RecipeError
+from micromix_compile.errors import CalibrationGradientError, OptionError, RecipeError
 from micromix_compile.passes.find_linears import Linear, choose_name, find_linears, layer_names
 from micromix_compile.passes.observe_linears import observe_linears
+from micromix_compile.passes.shared_inputs import shared_inputs
 from micromix_compile.plan import LayerShape, ModelPlan
+from micromix_compile.quantized_linear import linear_shapes
 from micromix_compile.recipe import Recipe
-from micromix_compile.rounding import round_weights
+from micromix_compile.rounding import evaluating, round_weights
 from micromix_compile.statistics import ModelStatistics
 
 
@@ -35,7 +37,8 @@ def calibrate(
             for batch in batches:
                 model(**batch)
 
-    or let it be run, with a progress bar: `calibration = micromix.calibrate(model).run(batches)`.
+    or let it be run, with a progress bar: `calibration = micromix.calibrate(model).run(batches)`. The model is in
+    evaluation mode meanwhile.
 
     With `gradients`, the gradient of a loss by each input is observed too, which tells a budget of bits
     (`Recipe(bits=...)`) what matters to the result; it takes a backward pass of each batch. In a context of your
@@ -43,8 +46,8 @@ def calibrate(
 
     With `plan`, the layers that it names run quantised, so that each layer's statistics are those of what the layers
     before it leave (sequential calibration): calibrate as usual, plan, and calibrate again with that plan. Its layers
-    must be modules with a weight of their own. There is no backward pass through quantised layers: raises
-    CalibrationGradientError where `gradients` is asked for too.
+    must be modules with a weight of their own: raises PlanMismatchError where they are not the model's. There is no
+    backward pass through quantised layers: raises CalibrationGradientError where `gradients` is asked for too.
     """
     return Calibration(model, gradients, plan)
 
@@ -63,31 +66,38 @@ class Calibration:
         if gradients and plan is not None:
             raise CalibrationGradientError(reason="layers that a plan quantises have none")
         self.model = compat.original_module(model)
+        if plan is not None:
+            plan.check(linear_shapes(self.model))
         self.gradients = gradients
         self.upstream = plan
         self.statistics = ModelStatistics()
         self.batches: Sequence[Any] | None = None
+        self._entered = 0
 
     def __enter__(self) -> Self:
-        self._context = contextlib.ExitStack()
-        self._floats: dict[str, torch.Tensor] = {}  # of the layers that run quantised
-        if self.upstream is not None:
-            from micromix_compile.export import quantised
+        if self._entered:  # `run` inside of the context observes already
+            self._entered += 1
+            return self
+        with contextlib.ExitStack() as stack:
+            self._floats: dict[str, torch.Tensor] = {}  # of the layers that run quantised
+            if self.upstream is not None:
+                from micromix_compile.export import quantised
 
-            self._floats = {n: self.model.get_submodule(n).weight for n in self.upstream}
-            self._context.enter_context(quantised(self.model, self.upstream))
-        self._names = layer_names(self.model)
-        # Only the gradients of the layers' inputs are wanted: those of the weights would take a third of the time.
-        self._trained = [p for p in self.model.parameters() if self.gradients and p.requires_grad]
-        for parameter in self._trained:
-            parameter.requires_grad_(False)
-        self._context.enter_context(compat.compiled_call(self.model, self._observe))
+                self._floats = {n: self.model.get_submodule(n).weight for n in self.upstream}
+                stack.enter_context(quantised(self.model, self.upstream))
+            stack.enter_context(evaluating(self.model))
+            self._names = layer_names(self.model)
+            if self.gradients:
+                stack.enter_context(_frozen(self.model))
+            stack.enter_context(compat.compiled_call(self.model, self._observe))
+            self._context = stack.pop_all()
+        self._entered = 1
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._context.__exit__(*exception)
-        for parameter in self._trained:
-            parameter.requires_grad_(True)
+        self._entered -= 1
+        if not self._entered:
+            self._context.__exit__(*exception)
 
     def run(
         self,
@@ -102,18 +112,19 @@ class Calibration:
         device of the model's first parameter (where accelerate offloads it: the first that is on a device).
 
         Under `calibrate(gradients=True)`, `loss(output, batch)` is differentiated, by default the cross-entropy of
-        the next token (`output.loss` where the model gives one). Raises CalibrationGradientError if there is none.
+        the next token (`output.loss` where the model gives one). Raises CalibrationGradientError if there is none,
+        and OptionError for one batch in the place of a list.
         """
+        if hasattr(batches, "keys"):
+            valid = "a list of batches, as in run([batch])"
+            raise OptionError(option="batches", reason="is one batch", valid=valid)
         self.batches = batches if isinstance(batches, (Sequence, torch.Tensor)) else None
         if device is None:
-            devices = (p.device for p in self.model.parameters() if p.device.type != "meta")
-            device = next(devices, torch.device("cpu"))
+            device = first_device(self.model)
         total = len(batches) if isinstance(batches, Sized) else None
         with self, torch.set_grad_enabled(self.gradients):
             for batch in tqdm(batches, "calibrating", total=total, unit="batch", disable=None):
-                batch = optree.tree_map(
-                    lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, batch
-                )
+                batch = on_device(batch, device)
                 output = call(self.model, batch)
                 if self.gradients:
                     (loss or next_token_loss)(output, batch).backward()
@@ -123,9 +134,12 @@ class Calibration:
         """Allocate formats to channels, and round the weights if the recipe says "gptq".
 
         GPTQ runs the model on the batches of the last `run` again, which must have been a list or a tensor. Raises
-        EmptyCalibrationError if nothing was observed, and RecipeError if there are no batches.
+        EmptyCalibrationError if nothing was observed (with gradients CalibrationGradientError, if no loss was
+        differentiated), and RecipeError if there are no batches.
         """
         recipe = recipe or Recipe.default()
+        if self.gradients and self.statistics.layers and not self.statistics.tokens:
+            raise CalibrationGradientError(reason="no loss was differentiated")
         plan = allocate(self.statistics, replace(recipe, rounding="nearest"))
         if recipe.rounding == "nearest":
             return plan
@@ -144,31 +158,39 @@ class Calibration:
         gm = compat.copy_graph_module(gm)
         found = find_linears(gm, example_inputs)
         linears = [l for l in found if l.reason is None and (l.quantised is None or self._floats)]
+        groups = shared_inputs(linears)
         observe_linears(gm.graph, linears, self._observer)
+        if self.gradients:  # the layers read what the observer before the first of them gives
+            for group in groups:
+                observed = group[0].node.prev
+                for linear in group:
+                    linear.node.replace_input_with(linear.input, observed)
         gm.recompile()
         return gm.forward
 
-    def _observer(self, group: list[Linear]) -> Callable[..., None]:
-        def observe(x: torch.Tensor, *weights: torch.Tensor) -> None:
+    def _observer(self, group: list[Linear]) -> Callable[..., torch.Tensor]:
+        def observe(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+            # By name: a layer may read one value twice.
+            named = {self._name(l, w): (l, w) for l, w in zip(group, weights, strict=True)}
             shapes = {
-                self._name(linear, weight): LayerShape(
-                    linear.out_features, linear.in_features, linear.transposed
-                )
-                for linear, weight in zip(group, weights, strict=True)
+                name: LayerShape(linear.out_features, linear.in_features, linear.transposed)
+                for name, (linear, _) in named.items()
             }
             shapes |= {n: self.upstream.shapes[n] for n in shapes.keys() & self._floats.keys()}
             self.statistics.add_group(shapes)
-            for name, weight in zip(shapes, weights, strict=True):
+            for name, (_, weight) in named.items():
                 self.statistics.add_weight(name, self._floats.get(name, weight))
             first = next(iter(shapes))
             if not self.gradients:
                 self.statistics.update(first, x)
-                return
+                return x
             if not torch.is_grad_enabled():
                 raise CalibrationGradientError(reason="the model ran without gradients")
-            if not x.requires_grad:  # the first layers: nothing before them has a gradient
-                x.requires_grad_()
-            x.register_hook(lambda gradient: self.statistics.update(first, x, gradient))
+            kept = x.detach().clone()  # the model may write to x before its gradient is there
+            if not x.requires_grad:  # nothing before the first layers has a gradient
+                x = kept.detach().requires_grad_()
+            x.register_hook(lambda gradient: self.statistics.update(first, kept, gradient))
+            return x
 
         return observe
 
@@ -183,6 +205,34 @@ class Calibration:
         return choose_name(linear.name, self._names.get(weight, ())) or linear.name
 
 
+@contextlib.contextmanager
+def _frozen(model: torch.nn.Module) -> Iterator[None]:
+    """No parameter has a gradient: those of the layers' inputs are wanted, the weights' would take a third of the time."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def first_device(model: torch.nn.Module) -> torch.device:
+    """The device of a model's first parameter; where accelerate offloads it, of the first that is on one."""
+    devices = (p.device for p in model.parameters() if p.device.type != "meta")
+    return next(devices, torch.device("cpu"))
+
+
+def on_device(batch: Any, device: torch.device | str) -> Any:
+    """A batch with copies of its tensors on a device: a model may write to what it is given."""
+    if hasattr(batch, "keys"):  # a tokenizer's is a mapping that optree does not know
+        batch = {key: batch[key] for key in batch.keys()}  # noqa: SIM118
+    return optree.tree_map(
+        lambda leaf: leaf.to(device, copy=True) if isinstance(leaf, torch.Tensor) else leaf, batch
+    )
+
+
 def call(model: torch.nn.Module, batch: Any) -> Any:
     """The model's output for a batch: keyword arguments, positional ones, or the one argument."""
     if isinstance(batch, torch.Tensor) or not hasattr(batch, "__iter__"):
@@ -193,7 +243,8 @@ def call(model: torch.nn.Module, batch: Any) -> Any:
 def next_token_loss(output: Any, batch: Any) -> torch.Tensor:
     """The model's own loss, or the summed cross-entropy of each token given those before it.
 
-    Raises CalibrationGradientError if the output has neither a loss nor logits, or the batch no `input_ids`.
+    Tokens that the batch's `attention_mask` leaves out are no part of it. Raises CalibrationGradientError if the
+    output has neither a loss nor logits, or the batch no `input_ids`.
     """
     if getattr(output, "loss", None) is not None:
         return output.loss
@@ -203,6 +254,12 @@ def next_token_loss(output: Any, batch: Any) -> torch.Tensor:
         raise CalibrationGradientError(
             reason="the output has no loss, and no logits for the batch's input_ids"
         )
+    targets, mask = tokens[:, 1:], batch.get("attention_mask")
+    if mask is not None and mask.shape == tokens.shape:
+        text = mask.bool()
+        targets = targets.masked_fill(~(text[:, 1:] & text[:, :-1]), -100)  # which is not counted
     return torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum"
+        logits[:, :-1].flatten(0, 1).float(),
+        targets.flatten().to(logits.device),
+        reduction="sum",
     )

@@ -27,6 +27,7 @@ from rich.table import Table
 import micromix_compile as micromix
 from micromix_compile import _torch_compat as compat
 from micromix_compile.evaluate import Decoder, DecodeSpeed, Perplexity, decode_speed, perplexity
+from micromix_compile.files import write_text
 from micromix_compile.models import builtin_text, fast_dtype, halves, load_smollm2, token_windows
 from micromix_compile.picture import draw
 from micromix_compile.plan import ModelPlan
@@ -112,7 +113,7 @@ def run(
     for variant in variants:
         variant.speed = speeds[variant.name]
 
-    (output / "results.json").write_text(json.dumps(results(variants), indent=2) + "\n")
+    write_text(output / "results.json", json.dumps(results(variants), indent=2) + "\n")
     draw(mix, points(variants), output / "plan.png")
     console.print(f"\n[bold]{prompt}[/bold]")
     for variant in variants:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 __all__ = [
     "CalibrationGradientError",
+    "CheckpointClassError",
     "CheckpointError",
     "CheckpointExistsError",
     "CheckpointVersionError",
@@ -23,7 +24,9 @@ __all__ = [
     "EvaluationError",
     "ExportError",
     "ExtensionError",
+    "GenerationSettingsWarning",
     "GradientError",
+    "HookedLayerError",
     "InvalidPlanError",
     "LeftAloneWarning",
     "MicroMixError",
@@ -34,12 +37,14 @@ __all__ = [
     "NonFiniteCalibrationError",
     "NotRoundedWarning",
     "OptionError",
+    "OutputError",
     "PackageError",
     "PackageInputError",
     "PackageMismatchError",
     "PlanFileError",
     "PlanMismatchError",
     "PlanVersionError",
+    "QuantizedAlreadyError",
     "RecipeError",
     "ReferenceKernelWarning",
     "ReleasedWeightError",
@@ -50,6 +55,9 @@ __all__ = [
     "StatisticsVersionError",
     "StrictError",
     "TextError",
+    "TiedLayersWarning",
+    "UnmatchedPatternWarning",
+    "UnplannedLayersWarning",
     "UnsavableLayerError",
     "WeightOnlyDeviceError",
 ]
@@ -117,6 +125,15 @@ class PlanMismatchError(MicroMixError):
     template = (
         "The plan was made for another model:{differences}\n"
         "Calibrate this model and make a plan from it, or load the model that the plan belongs to."
+    )
+
+
+class QuantizedAlreadyError(PlanMismatchError):
+    """A model that is quantised was given another plan or recipe than its own. Facts: given."""
+
+    template = (
+        "The model is quantised already, and not by the {given} that was given. Give none to keep what is there, or "
+        "load the float model to quantise it anew."
     )
 
 
@@ -254,6 +271,16 @@ class CheckpointError(MicroMixError, ValueError):
     )
 
 
+class CheckpointClassError(CheckpointError):
+    """A quantised checkpoint is loaded with a class that lacks some of its layers.
+    Facts: path, saved (the class it was saved from), given, layer."""
+
+    template = (
+        "{path} was saved from {saved} and is loaded as {given}, which has no layer {layer}. "
+        "Load it with the class that it was saved from, or AutoModelForCausalLM."
+    )
+
+
 class CheckpointVersionError(MicroMixError):
     """A quantised checkpoint has a newer format than this package reads.
     Facts: path, version, supported."""
@@ -281,6 +308,21 @@ class UnsavableLayerError(MicroMixError):
         "Only nn.Linear and Conv1D modules can, and classes derived from them that have their forward; name the others "
         "in Recipe(skip=...), and plan again."
     )
+
+
+class HookedLayerError(MicroMixError):
+    """Layers have hooks, or a forward of their own, which a quantised layer would not run. Facts: layers (a list)."""
+
+    template = (
+        "These layers have hooks, or a forward set on the module, which a quantised layer would not run:{layers}\n"
+        "Remove them, or name the layers in Recipe(skip=...), and plan again."
+    )
+
+
+class OutputError(MicroMixError, OSError):
+    """A result cannot be written where it was asked for. Facts: path, reason, mend."""
+
+    template = "{path} cannot be written: {reason}. {mend}."
 
 
 class ExportError(MicroMixError):
@@ -365,6 +407,42 @@ class LeftAloneWarning(MicroMixWarning):
     template = (
         "These modules derive from nn.Linear and run other code than its forward, so they stay float:{layers}\n"
         "torch.compile(model, backend='micromix') quantises the products in them."
+    )
+
+
+class UnmatchedPatternWarning(MicroMixWarning):
+    """Patterns of a recipe match no layer that calibration saw. Facts: patterns (a list)."""
+
+    template = (
+        "These patterns of the recipe match none of the layers that were calibrated:{patterns}\n"
+        "Layers are named as in model.named_modules(); list(calibration.statistics.layers) has them."
+    )
+
+
+class UnplannedLayersWarning(MicroMixWarning):
+    """A plan is attached to a model that has more layers than it. Facts: layers (a list)."""
+
+    template = (
+        "The plan neither has these layers nor does its recipe skip them, so they stay float:{layers}\n"
+        "Calibrate the model on what makes them run, or name them in Recipe(skip=...), and plan again."
+    )
+
+
+class TiedLayersWarning(MicroMixWarning):
+    """Layers that share one weight have different plans, of which one is used. Facts: layers (a list)."""
+
+    template = (
+        "These layers have one weight and different plans, and all of them run by the first one's:{layers}\n"
+        "Give them one plan with Recipe(format=...), or name them in Recipe(skip=...)."
+    )
+
+
+class GenerationSettingsWarning(MicroMixWarning):
+    """A package leaves out what the model's generation_config asks for. Facts: settings (a list)."""
+
+    template = (
+        "The package generates without these settings of the model's generation_config:{settings}\n"
+        "It takes the likeliest token, or samples by temperature alone. Use the checkpoint where they matter."
     )
 
 

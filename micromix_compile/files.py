@@ -8,6 +8,7 @@ the file is ("micromix_plan"). Nothing is ever unpickled.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,7 +21,9 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-__all__ = ["file_digest", "read_file", "write_file", "write_tensors", "write_text"]
+from micromix_compile.errors import OutputError
+
+__all__ = ["check_output", "file_digest", "read_file", "write_file", "write_tensors", "write_text"]
 
 
 def write_file(
@@ -33,11 +36,30 @@ def write_file(
     write_tensors(path, tensors, {kind: str(version), "content": json.dumps(content)})
 
 
+def check_output(path: str | os.PathLike) -> None:
+    """Say before long work that a file cannot be written there. Raises OutputError."""
+    path, mend = Path(path), "Give another path"
+    if not path.parent.is_dir():
+        reason, mend = f"{os.strerror(errno.ENOENT)}: {path.parent}", "Make that folder first"
+    elif path.is_dir():
+        reason = "it is a directory"
+    elif not os.access(path.parent, os.W_OK):
+        reason = f"{os.strerror(errno.EACCES)}: {path.parent}"
+    else:
+        return
+    raise OutputError(path=path, reason=reason, mend=mend)
+
+
 def write_tensors(
     path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
     """Writes a safetensors file atomically, as write_file does. Raises OSError."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    memory: set[int] = set()
+    for name, tensor in on_cpu.items():
+        if tensor.untyped_storage().data_ptr() in memory:  # safetensors takes no shared memory
+            on_cpu[name] = tensor.clone()
+        memory.add(tensor.untyped_storage().data_ptr())
 
     def write(temporary: Path) -> None:
         temporary.touch()  # the errors of the file system, and its permissions for a new file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,19 +51,20 @@ def kind_of(name: str) -> str:
 def channel_bits(layer: LayerPlan) -> torch.Tensor:
     """int64 `[K]`: 4, 6 or 8 for each channel of the layer's input, in the channels' own order."""
     layout = layer.layout
-    counts = torch.tensor([layout.k4, layout.k6, layout.k8])
-    sorted_bits = torch.tensor([4, 6, 8]).repeat_interleave(counts)
-    order = torch.arange(layout.channels) if layer.order is None else layer.order.long()
+    counts = torch.tensor([layout.k4, layout.k6, layout.k8], device="cpu")
+    sorted_bits = torch.tensor([4, 6, 8], device="cpu").repeat_interleave(counts)
+    order = layer.order
+    order = torch.arange(layout.channels, device="cpu") if order is None else order.long()
     real = (order >= 0) & (order < layer.in_features)
-    return torch.empty(layer.in_features, dtype=torch.int64).scatter_(
-        0, order[real], sorted_bits[real]
-    )
+    bits = torch.empty(layer.in_features, dtype=torch.int64, device="cpu")
+    return bits.scatter_(0, order[real], sorted_bits[real])
 
 
 def format_maps(plan: ModelPlan) -> dict[str, torch.Tensor]:
     """Kind of layer -> int64 `[layers, K]` of `channel_bits`; layers of one kind differ only in a number in their name.
 
-    Layers that share an input share a map: its key names them all, as in "q_proj, k_proj, v_proj".
+    Layers that share an input share a map: its key names them all, as in "q_proj, k_proj, v_proj", and K where one kind
+    has several.
     """
     inputs: dict[tuple[str, int], list[str]] = {}
     for name, layer in plan.items():
@@ -73,7 +75,11 @@ def format_maps(plan: ModelPlan) -> dict[str, torch.Tensor]:
         kind = ", ".join(name.rsplit(".", 1)[-1] for name in names)
         layer = plan[names[0]]
         rows.setdefault((kind, layer.in_features), []).append(channel_bits(layer))
-    return {kind: torch.stack(same) for (kind, _), same in rows.items()}
+    widths = Counter(kind for kind, _ in rows)
+    return {
+        kind if widths[kind] == 1 else f"{kind} (K = {channels})": torch.stack(same)
+        for (kind, channels), same in rows.items()
+    }
 
 
 def draw_map(axes: Axes, kind: str, bits: torch.Tensor) -> None:

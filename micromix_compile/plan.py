@@ -109,7 +109,7 @@ class LayerPlan:
                 reason=f"order is {order.dtype} {list(order.shape)}, not int32 [{channels}]"
             )
         real = order[order != -1].sort().values.cpu()
-        if not torch.equal(real, torch.arange(self.in_features, dtype=torch.int32)):
+        if not torch.equal(real, torch.arange(self.in_features, dtype=torch.int32, device="cpu")):
             raise InvalidPlanError(
                 reason=f"order does not hold each of 0 to {self.in_features - 1} once, and -1"
             )
@@ -231,8 +231,8 @@ class ModelPlan(Mapping[str, LayerPlan]):
     """The plans of a model's layers: a mapping from layer name to LayerPlan; equal by digest.
 
     ``layers``: name -> LayerPlan, layers with the same input sharing one object. ``shapes``: name
-    -> LayerShape of the same layers. ``recipe``: the recipe as a dict, for the reader only. A
-    layer's name is that of its module, as in ``model.named_modules()``. ``rounded``: name -> RoundedWeight,
+    -> LayerShape of the same layers. ``recipe``: the recipe as a dict (Recipe.to_dict), which changes no
+    number: it says which other layers are left alone by choice. A layer's name is that of its module, as in ``model.named_modules()``. ``rounded``: name -> RoundedWeight,
     of the layers whose weight is packed as it lies there, not rounded to nearest. Raises InvalidPlanError
     if layers, shapes and rounded weights contradict each other.
     """
@@ -360,8 +360,10 @@ class ModelPlan(Mapping[str, LayerPlan]):
         A plan attached before is taken off. A planned layer's weight is marked with its name, all
         else with None: the backend leaves that alone. A weight shared by several layers is marked
         with the first. The marks are lost where a parameter is replaced (`copy.deepcopy(model)`,
-        `load_state_dict(assign=True)`). Raises PlanMismatchError, before anything is changed, if a
-        planned layer is missing or its weight has another shape.
+        `load_state_dict(assign=True)`). An UnplannedLayersWarning names linear modules that the plan lacks and
+        its recipe does not skip, a TiedLayersWarning layers of one weight that have different plans. Raises
+        PlanMismatchError, before anything is changed, if a planned layer is missing or its weight has another
+        shape.
         """
         attachment.attach(self, model)
         return self

@@ -33,6 +33,9 @@ _OUTPUT_HEADS = (
     "*.embed_out",
     "*predictions.decoder",
     "proj_out",
+    "score",
+    "classifier",
+    "qa_outputs",
 )
 
 
@@ -52,7 +55,7 @@ class Recipe:
     * ``format``: "mxfp8", "mxfp6" or "mxfp4" for all channels; needs no calibration.
     * ``bits``: an average of the element bits over all weights (scales take 0.25 bit more), spent over
       all layers where it lowers the error most, on ``formats`` (budget.py). Calibrate with gradients
-      for it.
+      for it. With ``weights="mxfp4"`` it is the activations' average.
     * ``time``: the same with modelled time for bits (targets.py): at most this fraction of what the products take
       in MXFP8, in a forward of ``rows`` rows (1: decode at batch 1) on ``target``, a name of targets.TARGETS.
 
@@ -69,10 +72,12 @@ class Recipe:
       lowers the error. None by default.
     * ``rounding``: of the weights, "nearest" or "gptq" (rounding.py), which takes the calibration's
       batches again, and several times as long.
-    * ``sort``: what channels are sorted by: "mean" of |x|, "max" of |x|, or "hessian", E[x²].
+    * ``sort``: what channels are sorted by: "mean" of |x|, "max" of |x|, or "hessian", E[x²]; with thresholds,
+      split and counts.
     * ``multiple``: 32, 64 or 128; counts are multiples of it, K is padded to one.
     * ``skip``: globs (case-sensitive, on the full name) of layers to leave alone.
-    * ``include_lm_head``: whether the output head is quantised too; it is left alone by default.
+    * ``include_lm_head``: whether the output head is quantised too; it is left alone by default, under the names
+      lm_head, embed_out, predictions.decoder, proj_out, score, classifier and qa_outputs.
     """
 
     thresholds: str | None = None
@@ -131,6 +136,8 @@ class Recipe:
                 object.__setattr__(self, name, check(name, getattr(self, name)))
         if self.target is not None and self.time is None:
             _reject("target", self.target, "left out: it is where time=... is spent")
+        if self.sort != "mean" and self.method not in ("thresholds", "split", "counts"):
+            _reject("sort", self.sort, "left out: bits, time and format sort by no metric")
         if self.activations == "bfloat16":
             self._check_weight_only()
 
@@ -227,14 +234,14 @@ class Recipe:
             if self.weights != "match":
                 _reject(name, value, "() or (4, 6, 8) with weights='mxfp4', which have one segment")
             return value
-        if not _is_list(value) or tuple(value) not in ROTATIONS:
+        if not _is_list(value) or tuple(value) not in list(ROTATIONS):
             _reject(name, value, "segments out of 4, 6 and 8, rising, as in (4, 6), or 'measured'")
         if self.weights == "mxfp4" and len(value) not in (0, 3):
             _reject(name, value, "() or (4, 6, 8) with weights='mxfp4', which have one segment")
         return tuple(value)
 
     def _checked_formats(self, name: str, value: Any) -> tuple[str, ...]:
-        good = _is_list(value) and value and set(value) <= BITS.keys()
+        good = _is_list(value) and value and all(name in list(BITS) for name in value)
         if not good or len(set(value)) != len(value):
             _reject(name, value, f"some of {', '.join(BITS)}, each once")
         formats = tuple(sorted(value, key=BITS.get))

@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import optree
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import micromix_compile.ops  # noqa: F401  (registers torch.ops.micromix)
-from micromix_compile.errors import EmptyCalibrationError, NotRoundedWarning
+from micromix_compile.errors import EmptyCalibrationError, NotRoundedWarning, RecipeError
 from micromix_compile.mx import (
     BLOCK,
     MixedLayout,
@@ -40,7 +40,9 @@ from micromix_compile.packing import PackedWeight
 from micromix_compile.plan import LayerPlan, ModelPlan, RoundedWeight, fingerprint
 from micromix_compile.quantized_linear import QuantizedLinear, linear_shape
 
-__all__ = ["compensate", "gptq", "round_weights"]
+__all__ = ["compensate", "evaluating", "gptq", "round_weights"]
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def round_weights(
@@ -58,17 +60,27 @@ def round_weights(
     what the one before it gives) are taken one after the other, each with those before it quantised; a model without
     such a list is one block. Layers in a float linear module are rounded, all others stay with nearest.
     `damping` is a part of the Hessian's mean diagonal; `drift` the part of the drift that weights make up for (0:
-    none), with `drift_damping`. The model is changed while this runs and left as it was.
+    none), with `drift_damping`. The model is changed while this runs and left as it was; it runs uncompiled. What
+    blocks hand on beside their first value (a residual of its own) is that of the float model.
 
     Layers that are no float linear module, or do not run once for each batch (experts), keep nearest rounding: a
-    NotRoundedWarning names them. Raises EmptyCalibrationError if there are no batches.
+    NotRoundedWarning names them. Raises EmptyCalibrationError if there are no batches, and RecipeError if a weight is
+    offloaded.
     """
     if not len(batches):
         raise EmptyCalibrationError()
     layers = {name: model.get_submodule(name) for name in plan if _is_linear(model, name)}
+    if any(module.weight.device.type == "meta" for module in layers.values()):
+        expected = "'nearest' for a model that is offloaded: GPTQ needs the weights in memory"
+        raise RecipeError(option="rounding", value="gptq", expected=expected)
     rounded: dict[str, RoundedWeight] = {}
-    with _inference(model), torch.no_grad(), contextlib.ExitStack() as replaced:
-        stages = list(_stages(model, layers, batches))
+    with (
+        _inference(model),
+        torch.inference_mode(False),  # inference tensors do not tell whether they were written to
+        torch.no_grad(),
+        contextlib.ExitStack() as replaced,
+    ):
+        stages = list(_stages(model, layers, plan, batches))
         total = sum(len(groups) for _, groups in stages)
         progress = tqdm(total=total, desc="rounding weights", unit="input", disable=None)
         exact = actual = stages[0][0].inputs if stages else []
@@ -80,14 +92,10 @@ def round_weights(
             given, after = _float_run(stage, groups, layers, exact)
             for names in groups:
                 progress.update()
-                if len(given[names[0]]) != len(actual):
-                    continue
                 layer = plan[names[0]]
-                statistics = _Drift(layer)
-                for i, batch in enumerate(actual):
-                    x = stage.until(layers[names[0]], i, batch)
-                    statistics.add(x, given[names[0]][i])
-                del given[names[0]]
+                statistics = _drift(stage, layers[names[0]], layer, given.pop(names[0]), actual)
+                if statistics is None:
+                    continue
                 moved = statistics.movement(drift_damping) if drift else None
                 for name in names:
                     weight = _matrix(layers[name])
@@ -155,7 +163,7 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
 
 
 def _damped(hessian: Tensor, damping: float) -> Tensor:
-    result = hessian.double()
+    result = hessian.to(torch.float64, copy=True)
     diagonal = result.diagonal()
     diagonal += damping * diagonal.mean() + torch.finfo(torch.float32).tiny
     return result
@@ -183,6 +191,19 @@ class _Drift:
         return compensate(self.hessian, self.cross, damping)
 
 
+def _drift(
+    stage: _Stage, module: nn.Module, plan: LayerPlan, given: list[Tensor], actual: list[Any]
+) -> _Drift | None:
+    """What a layer is given on the quantised model; None where those are other rows than on the float model."""
+    statistics = _Drift(plan)
+    for i, batch in enumerate(actual):
+        x = stage.until(module, i, batch)
+        if x is None or x.shape != given[i].shape:  # of an expert: a router has chosen again
+            return None
+        statistics.add(x, given[i])
+    return statistics
+
+
 def _given(x: Tensor, plan: LayerPlan) -> Tensor:
     """float32 `[..., Kp]`: what the product reads of activations `[..., K]`, in the order and the rotation of the layout."""
     if plan.weight_only:
@@ -207,7 +228,7 @@ def _is_linear(model: nn.Module, name: str) -> bool:
         module = model.get_submodule(name)
     except AttributeError:
         return False
-    return linear_shape(module) is not None
+    return linear_shape(module) is not None and module.weight.dtype in _DTYPES
 
 
 def _matrix(module: nn.Module) -> Tensor:
@@ -216,19 +237,34 @@ def _matrix(module: nn.Module) -> Tensor:
 
 @contextlib.contextmanager
 def _inference(model: nn.Module) -> Iterator[None]:
-    """The model without dropout, and without a cache, which would keep every block's keys."""
-    training = model.training
-    config = getattr(model, "config", None)
-    cached = getattr(config, "use_cache", None)
-    model.eval()
-    if cached:
-        config.use_cache = False
+    """The model uncompiled, without dropout, and without a cache, which would keep every block's keys.
+
+    Parts of a model have configurations of their own: that of the text in a model of images.
+    """
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    caching = [c for c in configs.values() if getattr(c, "use_cache", None)]
+    kept = [config.use_cache for config in caching]
     try:
+        for config in caching:
+            config.use_cache = False
+        with evaluating(model), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for config, cached in zip(caching, kept, strict=True):
+            config.use_cache = cached
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, and each in the mode that it had afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = False
         yield
     finally:
-        model.train(training)
-        if cached:
-            config.use_cache = cached
+        for module, training in modes.items():
+            module.training = training
 
 
 @contextlib.contextmanager
@@ -236,14 +272,27 @@ def _quantised(module: nn.Module, plan: LayerPlan, data: Tensor, scales: Tensor)
     """The module with a quantised weight, and activations as the compiled model gives them to the product."""
     if data.device.type == "cpu":
         packed = PackedWeight(data, scales, plan)
-        module.forward = QuantizedLinear.from_packed(packed, module.bias).forward
+        run = QuantizedLinear.from_packed(packed, module.bias).forward
     else:
         weight = dequantize(data, scales, plan.weight_layout).to(module.weight.dtype)
-        module.forward = lambda x: F.linear(_given(x, plan).to(x.dtype), weight, module.bias)
+
+        def run(x: Tensor) -> Tensor:
+            return F.linear(_given(x, plan).to(x.dtype), weight, module.bias)
+
+    own = vars(module).get("forward")  # accelerate puts its hooks there
+    module.forward = lambda *args, **kwargs: run(_input(args, kwargs))
     try:
         yield
     finally:
-        del module.forward
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _input(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    """The one argument of a linear module's forward, given by its place or by its name."""
+    return next(iter((*args, *kwargs.values())))
 
 
 class _Reached(Exception):
@@ -259,19 +308,20 @@ class _Stage:
 
     def whole(self, i: int, x: Any) -> Any:
         args, kwargs = self.calls[i]
-        return _first(self.block(x, *args[1:], **kwargs))
+        # A copy: a block may write to its input, which is read again.
+        return _first(self.block(x.clone(), *args[1:], **kwargs))
 
-    def until(self, module: nn.Module, i: int, x: Any) -> Tensor:
-        """The input of a module of this block."""
+    def until(self, module: nn.Module, i: int, x: Any) -> Tensor | None:
+        """The input of a module of this block; None if it is not reached."""
         found: list[Tensor] = []
 
-        def stop(_: nn.Module, inputs: tuple) -> None:
-            found.append(inputs[0])
+        def stop(own: Tensor) -> None:
+            found.append(own)
             raise _Reached
 
         with _hooked(module, stop), contextlib.suppress(_Reached):
             self.whole(i, x)
-        return found[0]
+        return found[0] if found else None
 
 
 class _Model(_Stage):
@@ -281,10 +331,11 @@ class _Model(_Stage):
         self.block, self.inputs = model, list(batches)
 
     def whole(self, i: int, x: Any) -> Any:
-        from micromix_compile.calibration import call
+        from micromix_compile.calibration import call, first_device, on_device
 
-        device = next(self.block.parameters()).device
-        batch = optree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, x)
+        batch = on_device(x, first_device(self.block))
+        if isinstance(batch, dict) and "use_cache" in batch:
+            batch["use_cache"] = False
         call(self.block, batch)
         return x
 
@@ -294,8 +345,11 @@ def _first(output: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _hooked(module: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(hook)
+def _hooked(module: nn.Module, hook: Callable[[Tensor], None]) -> Iterator[None]:
+    """`hook` gets the input of a linear module whenever it runs."""
+    handle = module.register_forward_pre_hook(
+        lambda _, args, kwargs: hook(_input(args, kwargs)), with_kwargs=True
+    )
     try:
         yield
     finally:
@@ -303,13 +357,13 @@ def _hooked(module: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
 
 
 def _stages(
-    model: nn.Module, layers: dict[str, nn.Module], batches: Sequence[Any]
+    model: nn.Module, layers: dict[str, nn.Module], plan: ModelPlan, batches: Sequence[Any]
 ) -> Iterator[tuple[_Stage, list[list[str]]]]:
     """The blocks in the order they run, and the layers of each by the input that they read."""
     whole = _Model(model, batches)
-    groups = _groups(whole, layers)
     name, blocks = _decoder(model, layers)
-    calls, chained = _block_calls(whole, blocks) if blocks else ([], False)
+    calls, chained, once = _calls(whole, blocks, layers)
+    groups = _groups(whole, {n: layers[n] for n in once}, plan)
     for i, block in enumerate(blocks if chained else ()):
         inside = [names for names in groups if names[0].startswith(f"{name}.{i}.")]
         groups = [names for names in groups if names not in inside]
@@ -329,20 +383,30 @@ def _decoder(model: nn.Module, layers: dict[str, nn.Module]) -> tuple[str, list[
     return best
 
 
-def _block_calls(
-    whole: _Model, blocks: list[nn.Module]
-) -> tuple[list[list[tuple[tuple, dict]]], bool]:
-    """What each block is called with besides its input, and whether each reads what the one before it gives."""
+def _calls(
+    whole: _Model, blocks: list[nn.Module], layers: dict[str, nn.Module]
+) -> tuple[list[list[tuple[tuple, dict]]], bool, list[str]]:
+    """What each block is called with besides its input, whether each reads what the one before it gives, and the
+    layers that run once for each batch.
+
+    Blocks that are called with a cache are not run apart: it would grow with every run.
+    """
     calls: list[list[tuple[tuple, dict]]] = [[] for _ in blocks]
     state: dict[str, Any] = {"before": None, "chained": True}
+    ran: Counter[str] = Counter()
+    once = list(layers)
 
     def entered(i: int, args: tuple, kwargs: dict) -> None:
         x = args[0] if args else None
         state["chained"] &= isinstance(x, Tensor) and (i == 0 or x is state["before"])
-        kept = args if i == 0 else (None, *args[1:])
-        calls[i].append((kept, kwargs))
+        others = (*args[1:], *kwargs.values())
+        state["chained"] &= not any(type(other).__name__.endswith("Cache") for other in others)
+        kept = x.clone() if i == 0 and isinstance(x, Tensor) else None
+        calls[i].append(((kept, *args[1:]), kwargs))
 
     with contextlib.ExitStack() as hooks:
+        for name, module in layers.items():
+            hooks.enter_context(_hooked(module, lambda _, name=name: ran.update([name])))
         for i, block in enumerate(blocks):
             handles = (
                 block.register_forward_pre_hook(
@@ -356,27 +420,28 @@ def _block_calls(
                 hooks.callback(handle.remove)
         for i, batch in enumerate(whole.inputs):
             whole.whole(i, batch)
-    once = all(len(own) == len(whole.inputs) for own in calls)
-    return calls, state["chained"] and once
+            once = [name for name in once if ran[name] == i + 1]
+    chained = state["chained"] and all(len(own) == len(whole.inputs) for own in calls)
+    return calls, chained, once
 
 
-def _groups(whole: _Model, layers: dict[str, nn.Module]) -> list[list[str]]:
-    """The layers that the first batch runs, in the order they run, those that read one tensor together."""
+def _groups(whole: _Model, layers: dict[str, nn.Module], plan: ModelPlan) -> list[list[str]]:
+    """The layers in the order they run, those together that read one tensor, as it is then, by one plan."""
     groups: list[list[str]] = []
-    tensors: list[Tensor] = []
+    tensors: list[tuple[Tensor, int]] = []
 
     def seen(name: str, x: Tensor) -> None:
-        for known, group in zip(tensors, groups, strict=True):
-            if known is x and name not in group:
+        version = 0 if x.is_inference() else x._version
+        for (known, before), group in zip(tensors, groups, strict=True):
+            if known is x and before == version and plan[name] == plan[group[0]]:
                 group.append(name)
                 return
-        if not any(name in group for group in groups):
-            tensors.append(x)
-            groups.append([name])
+        tensors.append((x, version))
+        groups.append([name])
 
     with contextlib.ExitStack() as hooks:
         for name, module in layers.items():
-            hooks.enter_context(_hooked(module, lambda _, args, name=name: seen(name, args[0])))
+            hooks.enter_context(_hooked(module, lambda x, name=name: seen(name, x)))
         whole.whole(0, whole.inputs[0])
     return groups
 
@@ -389,6 +454,7 @@ def _float_run(
     with contextlib.ExitStack() as hooks:
         for names in groups:
             keep = given[names[0]].append
-            hooks.enter_context(_hooked(layers[names[0]], lambda _, args, keep=keep: keep(args[0])))
+            # Copies: the model may write to an input once it is read.
+            hooks.enter_context(_hooked(layers[names[0]], lambda x, keep=keep: keep(x.clone())))
         after = [stage.whole(i, batch) for i, batch in enumerate(exact)]
     return given, after

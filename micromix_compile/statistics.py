@@ -86,12 +86,12 @@ class ChannelStatistics:
 
     def __init__(self, channels: int) -> None:
         self.tokens = 0
-        self.total = torch.zeros(channels, dtype=torch.float64)
-        self.peak = torch.zeros(channels, dtype=torch.float32)
-        self.square = torch.zeros(channels, dtype=torch.float64)
-        self.histogram = torch.zeros(_BINS, dtype=torch.int64)
-        self.importance = torch.zeros(channels, dtype=torch.float64)
-        self.gradient = torch.zeros(channels, dtype=torch.float64)
+        self.total = torch.zeros(channels, dtype=torch.float64, device="cpu")
+        self.peak = torch.zeros(channels, dtype=torch.float32, device="cpu")
+        self.square = torch.zeros(channels, dtype=torch.float64, device="cpu")
+        self.histogram = torch.zeros(_BINS, dtype=torch.int64, device="cpu")
+        self.importance = torch.zeros(channels, dtype=torch.float64, device="cpu")
+        self.gradient = torch.zeros(channels, dtype=torch.float64, device="cpu")
         self.sample = RowSample(channels)
         self.graded = False
 
@@ -150,12 +150,12 @@ class ChannelStatistics:
             self.importance += (squares * inverse).sum(dim=0).cpu()
             self.gradient += len(squares)
             return real.double()
-        slopes = slopes.float().square()
-        steepness = slopes.sum(dim=1, dtype=torch.float64)
+        slopes = slopes.double().square()  # of a mean loss they may be too small for float32
+        steepness = slopes.sum(dim=1)
         if not bool(steepness.isfinite().all()):
             raise NonFiniteCalibrationError(layer=f"{layer} (its gradient)")
-        self.importance += (squares * slopes).sum(dim=0, dtype=torch.float64).cpu()
-        self.gradient += slopes.sum(dim=0, dtype=torch.float64).cpu()
+        self.importance += (squares * slopes).sum(dim=0).cpu()
+        self.gradient += slopes.sum(dim=0).cpu()
         return energy * steepness
 
     def merge(self, other: ChannelStatistics) -> None:
@@ -310,17 +310,31 @@ class ModelStatistics:
         """Raises EmptyCalibrationError if one of these layers (None: any layer) saw no token."""
         names = self.layers if layers is None else layers
         empty = [name for name in names if not self._statistics[name].tokens]
-        if empty or not self.layers:
+        if not self.layers:
+            unseen = "any linear layer: model(...) itself must be called, not its forward or a compiled one"
+            raise EmptyCalibrationError([unseen])
+        if empty:
             raise EmptyCalibrationError(empty)
 
     def merge(self, other: ModelStatistics) -> None:
         """Adds what another run of the same model has seen.
 
-        Raises StatisticsMismatchError, and changes nothing, if layers or shapes differ.
+        Raises StatisticsMismatchError, and changes nothing, if layers or shapes differ, or some rows come with
+        gradients and others without.
         """
         differences = _shape_differences(self.layers, other.layers)
         differences += [f"{n}: only in the first" for n in self.layers if n not in other.layers]
         differences += [f"{n}: only in the second" for n in other.layers if n not in self.layers]
+        here, there = (
+            {statistics.graded for _, statistics in part.groups() if statistics.tokens}
+            for part in (self, other)
+        )
+        if len(here | there) > 1:
+            known, new = (
+                " and ".join(f"with{'' if graded else 'out'} gradients" for graded in sorted(part))
+                for part in (here, there)
+            )
+            differences.append(f"rows {known or 'none'} here, {new or 'none'} there")
         if differences:
             raise StatisticsMismatchError(differences=differences)
         for names, statistics in other.groups():
@@ -367,7 +381,8 @@ def load_statistics(path: str | os.PathLike) -> ModelStatistics:
                 raise ValueError(f"{name} has another K than its group")
             result.layers[name], result._statistics[name] = shape, groups[i]
             if f"columns.{name}" in tensors:
-                result.columns[name] = tensors[f"columns.{name}"]
+                empty = torch.empty(shape.in_features, dtype=torch.float64, device="cpu")
+                result.columns[name] = _checked("columns", tensors[f"columns.{name}"], empty)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         reason = f"its content is damaged ({error})"
         raise StatisticsFileError(path=os.fspath(path), reason=reason) from error
@@ -383,14 +398,24 @@ def _loaded_group(
     if "graded" in content:  # a file of version 1 has nothing that a budget of bits needs
         keys = (*_TENSORS, *_SENSITIVITY)
         result.graded = bool(content["graded"][i])
-        result.sample.rows = tensors[f"sample.rows.{i}"]
-        result.sample.keys = tensors[f"sample.keys.{i}"]
+        sample, size = result.sample, len(tensors[f"sample.keys.{i}"])
+        for key, like in (
+            ("rows", sample.rows.new_empty(size, channels)),
+            ("keys", sample.keys.new_empty(size)),
+        ):
+            setattr(sample, key, _checked(f"sample.{key}", tensors[f"sample.{key}.{i}"], like))
     for key in keys:
-        tensor, empty = tensors[f"{key}.{i}"], getattr(result, key)
-        if tensor.shape != empty.shape or tensor.dtype != empty.dtype:
-            raise ValueError(f"{key} is {tensor.dtype} {list(tensor.shape)}")
-        setattr(result, key, tensor)
+        setattr(result, key, _checked(key, tensors[f"{key}.{i}"], getattr(result, key)))
     return result
+
+
+def _checked(name: str, tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor, which must be finite and have the shape and the type of another."""
+    if tensor.shape != like.shape or tensor.dtype != like.dtype:
+        raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}")
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"{name} holds NaN or Inf")
+    return tensor
 
 
 def _shape_differences(known: Mapping[str, LayerShape], new: Mapping[str, LayerShape]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ def write_sweep(rows: Sequence[dict[str, Any]], folder: Path) -> None:
 
     A row has `bits` and `activation_bits` (elements), `with_scales` (of the weights), with a budget of time also `time`
     (of that of MXFP8), `target` and `rows`, and `texts`: name -> `increase`,
-    `increase_error`, `kl`, `top1` and the like, as `micromix eval` gives them.
+    `increase_error`, `kl`, `top1` and the like, as `micromix eval` gives them; JSON has null for the error of a single
+    window.
     """
-    write_text(folder / "sweep.json", json.dumps(list(rows), indent=1))
+    write_text(folder / "sweep.json", json.dumps(_without_nan(list(rows)), indent=1))
     write_text(folder / "sweep.md", table(rows))
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
@@ -47,6 +49,14 @@ def write_sweep(rows: Sequence[dict[str, Any]], folder: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     save_figure(figure, folder / "sweep.png")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(own) for key, own in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(own) for own in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import pytest
 import torch
@@ -6,7 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from micromix_compile.allocation import allocate, channel_order, split_counts, uniform_plan
-from micromix_compile.errors import EmptyCalibrationError, RecipeError
+from micromix_compile.errors import (
+    EmptyCalibrationError,
+    RecipeError,
+    UnmatchedPatternWarning,
+)
 from micromix_compile.mx.mixed import dequantize, quantize
 from micromix_compile.plan import LayerShape
 from micromix_compile.recipe import Recipe
@@ -247,3 +252,20 @@ def test_plans_made_under_inference_mode_are_ordinary():
         statistics.update("fc", torch.randn(5, 64))
     statistics.update("fc", torch.randn(5, 64))
     assert not allocate(statistics, Recipe())["fc"].order.is_inference()
+
+
+def test_nothing_calibrated_is_no_plan_of_one_format_either():
+    with pytest.raises(EmptyCalibrationError, match="any linear layer"):
+        allocate(ModelStatistics(), Recipe(format="mxfp8"))
+
+
+def test_patterns_that_match_nothing_are_said():
+    statistics = outlier_statistics(attn=(8, 64))
+    with pytest.warns(UnmatchedPatternWarning, match=r"\*\.donw_proj"):
+        assert len(allocate(statistics, Recipe(skip=("*.donw_proj",)))) == 2
+    counts = {"nothing*": (64, 0, 0), "*": (0, 64, 0)}
+    with pytest.warns(UnmatchedPatternWarning, match=r"nothing\*"):
+        allocate(statistics, Recipe(counts=counts))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        allocate(statistics, Recipe(skip=("attn.a",), counts={"*": (0, 64, 0)}))

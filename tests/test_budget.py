@@ -209,3 +209,26 @@ def test_what_is_missing_is_said(calibrated):
         _.model(**batches(1)[0])
     with pytest.raises(CalibrationGradientError, match="no loss"):
         calibrate(torch.nn.Linear(32, 8), gradients=True).run([torch.randn(2, 32)])
+
+
+def test_an_input_without_a_gradient_gets_the_fewest_bits():
+    """As of an adapter that begins with zeros."""
+    statistics, x = ModelStatistics(), torch.randn(64, 64)
+    for name in ("dead", "alive"):
+        statistics.add_group({name: LayerShape(64, 64)})
+    statistics.update("dead", x, torch.zeros_like(x))
+    statistics.update("alive", x, torch.ones_like(x))
+    plan = allocate(statistics, Recipe(bits=6.0, formats=("mxfp4", "mxfp8")))
+    assert (plan["dead"].layout.k4, plan["alive"].layout.k8) == (64, 64)
+    assert allocate(statistics, Recipe(bits=6.0, hadamard="measured")).element_bits <= 6
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-15, 1e-18])
+def test_the_size_of_the_loss_changes_no_plan(scale):
+    x = torch.randn(64, 256) * torch.logspace(-2, 2, 256)
+    gradient = torch.randn(64, 256)
+    plans = [
+        allocate(one_input(x, gradient=gradient * factor), Recipe(bits=5)) for factor in (1, scale)
+    ]
+    assert plans[0].element_bits == plans[1].element_bits == pytest.approx(5, abs=0.25)
+    assert plans[0]["layer"].layout == plans[1]["layer"].layout

@@ -6,13 +6,18 @@ import accelerate
 import pytest
 import torch
 from linear_modules import is_linear
+from tiny_llama import VOCABULARY
 from torch import nn
+from transformers import BatchEncoding
 
 from micromix_compile import Recipe, calibrate, explain, load_statistics
+from micromix_compile.calibration import next_token_loss, on_device
 from micromix_compile.errors import (
     CalibrationGradientError,
     EmptyCalibrationError,
     NonFiniteCalibrationError,
+    OptionError,
+    PlanMismatchError,
 )
 from micromix_compile.export import quantised
 from micromix_compile.quantized_linear import QuantizedLinear
@@ -215,3 +220,135 @@ def test_layers_see_what_quantised_layers_before_them_leave():
     sequential.plan(Recipe(split=(0.5, 0.5, 0))).attach(model)
     with pytest.raises(CalibrationGradientError, match="quantises"):
         calibrate(model, gradients=True, plan=plan)
+
+
+def test_a_layer_that_reads_one_value_twice():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin, self.other = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.lin(x) + self.other(x) + self.lin(x)
+
+    found = calibrate(Twice().eval()).run([torch.randn(4, 32)]).statistics
+    assert [names for names, _ in found.groups()] == [("lin", "other")]
+    assert found["lin"].tokens == 4
+
+
+class Writes(nn.Module):
+    """Writes to what layers have read: to its own input, to the first value that has a gradient, and to a later one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x):
+        x += self.a(x)
+        x += self.b(x)
+        x = x * 1
+        y = self.c(x)
+        x.mul_(1000)
+        return y + x.sum() * 0
+
+
+def squared(output, batch):
+    return output.square().sum()
+
+
+def test_gradients_go_with_the_inputs_that_the_layers_read():
+    model, x = Writes().eval(), torch.randn(8, 32)
+    with torch.inference_mode():
+        inference = x.clone()
+    for batch in (x, inference):
+        before = batch.clone()
+        graded = calibrate(model, gradients=True).run([batch], loss=squared).statistics
+        plain = calibrate(model).run([batch]).statistics
+        for name in "abc":
+            torch.testing.assert_close(graded[name].peak, plain[name].peak)
+            assert graded[name].importance.all()
+        # The caller's batch is as it was.
+        assert torch.equal(batch, before) and not batch.requires_grad and batch.grad is None
+
+
+def test_what_a_tokenizer_gives_is_moved():
+    batch = BatchEncoding({"input_ids": torch.zeros(1, 4)})
+    assert on_device(batch, "meta")["input_ids"].device.type == "meta"
+
+
+def test_run_inside_of_the_context():
+    model, arguments = Nested().eval(), batches(2)
+    calibration = calibrate(model, gradients=True)
+    with calibration:
+        calibration.run(arguments[:1], loss=squared)
+        squared(model(*arguments[1]), None).backward()
+    whole = calibrate(model, gradients=True).run(arguments, loss=squared)
+    assert calibration.statistics.tokens == whole.statistics.tokens
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model._compiled_call_impl is None
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_context_that_cannot_begin_leaves_the_model(sequential, monkeypatch):
+    model, arguments = Nested(), batches(1)
+    plan = calibrate(model).run(arguments).plan(Recipe(format="mxfp4")) if sequential else None
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(RuntimeError, match="no compiler"):
+        calibrate(model, not sequential, plan).run(arguments)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(module.training for module in model.modules())
+    assert type(model.a) is nn.Linear
+
+
+def test_the_model_is_in_evaluation_mode_meanwhile():
+    model = nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Dropout(0.5), nn.Linear(32, 8))
+    model[1].eval()
+    x = torch.randn(16, 32)
+    found = calibrate(model).run([x]).statistics
+    assert [module.training for module in model] == [True, False, True, True]
+    assert_same(found, hooked(model.eval(), [(x,)]))
+
+
+def test_padding_is_no_text():
+    class Output:
+        logits = torch.zeros(2, 12, VOCABULARY)
+
+    tokens = torch.randint(0, VOCABULARY, (2, 12))
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[0, 5:] = mask[1, :3] = 0
+    loss = next_token_loss(Output, {"input_ids": tokens, "attention_mask": mask})
+    assert loss / torch.tensor(VOCABULARY).log() == pytest.approx(4 + 8)
+
+
+def test_what_was_meant_is_said():
+    model, x = nn.Sequential(nn.Linear(32, 32)).eval(), torch.randn(4, 32)
+    with calibrate(model, gradients=True) as calibration:
+        model(x)
+    with pytest.raises(CalibrationGradientError, match="no loss was differentiated"):
+        calibration.plan()
+    compiled = torch.compile(model, backend="eager")
+    with calibrate(compiled) as calibration, torch.no_grad():
+        compiled(x)
+    with pytest.raises(EmptyCalibrationError, match=r"model\(\.\.\.\) itself must be called"):
+        calibration.plan()
+    with pytest.raises(OptionError, match=r"one batch.*run\(\[batch\]\)"):
+        calibrate(model).run({"input": x})
+    plan = calibrate(model).run([x]).plan()
+    with pytest.raises(PlanMismatchError, match="0: the model has no such layer"):
+        calibrate(nn.ModuleDict({"q": nn.Linear(32, 32)}), plan=plan)
+
+
+@pytest.mark.parametrize("bits", [None, 5.0])
+def test_a_default_device_and_dtype_are_not_the_statistics(bits):
+    model, xs = nn.Sequential(nn.Linear(70, 64)).eval(), [torch.randn(8, 70)]
+    expected = calibrate(model).run(xs).plan(Recipe(bits=bits))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert calibrate(model).run(xs).plan(Recipe(bits=bits)) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)

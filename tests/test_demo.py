@@ -74,6 +74,15 @@ def test_format_maps_have_one_row_a_layer():
     assert torch.equal(maps["q_proj, k_proj"][1], channel_bits(layers["model.layers.1.q_proj"]))
 
 
+def test_format_maps_of_one_kind_and_several_widths():
+    shapes = {"encoder.0.fc": (8, 64), "decoder.0.fc": (8, 32)}
+    maps = format_maps(uniform_plan(shapes, Recipe(format="mxfp8")))
+    assert {kind: tuple(bits.shape) for kind, bits in maps.items()} == {
+        "fc (K = 64)": (1, 64),
+        "fc (K = 32)": (1, 32),
+    }
+
+
 def test_picture(tmp_path):
     plan = uniform_plan({"layers.0.a": (64, 64), "layers.1.a": (64, 64)}, Recipe(format="mxfp4"))
     path = tmp_path / "plan.png"

@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 
 import pytest
 import safetensors
@@ -21,6 +22,8 @@ from micromix_compile.errors import (
     PlanFileError,
     PlanMismatchError,
     PlanVersionError,
+    TiedLayersWarning,
+    UnplannedLayersWarning,
 )
 from micromix_compile.mx.layout import WEIGHT_IS_MXFP4, MixedLayout
 from micromix_compile.plan import (
@@ -287,6 +290,29 @@ def test_tied_weights_are_marked_with_the_first_layer():
     assert attached(model.q.weight) == (only_k, "k")
 
 
+def test_tied_weights_with_different_plans_are_said():
+    model = Model()
+    model.k = nn.Linear(96, 8)
+    model.k.weight = model.q.weight
+    layers = {"q": layer_plan(), "k": layer_plan(weights="mxfp4")}
+    with pytest.warns(TiedLayersWarning, match="q, k"):
+        ModelPlan(layers, {"q": (8, 96), "k": (8, 96)}).attach(model)
+
+
+def test_layers_that_are_neither_planned_nor_skipped_are_said():
+    model, plan = Model(), model_plan()
+    with pytest.warns(UnplannedLayersWarning, match="stay float:\n  other\n"):
+        plan.attach(model)
+    del model.other
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan.attach(model)
+        model.lm_head = nn.Linear(96, 4)
+        plan.attach(model)
+        model.block = torch.compile(model.block)
+        plan.attach(model)
+
+
 def test_a_module_under_two_names():
     model = Model()
     model.again = model.q
@@ -319,6 +345,14 @@ def test_save_and_load_are_bit_exact(tmp_path):
         assert loaded[name].weight_layout == plan[name].weight_layout
     assert torch.equal(loaded["block.down"].order, plan["block.down"].order)
     assert loaded["block.conv"].order is None
+
+
+def test_an_order_that_two_layers_share(tmp_path):
+    order = padded_order(96)
+    layers = {"q": layer_plan(order=order), "k": layer_plan(order=order, weights="mxfp4")}
+    plan = ModelPlan(layers, {"q": (8, 96), "k": (8, 96)})
+    plan.save(tmp_path / "p")
+    assert load_plan(tmp_path / "p") == plan
 
 
 def test_an_empty_plan_and_a_string_path(tmp_path):

@@ -88,6 +88,8 @@ def test_digest_is_the_same_in_another_process():
         ("counts", {3: (32, 0, 0)}),
         ("counts", {"*": 32}),
         ("format", "mxfp5"),
+        ("hadamard", [[4], [6]]),
+        ("formats", [["mxfp4"]]),
         ("format6", "e4m3"),
         ("rules", ("even", "ceil")),
         ("rules", ("even", "ceil", "rceil")),
@@ -132,6 +134,13 @@ def test_lam_needs_thresholds():
         Recipe(format="mxfp8", lam=2.0)
 
 
+@pytest.mark.parametrize("options", [{"format": "mxfp8"}, {"bits": 5.0}])
+def test_sort_needs_counts(options):
+    with pytest.raises(RecipeError, match="sort"):
+        Recipe(**options, sort="max")
+    Recipe(**options, sort="mean")
+
+
 def test_unknown_option():
     with pytest.raises(RecipeError, match=r"bitz.*the options are thresholds, lam, split"):
         Recipe.from_dict({"bitz": 5})
@@ -149,6 +158,9 @@ def test_skips_output_heads_unless_asked():
         "embed_out",
         "cls.predictions.decoder",
         "proj_out",
+        "score",
+        "classifier",
+        "qa_outputs",
     ]
     layers = ["model.layers.0.mlp.up_proj", "decoder.layers.1.fc1", "blocks.0.proj_out"]
     for name in heads:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 from test_budget import batches
@@ -198,3 +200,215 @@ def test_batches_that_are_gone_are_asked_for():
     calibration = calibrate(torch.nn.Linear(32, 8)).run(iter([torch.randn(4, 32)]))
     with pytest.raises(RecipeError, match="a list or a tensor of batches"):
         calibration.plan(Recipe(format="mxfp4", rounding="gptq"))
+
+
+def relative_error(model, plan, x):
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="micromix", options={"plan": plan, "inductor": False})
+    with torch.no_grad():
+        exact = model(x.clone())
+        return float((compiled(x.clone()) - exact).norm() / exact.norm())
+
+
+def same_weights(plan, other):
+    names = plan.rounded.keys()
+    return names == other.rounded.keys() and all(
+        plan.rounded[n].digest == other.rounded[n].digest for n in names
+    )
+
+
+class Readers(torch.nn.Module):
+    """Two layers that read one tensor, which is written to, or has a graph break, between them."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(128, 128), torch.nn.Linear(128, 128)
+        self.between = between
+        with torch.no_grad():
+            self.b.weight[:, :32] *= 30
+            self.a.weight[:, 64:96] *= 30
+
+    def forward(self, x):
+        x = x * 1.0
+        y = self.a(x)
+        if self.between == "write":
+            x.mul_(torch.linspace(4, 0.1, 128))
+        else:
+            torch._dynamo.graph_break()
+        return y + self.b(x)
+
+
+@pytest.mark.parametrize(
+    ("between", "recipe"),
+    [("write", {"split": (0.5, 0.25, 0.25)}), ("break", {"bits": 4.5}), ("break", {"bits": 5.0})],
+)
+def test_a_layer_is_rounded_by_its_own_plan(between, recipe):
+    model = Readers(between).eval()
+    own = [torch.randn(64, 128) * torch.logspace(-1, 1, 128) for _ in range(3)]
+    plan = calibrate(model).run(own).plan(Recipe(**recipe, rounding="gptq"))
+    assert plan["a"] != plan["b"] and list(plan.rounded) == ["a", "b"]
+    assert relative_error(model, plan, own[0]) < 1.2 * relative_error(
+        model, plan.without_rounding(), own[0]
+    )
+
+
+@pytest.mark.parametrize("part", ["model", "blocks"])
+def test_a_compiled_model_is_rounded_by_its_float_self(part):
+    model, own = tiny_llama(torch.float32), batches(2)
+    recipe = Recipe(format="mxfp4", rounding="gptq")
+    expected = calibrate(model).run(own).plan(recipe)
+    torch.compiler.reset()
+    for module in [model] if part == "model" else model.model.layers:
+        module.compile(backend="micromix", options={"recipe": Recipe(format="mxfp4")})
+    found = calibrate(model).run(own).plan(recipe)
+    assert len(found.rounded) == len(expected.rounded) == 14
+    assert same_weights(found, expected)
+    assert (model if part == "model" else model.model.layers[0])._compiled_call_impl is not None
+
+
+class Blocks(torch.nn.Module):
+    def __init__(self, in_place):
+        super().__init__()
+        self.first = torch.nn.Linear(64, 64)
+        self.layers = torch.nn.ModuleList(Block(in_place) for _ in range(2))
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Block(torch.nn.Module):
+    def __init__(self, in_place):
+        super().__init__()
+        self.linear, self.in_place = torch.nn.Linear(64, 64), in_place
+
+    def forward(self, x):
+        y = self.linear(input=x)  # by keyword, which is no other layer
+        if self.in_place:
+            x += y
+            return x
+        return x + y
+
+
+def test_blocks_that_write_to_their_input_are_as_good_as_others():
+    models = [Blocks(in_place).eval() for in_place in (True, False)]
+    models[1].load_state_dict(models[0].state_dict())
+    own = [torch.randn(64, 64) for _ in range(3)]
+    recipe = Recipe(format="mxfp4", rounding="gptq")
+    plans = [calibrate(model).run(own).plan(recipe) for model in models]
+    assert len(plans[0].rounded) == 3
+    assert same_weights(*plans)
+
+
+@pytest.mark.parametrize("where", ["batch", "part", "given"])
+def test_no_cache_grows(where):
+    """Asked for by the batch, by the configuration of a part, or in a way that cannot be known beforehand."""
+    model, own = tiny_llama(torch.float32), batches(2)
+    recipe = Recipe(format="mxfp4", rounding="gptq")
+    expected = calibrate(model).run(own).plan(recipe)
+    if where == "batch":
+        own = [batch | {"use_cache": True} for batch in own]
+    elif where == "part":
+        model.model.config = copy.deepcopy(model.config)
+        model.config = SimpleNamespace(**model.config.to_dict())
+        del model.config.use_cache
+    else:
+        model.model.register_forward_pre_hook(
+            lambda _, args, kwargs: (args, kwargs | {"use_cache": True}), with_kwargs=True
+        )
+    found = round_weights(model, expected.without_rounding(), own)
+    assert model.model.config.use_cache
+    if where == "given":  # all layers as one block: what is measured first is the same
+        assert found.rounded.keys() == expected.rounded.keys()
+        name = "model.layers.0.self_attn.q_proj"
+        assert found.rounded[name].digest == expected.rounded[name].digest
+    else:
+        assert same_weights(found, expected)
+
+
+def test_experts_stay_with_nearest():
+    """All run for every batch of the float model, and are given other tokens by the quantised one."""
+
+    class Routed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.router = torch.nn.Linear(64, 64), torch.nn.Linear(64, 4)
+
+        def forward(self, x):
+            x = self.first(x)
+            return x, self.router(x).argmax(-1)
+
+    class Experts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.routed = Routed()
+            self.experts = torch.nn.ModuleList(Block(False) for _ in range(4))
+
+        def forward(self, x):
+            x, top = self.routed(x)
+            result = torch.zeros_like(x)
+            for i, expert in enumerate(self.experts):
+                own = (top == i).nonzero().squeeze(-1)
+                if own.numel():
+                    result[own] = expert(x[own])
+            return result
+
+    model, own = Experts().eval(), [torch.randn(256, 64) for _ in range(3)]
+    plan = calibrate(model).run(own).plan(Recipe(format="mxfp4"))
+    with pytest.warns(NotRoundedWarning, match="experts"):
+        assert list(round_weights(model, plan, own).rounded) == ["routed.first", "routed.router"]
+
+
+def test_a_layer_that_runs_twice_for_one_batch_and_never_for_another():
+    class Loop(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.once, self.twice = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+
+        def forward(self, x, times):
+            x = self.once(x)
+            for _ in range(times):
+                x = self.twice(x)
+            return x
+
+    model, own = Loop().eval(), [(torch.randn(8, 64), 2), (torch.randn(8, 64), 0)]
+    plan = calibrate(model).run(own).plan(Recipe(format="mxfp4"))
+    with pytest.warns(NotRoundedWarning, match="twice"):
+        assert list(round_weights(model, plan, own).rounded) == ["once"]
+
+
+def test_the_models_own_forwards_and_modes_come_back():
+    calls = []
+
+    class Hook(accelerate.hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(module)
+            return args, kwargs
+
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Dropout(), torch.nn.Linear(64, 8))
+    model.eval()
+    model[1].train()
+    accelerate.hooks.add_hook_to_module(model[0], Hook())
+    calibrate(model).run([torch.randn(8, 64)]).plan(Recipe(format="mxfp4", rounding="gptq"))
+    assert [module.training for module in model] == [False, True, False]
+    before = len(calls)
+    model(torch.randn(8, 64))
+    assert len(calls) == before + 1
+
+
+def test_offloaded_weights_are_refused_and_double_ones_left():
+    model, own = torch.nn.Sequential(torch.nn.Linear(64, 64)).eval(), [torch.randn(8, 64)]
+    plan = calibrate(model).run(own).plan(Recipe(format="mxfp4"))
+    with pytest.warns(NotRoundedWarning):
+        round_weights(copy.deepcopy(model).double(), plan, [own[0].double()])
+    accelerate.cpu_offload(model, execution_device="cpu")
+    with pytest.raises(RecipeError, match="needs the weights in memory"):
+        round_weights(model, plan, own)
+
+
+def test_the_hessian_stays_as_it_was():
+    hessian = torch.eye(32, dtype=torch.float64)
+    gptq(torch.randn(4, 32), hessian, MixedLayout(32, 0, 0))
+    assert torch.equal(hessian, torch.eye(32, dtype=torch.float64))

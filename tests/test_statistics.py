@@ -376,3 +376,74 @@ def test_newer_version(tmp_path):
     module.write_file(tmp_path / "s", "micromix_statistics", 3, {}, {})
     with pytest.raises(StatisticsVersionError, match=r"version 3.*up to 2"):
         load_statistics(tmp_path / "s")
+
+
+def test_rows_that_are_equal_are_drawn_one_by_one():
+    """Rows of a table, as often as words are in a text: as many different ones as in an even sample."""
+    chances = 1 / torch.arange(1, 1001).double()
+    kept, even = [], []
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        table = torch.randn(1000, 64, generator=generator)
+        words = torch.multinomial(chances, 4096, replacement=True, generator=generator)
+        for part in words.view(4, 1024):
+            sample = collected(table[part]).sample.rows
+            kept.append(len(sample.unique(dim=0)))
+            even.append(len(part[torch.randperm(1024, generator=generator)[:128]].unique()))
+    assert sum(kept) / len(kept) == pytest.approx(sum(even) / len(even), rel=0.05)
+    assert min(kept) > 0.75 * min(even)
+
+
+def test_equal_sequences_of_several_batches_are_drawn_apart():
+    """As the beginning that all prompts have."""
+    start = heavy_tailed(16, 32)
+    batches = [torch.cat([start, heavy_tailed(48, 32, seed)]) for seed in range(1, 65)]
+    sample = collected(*batches).sample.rows
+    started = (sample.unsqueeze(1) == start.bfloat16()).all(dim=2)
+    assert 10 < int(started.sum()) < 60  # 32 of 128
+    assert int(started.sum(dim=0).max()) < 12
+
+
+def test_a_refused_merge_changes_nothing():
+    parts = [ModelStatistics(), ModelStatistics()]
+    for part in parts:
+        part.add_group({"x": K})
+        part.add_group({"y": K})
+    x = torch.randn(4, 32)
+    parts[0].update("y", x, x)
+    parts[1].update("x", x)
+    parts[1].update("y", x)
+    with pytest.raises(StatisticsMismatchError, match="with gradients here, without gradients"):
+        parts[0].merge(parts[1])
+    assert (parts[0]["x"].tokens, parts[0]["y"].tokens) == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("sample.rows.0", lambda t: t[:, :16].contiguous()),
+        ("sample.rows.0", lambda t: t.float()),
+        ("sample.keys.0", lambda t: t[:3].clone()),
+        ("columns.q", lambda t: t[:3].clone()),
+        ("square.0", lambda t: t * math.nan),
+        ("importance.0", lambda t: t + math.inf),
+    ],
+)
+def test_damaged_samples_and_sums(tmp_path, name, change):
+    statistics = model_statistics()
+    statistics.add_weight("q", torch.ones(64, 32))
+    statistics.save(tmp_path / "s")
+    content, tensors = module.read_file(
+        tmp_path / "s", module._KIND, module._VERSION, StatisticsFileError, StatisticsVersionError
+    )
+    tensors[name] = change(tensors[name])
+    module.write_file(tmp_path / "s", module._KIND, module._VERSION, content, tensors)
+    with pytest.raises(StatisticsFileError, match="content is damaged"):
+        load_statistics(tmp_path / "s")
+
+
+def test_the_largest_values_can_be_saved(tmp_path):
+    statistics = model_statistics()
+    statistics.update("q", torch.full((2, 32), 3.4e38))
+    statistics.save(tmp_path / "s")
+    assert load_statistics(tmp_path / "s").tokens == 22
