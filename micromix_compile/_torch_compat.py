@@ -92,6 +92,12 @@ def same_storage(a: object, b: object) -> bool:
     return tensors and torch._C._is_alias_of(a, b)
 
 
+def is_transformed(value: object) -> bool:
+    """Whether a value is one of those inside torch.vmap or another transformation of torch.func."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return isinstance(value, torch.Tensor) and wrapped(value)
+
+
 FUSED_LAYERS = {
     torch._transformer_encoder_layer_fwd: ((3, 4), (5, 6), (14, 15), (16, 17)),
     torch._native_multi_head_attention: ((5, 6), (7, 8)),

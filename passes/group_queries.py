@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from micromix_compile._torch_compat import is_transformed
 from micromix_compile.passes.find_linears import value_of
 from micromix_compile.passes.shared_inputs import written_between
 
@@ -31,16 +32,14 @@ _EXPANDS = {"expand", aten.expand.default}
 
 def group_queries(graph: fx.Graph) -> int:
     """Rewrite a graph in place; returns the number of attentions whose keys and values are no longer repeated."""
-    count = 0
-    for node in list(graph.nodes):
-        if is_attention(node):
-            count += _group(graph, node)
-    return count
+    return sum(_group(graph, node) for node in list(graph.nodes) if is_attention(node))
 
 
 def is_attention(node: fx.Node) -> bool:
-    """Whether a node is a call of scaled_dot_product_attention."""
-    return node.op == "call_function" and node.target in _ATTENTIONS
+    """Whether a node is a call of scaled_dot_product_attention that a pass may rewrite."""
+    # Inside torch.vmap a value has one dimension less than its tensor, and no operator takes it outside of it.
+    called = node.op == "call_function" and node.target in _ATTENTIONS
+    return called and not is_transformed(value_of(node))
 
 
 def arguments_of(node: fx.Node) -> dict[str, Any]:
@@ -69,24 +68,22 @@ def _group(graph: fx.Graph, node: fx.Node) -> bool:
         given["query"] = call(graph, torch.reshape, given["query"], rows)
         given["key"] = call(graph, torch.squeeze, key, 2)
         given["value"] = call(graph, torch.squeeze, value, 2)
-        attention = graph.call_function(node.target, (), {})
-        result = graph.call_function(torch.reshape, (attention, (-1, heads, 1, _shape(value)[-1])))
-    operands = [given.pop(name) for name in _ARGUMENTS[:3]]
-    attention.args, attention.kwargs = tuple(operands), given
-    result.meta = dict(node.meta)
+        operands = [given.pop(name) for name in _ARGUMENTS[:3]]
+        attention = graph.call_function(node.target, tuple(operands), given)
     attention.meta = {k: v for k, v in node.meta.items() if k not in ("example_value", "val")}
-    node.replace_all_uses_with(result)
-    graph.erase_node(node)
+    become(node, torch.reshape, attention, (-1, heads, 1, _shape(value)[-1]))
     return True
 
 
 def unrepeated(node: fx.Node, reader: fx.Node) -> fx.Node | None:
     """`[B, groups, 1, S, D]` of which `node`, `[B, heads, S, D]`, is a repetition, if `reader` may read that instead."""
-    reshape = _before(node, _COPIES)
-    if reshape.target not in _RESHAPES:
+    copies: list[fx.Node] = []
+    reshape = _before(node, copies)
+    if reshape.target not in _RESHAPES or not reshape.args:
         return None
-    expand = _before(reshape.args[0], _COPIES)
-    if expand.target not in _EXPANDS:
+    copies.append(reshape)
+    expand = _before(reshape.args[0], copies)
+    if expand.target not in _EXPANDS or not expand.args:
         return None
     source = expand.args[0]
     before, expanded, after = _shape(source), _shape(expand), _shape(node)
@@ -96,14 +93,21 @@ def unrepeated(node: fx.Node, reader: fx.Node) -> fx.Node | None:
         return None
     if before[1] != expanded[1] or expanded[1] * expanded[2] != after[1]:
         return None
+    if str(before[0]) != str(expanded[0]):  # repeated over the batch, too
+        return None
     if str(expanded[3:]) != str(after[2:]) or str(before[3:]) != str(after[2:]):
         return None
-    # A repetition is a copy: it does not see what is written to the cache after it.
-    return None if written_between(source, reshape, reader) else source
+    # A repetition is a copy: it does not see what is written to the cache after the first of them is made.
+    if written_between(source, copies[-1], reader):
+        return None
+    # And what is written to a copy, the cache does not see.
+    return None if any(written_between(copy, copy, reader) for copy in copies) else source
 
 
-def _before(node: fx.Node, passed: set[Any]) -> fx.Node:
-    while node.target in passed:
+def _before(node: fx.Node, copies: list[fx.Node]) -> fx.Node:
+    """What a node is a copy of, or itself; the copies are added, the last first."""
+    while node.target in _COPIES and node.args:
+        copies.append(node)
         node = node.args[0]
     return node
 
@@ -117,9 +121,14 @@ def _is(size: Any, number: int) -> bool:
     return isinstance(size, int) and size == number
 
 
-def call(graph: fx.Graph, target: Any, *arguments: Any) -> fx.Node:
+def call(graph: fx.Graph, target: Any, *arguments: Any, **named: Any) -> fx.Node:
     """A call with the value that Dynamo would have kept of it."""
-    new = graph.call_function(target, arguments)
+    new = graph.call_function(target, arguments, named)
     values = (value_of(x) if isinstance(x, fx.Node) else x for x in arguments)
-    new.meta = {"example_value": target(*values)}
+    new.meta = {"example_value": target(*values, **named)}
     return new
+
+
+def become(node: fx.Node, target: Any, *arguments: Any) -> None:
+    """Make a node another call of the same value. It stays in the graph: a layer may be known to read it."""
+    node.target, node.args, node.kwargs = target, arguments, {}

@@ -13,7 +13,15 @@ from torch import fx
 
 from micromix_compile.ops import cpu_isa
 from micromix_compile.passes.find_linears import value_of
-from micromix_compile.passes.group_queries import arguments_of, call, is_attention, unrepeated
+from micromix_compile.passes.group_queries import (
+    arguments_of,
+    become,
+    call,
+    is_attention,
+    unrepeated,
+)
+
+aten = torch.ops.aten
 
 # The types that are lowered on an instruction set. Prompts in bfloat16 are torch's where it has AVX512-BF16 for them.
 _TYPES = {
@@ -21,6 +29,10 @@ _TYPES = {
     "avx512": (torch.float32,),
     "avx2": (torch.bfloat16, torch.float32),
 }
+_TRANSPOSES = {"transpose", torch.transpose, aten.transpose.int}
+_RESHAPES = {"reshape", torch.reshape, aten.reshape.default}
+_COPIES = _RESHAPES | {"contiguous", "flatten", torch.flatten, aten.contiguous.default}
+_OURS = (0, 2, 1, 3)  # the dimensions of a result as the operator's lie in memory
 _MASKS = (torch.bool, torch.bfloat16, torch.float32)
 
 
@@ -35,7 +47,8 @@ def _lower(graph: fx.Graph, node: fx.Node) -> bool:
     if not all(_is_operand(operand) for operand in operands):
         return False
     query, key, value = operands
-    if len({value_of(operand).dtype for operand in operands}) > 1:
+    # Under autocast the result has another type.
+    if len({value_of(operand).dtype for operand in (*operands, node)}) > 1:
         return False
     if len({str(value_of(operand).shape[0]) for operand in operands}) > 1:
         return False
@@ -51,6 +64,8 @@ def _lower(graph: fx.Graph, node: fx.Node) -> bool:
         return False
     sources = [unrepeated(operand, node) for operand in (key, value)]
     shared = None not in sources and _groups(sources[0]) == _groups(sources[1])
+    if not shared and _heads_and_length(key) != _heads_and_length(value):
+        return False
     heads, groups = value_of(query).shape[1], _groups(sources[0] if shared else key)
     if not isinstance(heads, int) or not isinstance(groups, int) or heads % groups:
         return False
@@ -71,11 +86,36 @@ def _lower(graph: fx.Graph, node: fx.Node) -> bool:
             float(head_size**-0.5 if scale is None else scale),
         )
         attention = call(graph, torch.ops.micromix.attention.default, *arguments)
-        result = graph.call_function(torch.transpose, (attention, 1, 2))
-    result.meta = dict(node.meta)
-    node.replace_all_uses_with(result)
-    graph.erase_node(node)
+        order = _layout(value_of(node))
+        if order == _OURS or _is_copied(node):
+            become(node, torch.permute, attention, _OURS)
+            return True
+        # Eager PyTorch lays out its result as the query is, and the model may view it so.
+        result = call(graph, torch.permute, attention, [_OURS[d] for d in order])
+        result = call(graph, torch.clone, result, memory_format=torch.contiguous_format)
+        become(node, torch.permute, result, [order.index(d) for d in range(4)])
     return True
+
+
+def _layout(result: torch.Tensor) -> tuple[int, ...]:
+    """The dimensions of a result as they lie in memory; `_OURS` where it lies so but for dimensions of size 1."""
+    order = result.dim_order()
+    long, ours = ([d for d in dims if str(result.shape[d]) != "1"] for dims in (order, _OURS))
+    return _OURS if long == ours else order
+
+
+def _is_copied(node: fx.Node) -> bool:
+    """Whether a result is transposed and copied, as most models do it, and read by nothing else: ours is good for that."""
+    readers = list(node.users)
+    if len(readers) == 1 and readers[0].target in _RESHAPES:  # to its own shape: transformers does
+        if str(value_of(readers[0]).shape) != str(value_of(node).shape):
+            return False
+        readers = list(readers[0].users)
+    if len(readers) != 1 or readers[0].target not in _TRANSPOSES:
+        return False
+    copies = list(readers[0].users)
+    transposed = {d % 4 for d in readers[0].args[1:]} == {1, 2}
+    return transposed and len(copies) == 1 and copies[0].target in _COPIES
 
 
 def _is_operand(node: Any) -> bool:
@@ -98,3 +138,7 @@ def _fits(mask: Any, key: torch.Tensor) -> bool:
 
 def _groups(node: fx.Node) -> Any:
     return value_of(node).shape[1]
+
+
+def _heads_and_length(node: fx.Node) -> str:
+    return str(value_of(node).shape[1:3])

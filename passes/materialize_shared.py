@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from micromix_compile.passes.find_linears import value_of
+from micromix_compile.passes.in_place import same_memory
 from micromix_compile.passes.shared_inputs import written_between
 
 FEWEST_READERS = 4
@@ -43,9 +44,13 @@ def _is_shared(node: fx.Node) -> bool:
         and (value.dtype.is_floating_point or value.dtype == torch.bool)
         and value.dim() > 0
         and len(node.users) >= FEWEST_READERS
-        # A view that the graph returns is the caller's to write to.
-        and all(user.op != "output" for user in node.users)
+        # What the graph returns is the caller's to write to, through a view of it too.
+        and not any(same_memory(result, node) for result in _results(node.graph))
     )
+
+
+def _results(graph: fx.Graph) -> list[fx.Node]:
+    return [node for output in graph.find_nodes(op="output") for node in output.all_input_nodes]
 
 
 def _materialize(graph: fx.Graph, node: fx.Node) -> None:

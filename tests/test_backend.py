@@ -379,6 +379,66 @@ def test_layers_inside_an_operator_of_torch_are_named(fast, request):
         torch.testing.assert_close(y, model(x))
 
 
+class ReadsAttention(nn.Module):
+    """A layer that reads an attention, as `use` gives it."""
+
+    def __init__(self, use) -> None:
+        super().__init__()
+        self.layer, self.use = nn.Linear(64, 32), use
+
+    def forward(self, q: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.use(nn.functional.scaled_dot_product_attention(q, q, q)))
+
+
+@pytest.mark.parametrize("use", [lambda y: y, lambda y: y.view(-1, 64)])
+def test_a_layer_may_read_attention_in_any_form(use):
+    model, q = ReadsAttention(use), torch.randn(2, 4, 5, 64)
+    actual, compiled = run(model, q, recipe=Recipe(format="mxfp8"), inductor=True)
+    assert not any(reasons(compiled).values())
+    expected = model(q)
+    assert (actual - expected).norm() < 0.06 * expected.norm()
+
+
+class Mapped(nn.Module):
+    """Layers and an attention inside torch.vmap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.out = Block(64), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.vmap(self.block, 1, 1)(x)
+        heads = self.out(x).view(len(x), 1, -1, 4, 16).transpose(2, 3)
+        return torch.vmap(nn.functional.scaled_dot_product_attention)(heads, heads, heads)
+
+
+@pytest.mark.parametrize("inductor", [False, True])
+def test_layers_inside_vmap_are_lowered_and_read_all_rows_at_once(inductor):
+    model, x = Mapped().eval(), torch.randn(6, 5, 64)
+    (actual, compiled), code = run_and_get_code(
+        lambda: run(model, x, recipe=Recipe(format="mxfp8"), inductor=inductor)
+    )
+    assert explain(compiled).passes["lowered"] == 4
+    assert "lower_attention" not in explain(compiled).passes
+    expected = model(x)
+    assert (actual - expected).norm() < 0.1 * expected.norm()
+    if inductor:
+        assert "\n".join(code).count("torch.ops.micromix.linear.default(") == 2
+
+
+def test_a_weight_for_each_inside_vmap():
+    weights, x = torch.randn(3, 32, 64), torch.randn(3, 5, 64)
+    rest = (0, 0, 64, 0)
+    quantize, linear = torch.ops.micromix.quantize, torch.ops.micromix.linear
+    placed = [torch.ops.micromix.place_weight(*quantize(w, None, *rest), *rest) for w in weights]
+
+    def product(x, weight):
+        return linear(*quantize(x, None, *rest), weight, None, 32, *rest, torch.float32)
+
+    expected = torch.stack([product(*pair) for pair in zip(x, placed)])
+    assert torch.equal(torch.vmap(product)(x, torch.stack(placed)), expected)
+
+
 def test_attention_of_separate_weights():
     """What is given by keyword, or not at all, is no reason to fail."""
     model, x = nn.MultiheadAttention(32, 2, kdim=16, vdim=16).eval(), torch.randn(5, 32)

@@ -1,6 +1,8 @@
-"""Shapes and dtypes of the operators' results, for tracing; dynamic sizes welcome."""
+"""Shapes and dtypes of the operators' results, for tracing, dynamic sizes welcome; and what they do in torch.vmap."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,6 +25,16 @@ _STEP_BLOCKS = 4
 _PANEL_ROWS = 8
 _SCALE_WORD = 4
 
+# The operators on rows with any leading dimensions, and how many of their first arguments have these.
+_ON_ROWS = {
+    "quantize": 1,
+    "linear": 2,
+    "linears.two": 2,
+    "linears.three": 2,
+    "weight_only_linear": 1,
+    "materialize": 1,
+}
+
 
 def register() -> None:
     for name, function in (
@@ -37,6 +49,8 @@ def register() -> None:
         ("unplace_weight", _unplace_weight),
     ):
         torch.library.register_fake(f"{NAMESPACE}::{name}", function)
+    for name, count in _ON_ROWS.items():
+        torch.library.register_vmap(f"{NAMESPACE}::{name}", _batched(name, count))
 
 
 def placed_bytes(
@@ -132,3 +146,33 @@ def _unplace_weight(
 ) -> tuple[Tensor, Tensor]:
     layout = MixedLayout.weight_from_code(k4, k6, k8, format)
     return weight.new_empty((n, layout.row_bytes)), weight.new_empty((n, layout.blocks))
+
+
+def _batched(name: str, count: int) -> Callable:
+    """An operator in torch.vmap: its dimension is one more before the rows. (Without a rule torch calls row by row.)"""
+    packet, _, overload = name.partition(".")
+    operator = getattr(getattr(torch.ops.micromix, packet), overload or "default")
+
+    def rule(info, dimensions, *arguments):
+        given = list(zip(arguments, dimensions))
+        if any(d is not None for _, d in given[count:]):  # a weight for each: one after the other
+            calls = (
+                [x if d is None else x.select(d, i) for x, d in given]
+                for i in range(info.batch_size)
+            )
+            result = _stacked([operator(*call) for call in calls])
+        else:
+            rows = (
+                x.expand(info.batch_size, *x.shape) if d is None else x.movedim(d, 0)
+                for x, d in given[:count]
+            )
+            result = operator(*rows, *arguments[count:])
+        return result, (0,) * len(result) if isinstance(result, tuple) else 0
+
+    return rule
+
+
+def _stacked(results: list) -> Tensor | tuple[Tensor, ...]:
+    if isinstance(results[0], tuple):
+        return tuple(map(torch.stack, zip(*results)))
+    return torch.stack(results)

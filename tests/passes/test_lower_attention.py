@@ -97,6 +97,27 @@ def written_between(query, key, value, mask):
     return F.scaled_dot_product_attention(query, *old, attn_mask=mask)
 
 
+def copy_written(query, key, value, mask):
+    key, value = repeated(key), repeated(value).contiguous()
+    written = key[:, :, 0].zero_(), value.mul_(2)  # and used: else it would be dead code here
+    result = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return result + 0 * (written[0].sum() + written[1].sum())
+
+
+def written_between_copies(query, key, value, mask):
+    copies = [x[:, :, None].expand(B, GROUPS, 3, S, D).clone() for x in (key, value)]
+    key.mul_(2)
+    copies = [x.reshape(B, HEADS, S, D) for x in copies]
+    return F.scaled_dot_product_attention(query, *copies, attn_mask=mask)
+
+
+def repeated_over_the_batch(query, key, value, mask):
+    key, value = (
+        x[:1, :, None].expand(B, GROUPS, 3, S, D).reshape(B, HEADS, S, D) for x in (key, value)
+    )
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
 MASKS = [None, "bool", "bfloat16", "two dimensions", "of each head", "of the keys"]
 
 
@@ -113,6 +134,9 @@ MASKS = [None, "bool", "bfloat16", "two dimensions", "of each head", "of the key
         (equal_heads, {}, False),
         (key_repeated, {}, True),
         (written_between, {}, True),
+        (copy_written, {}, True),
+        (written_between_copies, {}, True),
+        (repeated_over_the_batch, {}, True),
     ],
 )
 def test_what_is_lowered(function, given, copies):
@@ -138,10 +162,20 @@ def broadcast_batch(query, key, value, mask):
     return F.scaled_dot_product_attention(query[:, :2], key[:1], value[:1])
 
 
+def broadcast_values(query, key, value, mask):
+    return F.scaled_dot_product_attention(query[:, :2], key, value[:, :1])
+
+
+def broadcast_keys(query, key, value, mask):
+    return F.scaled_dot_product_attention(query, key[:, :1], value, enable_gqa=True)
+
+
 @pytest.mark.parametrize(
     "function, given",
     [
         (broadcast_batch, {}),
+        (broadcast_values, {}),
+        (broadcast_keys, {}),
         (attention, {"dtype": torch.float16}),
         (attention, {"mask": "of one key"}),
         (dropped_out, {}),
@@ -150,6 +184,58 @@ def broadcast_batch(query, key, value, mask):
 )
 def test_what_is_left_to_torch(function, given):
     assert lowered(function, *operands(**given))[0] == 0
+
+
+def test_under_autocast_it_is_left_to_torch():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lowered(attention, *operands(dtype=torch.float32))[0] == 0
+
+
+def in_eagers_layout(order, size):
+    """Attention whose query lies in memory in an order, and what a model may do with it then."""
+
+    def function(query, key, value, mask):
+        query = query.permute(order).contiguous().permute([order.index(d) for d in range(4)])
+        value = value[..., :size]
+        result = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+        return result, result.permute(order).view(-1)
+
+    return function
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize(
+    "order, size, copied",
+    [((0, 2, 1, 3), D, False), ((0, 1, 2, 3), D, True), ((2, 0, 1, 3), D, True)]
+    + [((0, 1, 2, 3), 8, True)],
+)
+def test_a_result_lies_in_memory_as_eagers_does(tokens, order, size, copied):
+    inputs = operands(tokens, torch.float32)
+    function = in_eagers_layout(order, size)
+    expected, flat = function(*inputs)
+    count, gm = lowered(function, *inputs)
+    assert count == 1
+    clones = gm.graph.find_nodes(op="call_function", target=torch.clone)
+    assert bool(clones) == (copied and tokens > 1)
+    actual, actual_flat = gm(*inputs)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(actual_flat, flat)
+    if tokens > 1:
+        assert actual.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("then", ["contiguous", "reshape"])
+def test_a_result_that_is_copied_anyway_is_not_copied_before(then):
+    def function(query, key, value, mask):
+        result = F.scaled_dot_product_attention(query, repeated(key), repeated(value))
+        result = result.reshape(B, -1, 5, D).transpose(1, 2)
+        result = result.contiguous() if then == "contiguous" else result.reshape(B, -1, HEADS * D)
+        return result.view(B, -1, HEADS * D)
+
+    inputs = operands(dtype=torch.float32)
+    count, gm = lowered(function, *inputs)
+    assert count == 1 and not gm.graph.find_nodes(op="call_function", target=torch.clone)
+    torch.testing.assert_close(gm(*inputs), function(*inputs))
 
 
 @pytest.mark.parametrize(

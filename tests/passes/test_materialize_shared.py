@@ -73,6 +73,16 @@ def after_a_layer(layers, x, y):
     return x
 
 
+def of_which_a_view_is_written_later(layers, x, y):
+    scale = y[:]
+    view = scale.unsqueeze(0)
+    for layer in layers:
+        x = layer(x) * scale
+    torch._dynamo.graph_break()
+    view.mul_(3)
+    return x + y
+
+
 def of_integers(layers, x, y):
     number = y.int() + 1
     for layer in layers:
@@ -88,6 +98,7 @@ def of_integers(layers, x, y):
         (4, written_later, 0),
         (4, after_a_layer, 0),
         (4, of_integers, 0),
+        (4, of_which_a_view_is_written_later, 0),
     ],
 )
 def test_what_is_computed_once(readers, use, count):
