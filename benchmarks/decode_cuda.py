@@ -83,21 +83,20 @@ def main() -> None:
         f"{arguments.layers} layers"
     )
     results = {"device": torch.cuda.get_device_name(), "layers": arguments.layers, "runs": {}}
+
+    def report(title: str, runs: dict[str, Callable], steps: int) -> None:
+        results["runs"][title] = measure(title, runs, steps, arguments.rounds)
+        if arguments.json:  # what is measured is not lost
+            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
     with torch.inference_mode():
         for batch in arguments.batches:
-            runs = {
-                name: decode_of(model, step, batch, arguments.cache, arguments.steps)
-                for name, step in compiled.items()
-            }
-            results["runs"][f"decode, batch {batch}"] = measure(
-                f"decode, batch {batch}", runs, arguments.steps, arguments.rounds
-            )
+            sizes = batch, arguments.cache, arguments.steps
+            runs = {name: decode_of(model, step, *sizes) for name, step in compiled.items()}
+            report(f"decode, batch {batch}", runs, arguments.steps)
         for tokens in arguments.prompts:
             runs = {name: prompt_of(model, step, tokens) for name, step in compiled.items()}
-            name = f"a prompt of {tokens} tokens"
-            results["runs"][name] = measure(name, runs, 1, arguments.rounds)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+            report(f"a prompt of {tokens} tokens", runs, 1)
 
 
 def random_llama(layers: int) -> LlamaForCausalLM:

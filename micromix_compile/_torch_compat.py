@@ -15,11 +15,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
 # The class of a module whose weight its owner reads, and that is never called: MultiheadAttention's out_proj.
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as UncalledLinear  # noqa: F401
+from torch.utils._sympy.numbers import int_oo
 
 
 def source_name(node: fx.Node) -> str:
@@ -90,6 +92,17 @@ def same_storage(a: object, b: object) -> bool:
     """Whether two fake tensors of one trace are views of the same memory."""
     tensors = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
     return tensors and torch._C._is_alias_of(a, b)
+
+
+def is_infinite(bound: sympy.Expr) -> bool:
+    """Whether a bound of a size is none: torch's infinity of integers is a finite number for sympy, without a value."""
+    return bound in (int_oo, sympy.oo)
+
+
+def assumed_relations(size: torch.SymInt) -> list[sympy.Basic]:
+    """What tracing has taken for granted of sizes, beyond their ranges."""
+    env = size.node.shape_env
+    return [env.replace(guard.expr) for guard in env.guards]
 
 
 def is_transformed(value: object) -> bool:

@@ -34,24 +34,30 @@ from micromix_compile.errors import (
     CheckpointError,
     CheckpointExistsError,
     CheckpointVersionError,
+    HookedLayerError,
     InvalidPlanError,
     LeftAloneWarning,
     NoPlanWarning,
     OptionError,
-    PlanMismatchError,
+    OutputError,
+    QuantizedAlreadyError,
+    ReleasedWeightError,
     UnsavableLayerError,
 )
 from micromix_compile.files import file_digest, write_tensors, write_text
-from micromix_compile.packing import PackedWeight, is_released, pack_weight
-from micromix_compile.plan import LayerPlan, LayerShape, ModelPlan
+from micromix_compile.ops import build_id
+from micromix_compile.packing import PackedWeight, is_released, pack_weight, refuse
+from micromix_compile.plan import LayerPlan, LayerShape, ModelPlan, RoundedWeight
 from micromix_compile.quantized_linear import QuantizedLinear, linear_shapes, other_linears
 from micromix_compile.recipe import Recipe
 
 __all__ = [
     "METHOD",
     "Description",
+    "bytes_of",
     "check_directory",
     "files_fingerprint",
+    "loaded",
     "pack_layer",
     "plan_to_use",
     "restore",
@@ -237,19 +243,22 @@ def save_pretrained(
         source: the directory that the model was loaded from. What an earlier call wrote from the same source
             with the same plan, and did not finish, is then kept.
 
-    Raises CheckpointExistsError, PlanMismatchError, UnsavableLayerError, and OSError.
+    Raises CheckpointExistsError, OutputError, PlanMismatchError, QuantizedAlreadyError, UnsavableLayerError,
+    HookedLayerError, ReleasedWeightError, OptionError for `max_shard_size`, and OSError.
     """
-    directory = Path(directory)
+    # Where a link leads to: the link itself cannot be replaced by a directory.
+    directory = Path(directory).resolve()
     check_directory(directory)
     model = compat.original_module(model)
     plan = plan_to_use(model, plan)
     entries = _entries(model, plan)
     description = Description.of(plan, [e.layer for e in entries if e.layer])
-    shards = _shards(entries, _bytes_of(max_shard_size))
+    shards = _shards(entries, bytes_of(max_shard_size))
     partial = directory.with_name(directory.name + ".partial")
     fingerprint = None
     if source is not None:
         fingerprint = {"source": files_fingerprint(source), "plan": plan.digest}
+        fingerprint["build"] = build_id()
         fingerprint["shards"] = _digest(shards, model)
     done = _begin(partial, fingerprint)
     weight_map, total = {}, 0
@@ -271,21 +280,31 @@ def save_pretrained(
     description.files = {file: done[file] for file in shards}
     _write_documents(model, partial, description, plan, tokenizer)
     (partial / _PROGRESS).unlink(missing_ok=True)
-    os.replace(partial, directory)
+    try:
+        os.replace(partial, directory)
+    except OSError:  # the files are whole: another call is to find them
+        _note_progress(partial, fingerprint, done)
+        raise
 
 
 def check_directory(directory: Path) -> None:
-    """Say before long work that a checkpoint cannot be written there. Raises CheckpointExistsError."""
+    """Say before long work that a checkpoint cannot be written there. Raises CheckpointExistsError and OutputError."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointExistsError(path=directory)
+    if os.path.ismount(directory):
+        reason = "a file system is mounted there, and a checkpoint gets its name at the end"
+        raise OutputError(path=directory, reason=reason, mend="Give a new folder within it")
 
 
 def plan_to_use(model: nn.Module, plan: ModelPlan | Recipe | None) -> ModelPlan:
     """The plan that a model is to be saved or exported with; its own where it is quantised already.
 
-    Without one, that attached to the model, or MXFP8 with a NoPlanWarning. Raises PlanMismatchError and
-    UnsavableLayerError.
+    Without one, that attached to the model, or MXFP8 with a NoPlanWarning. Raises PlanMismatchError,
+    QuantizedAlreadyError, UnsavableLayerError, HookedLayerError, and ReleasedWeightError.
     """
+    for name, parameter in model.named_parameters():
+        if is_released(parameter):
+            raise ReleasedWeightError(layer=name.removesuffix(".weight"))
     quantised = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     if quantised:
         own = attached(next(model.parameters()))
@@ -295,15 +314,45 @@ def plan_to_use(model: nn.Module, plan: ModelPlan | Recipe | None) -> ModelPlan:
             {name: module.shape for name, module in quantised.items()},
             recipe,
         )
-        if isinstance(plan, ModelPlan) and plan != result:
-            raise PlanMismatchError(differences=["the model is quantised already, by another plan"])
-        return result
+        if isinstance(plan, Recipe) and plan.to_dict() != recipe:
+            raise QuantizedAlreadyError(given="recipe")
+        if isinstance(plan, ModelPlan) and not _is_plan_of(plan, result, quantised):
+            raise QuantizedAlreadyError(given="plan")
+        return plan if isinstance(plan, ModelPlan) else result
+    plan = _plan_of_floats(model, plan)
+    hooked = [name for name in plan if _runs_more(model.get_submodule(name))]
+    if hooked:
+        raise HookedLayerError(layers=hooked)
+    return plan
+
+
+def _is_plan_of(plan: ModelPlan, own: ModelPlan, layers: Mapping[str, QuantizedLinear]) -> bool:
+    """Whether quantised layers, whose own plan is without rounded weights, were made by `plan`."""
+
+    def holds(layer: QuantizedLinear, rounded: RoundedWeight) -> bool:
+        with loaded(layer):
+            packed = layer.packed().to("cpu")
+        return torch.equal(packed.data, rounded.data) and torch.equal(packed.scales, rounded.scales)
+
+    return plan.layers_digest == own.layers_digest and all(
+        holds(layers[name], rounded) for name, rounded in plan.rounded.items()
+    )
+
+
+def _runs_more(module: nn.Module) -> bool:
+    """Whether a call of a module runs more than its class's forward, accelerate's hook and our own apart."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    own_forward = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
+    return own_forward or any(hook is not refuse for hook in hooks)
+
+
+def _plan_of_floats(model: nn.Module, plan: ModelPlan | Recipe | None) -> ModelPlan:
     shapes = linear_shapes(model)
     if plan is None:
         found = next((a for p in model.parameters() if (a := attached(p))), None)
         plan = found[0] if found else Recipe(format="mxfp8")
         if not found:
-            warnings.warn(NoPlanWarning(layers=len(shapes)), stacklevel=3)
+            warnings.warn(NoPlanWarning(layers=len(shapes)), stacklevel=4)
     if isinstance(plan, Recipe):
         warn_of_others(model)
         return uniform_plan(shapes, plan)
@@ -317,7 +366,7 @@ def plan_to_use(model: nn.Module, plan: ModelPlan | Recipe | None) -> ModelPlan:
 def warn_of_others(model: nn.Module) -> None:
     """Name the modules that a recipe for all linear layers does not reach."""
     if others := other_linears(model):
-        warnings.warn(LeftAloneWarning(layers=others), stacklevel=4)
+        warnings.warn(LeftAloneWarning(layers=others), stacklevel=5)
 
 
 def _has_weight(model: nn.Module, name: str) -> bool:
@@ -375,7 +424,7 @@ def _layer_entry(module: nn.Module, name: str, plan: ModelPlan, owner: bool) -> 
         sizes[f"{name}.bias"] = module.bias.nbytes
 
     def tensors() -> dict[str, Tensor]:
-        with _loaded(module):
+        with loaded(module):
             if isinstance(module, QuantizedLinear):
                 packed = module.packed()
             else:
@@ -392,7 +441,7 @@ def _layer_entry(module: nn.Module, name: str, plan: ModelPlan, owner: bool) -> 
 
 def _float_entry(module: nn.Module, dot: str, name: str, tensor: Tensor) -> _Entry:
     def tensors() -> dict[str, Tensor]:
-        with _loaded(module):
+        with loaded(module):
             return {dot + name: _own_memory(getattr(module, name).detach())}
 
     return _Entry({dot + name: tensor.nbytes}, tensors)
@@ -405,7 +454,7 @@ def _own_memory(tensor: Tensor) -> Tensor:
     return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _loaded(module: nn.Module) -> contextlib.AbstractContextManager[None]:
+def loaded(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     """The module's own tensors are there within it, if accelerate offloaded them."""
     if not hasattr(module, "_hf_hook"):
         return contextlib.nullcontext()
@@ -430,13 +479,14 @@ def _shards(entries: list[_Entry], limit: int) -> dict[str, list[_Entry]]:
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": s for i, s in enumerate(shards, 1)}
 
 
-def _bytes_of(size: int | str) -> int:
+def bytes_of(size: int | str) -> int:
+    """The number of bytes that a user means. Raises OptionError."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
     text = str(size).upper().strip()
     number, unit = (text[:-2], units[text[-2:]]) if text[-2:] in units else (text, 1)
     try:
         result = int(float(number) * unit)
-    except ValueError:
+    except (ValueError, OverflowError):
         result = 0
     if result < 1:
         raise OptionError(
@@ -446,9 +496,20 @@ def _bytes_of(size: int | str) -> int:
 
 
 def files_fingerprint(source: str | os.PathLike) -> list[list[Any]]:
-    """What changes when the files of a directory change."""
+    """What changes when the files of a directory change, or it is another directory."""
     files = sorted(path for path in Path(source).iterdir() if path.is_file())
-    return [[p.name, (stat := p.stat()).st_size, stat.st_mtime_ns] for p in files]
+    facts = [[p.name, (stat := p.stat()).st_size, stat.st_mtime_ns, _sampled(p)] for p in files]
+    return [[str(Path(source).resolve())], *facts]
+
+
+def _sampled(path: Path) -> str:
+    """A digest of up to 64 blocks spread over a file: names, sizes and times may be those of another model's."""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with open(path, "rb") as file:
+        for start in range(0, size, max(4096, -(-size // 64))):
+            file.seek(start)
+            digest.update(file.read(4096))
+    return digest.hexdigest()
 
 
 def _digest(shards: Mapping[str, list[_Entry]], model: nn.Module) -> str:
@@ -557,9 +618,12 @@ def restore(model: nn.Module, source: str | os.PathLike | Mapping[str, Tensor]) 
         tensors = {}
         for name, parameter in released.items():
             tensor = tensors[name] = find(name)
-            if tensor is None or tensor.shape != parameter.shape:
-                there = "is missing" if tensor is None else f"is {list(tensor.shape)}"
-                reason = f"{name} must be {list(parameter.shape)} and {there}"
+            fits = tensor is not None and tensor.shape == parameter.shape
+            if not fits or not tensor.is_floating_point():  # packed bytes can have the same shape
+                there = "is missing"
+                if tensor is not None:
+                    there = f"is {list(tensor.shape)} of {tensor.dtype}"
+                reason = f"{name} must be {list(parameter.shape)} of floats and {there}"
                 raise CheckpointError(path=path, reason=reason)
         with torch.no_grad():
             for name, parameter in released.items():

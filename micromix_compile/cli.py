@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -21,7 +22,11 @@ _MODEL = (
     "directory of a causal language model of transformers, a name that `hf download NAME` has put in the cache "
     "(nothing is downloaded), or smollm2"
 )
-_EXIT_CODES = "exit codes: 0 done, 1 failed (one line on stderr says what to do), 2 wrong usage"
+_EXIT_CODES = "exit codes: 0 done, 1 failed (one line on stderr says what to do), 2 wrong usage, 130 interrupted"
+_WRITES = {
+    "calibrate": ("output", "statistics"), "plan": ("output",), "eval": ("output",), "report": ("output",),
+    "quantize": ("output",), "export": ("output",),
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,8 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
+            _check_outputs(arguments)
             _check_device(getattr(arguments, "device", "cpu"))
-            arguments.run(arguments)
+            if code := arguments.run(arguments):
+                return code
         except MicroMixError as error:
             print(f"micromix: error: {_one_line(error)}", file=sys.stderr)
             return 1
@@ -56,16 +63,51 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
     sys.stderr.write(text)
 
 
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """Before the long work: no result goes where an input lies, or where no file can be. Raises OutputError."""
+    from micromix_compile.errors import OutputError
+    from micromix_compile.files import check_output
+
+    paths = [
+        (name, Path(path).resolve())
+        for name, value in vars(arguments).items()
+        if name in ("model", "output", "statistics", "plan", "sequential", "text")
+        for path in (value if isinstance(value, list) else [value])
+        if path is not None
+    ]
+    for name in _WRITES.get(arguments.command, ()):
+        path = getattr(arguments, name)
+        if path is None:
+            continue
+        others = (
+            p for n, p in paths if n != name and (n in _WRITES[arguments.command] or p.exists())
+        )
+        if path.resolve() in others:
+            reason = "another argument of this command is the same file"
+            raise OutputError(path=path, reason=reason, mend="Give another path")
+        if arguments.command not in ("quantize", "export"):  # which look for themselves
+            check_output(path)
+
+
 def _check_device(device: str) -> None:
     """Before the long work. Raises OptionError."""
+    from micromix_compile.errors import OptionError
+
+    if os.environ.get("MICROMIX_CPU_ISA"):
+        from micromix_compile.ops import kernel_name
+
+        try:
+            kernel_name("cpu")
+        except RuntimeError as error:
+            reason = f"does not work: {_one_line(error).rstrip('.')}"
+            valid = "an instruction set of this CPU, or nothing"
+            raise OptionError(option="MICROMIX_CPU_ISA", reason=reason, valid=valid) from None
     if device == "cpu":
         return
     import torch
 
-    from micromix_compile.errors import OptionError
-
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # a meta tensor has no value
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = f"cannot be {device!r} here: {_one_line(error)}"
         raise OptionError(option="--device", reason=reason, valid="cpu, or a GPU's name") from None
@@ -143,8 +185,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("output", type=Path, metavar="OUT.pt2", help="replaced if it is there")
     export.add_argument("--plan", type=Path, metavar="FILE", help="a plan instead of a recipe")
     export.add_argument(
-        "--max-length", type=_positive, default=2048, metavar="N",
-        help="tokens of a prompt and its continuation, at most (default: %(default)s)",
+        "--max-length", type=_positive, metavar="N",
+        help="tokens of a prompt and its continuation, at most (default: 2048, or what the model has if less)",
     )  # fmt: skip
 
     generate = command("generate", _generate, "continue a text with a checkpoint or a package")
@@ -237,17 +279,24 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
     return value
 
 
 def _not_negative(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must not be negative, not {value}")
     return value
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
 
 
 def _model_flags() -> argparse.ArgumentParser:
@@ -395,10 +444,11 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     import micromix_compile as micromix
 
     recipe = _recipe(arguments)  # before the long work: a bad recipe is said at once
+    before = micromix.load_plan(arguments.sequential) if arguments.sequential else None
+    _texts(arguments, half=0)
     model, tokenizer = _load(arguments)
     _check_time(model, recipe)
     windows = _calibration_windows(arguments, tokenizer)
-    before = micromix.load_plan(arguments.sequential) if arguments.sequential else None
     gradients = arguments.gradients or (recipe.has_budget and before is None)
     batches = [{"input_ids": window[None]} for window in windows]
     calibration = micromix.calibrate(model, gradients, before).run(batches)
@@ -419,12 +469,14 @@ def _quantize(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from micromix_compile.checkpoint import check_directory, save_pretrained
-    from micromix_compile.models import load
+    from micromix_compile.checkpoint import bytes_of, check_directory, save_pretrained
+    from micromix_compile.models import files_of, load
 
     check_directory(arguments.output)
+    bytes_of(arguments.max_shard_size)
     plan = _given_plan(arguments)
     _recipe(arguments)  # before the long work: a bad recipe is said at once
+    _check_plan_file(arguments)
     with tempfile.TemporaryDirectory(prefix="micromix-offload-") as folder:
         start = time.monotonic()
         offload = Path(folder) if arguments.offload else None
@@ -436,10 +488,9 @@ def _quantize(arguments: argparse.Namespace) -> None:
             model.to(arguments.device)
         if plan is None:
             plan = _plan_or_recipe(model, tokenizer, arguments)
-        source = Path(arguments.model)
         save_pretrained(
             model, arguments.output, plan, tokenizer=tokenizer,
-            max_shard_size=arguments.max_shard_size, source=source if source.is_dir() else None,
+            max_shard_size=arguments.max_shard_size, source=files_of(arguments.model),
         )  # fmt: skip
     size = sum(path.stat().st_size for path in arguments.output.glob("*.safetensors"))
     seconds = time.monotonic() - start
@@ -451,20 +502,20 @@ def _export(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from micromix_compile.decoder import export_decoder
+    from micromix_compile.decoder import check_length, export_decoder
     from micromix_compile.export import check_path
     from micromix_compile.models import load
-    from micromix_compile.quantized_linear import QuantizedLinear
 
     check_path(arguments.output)
     start = time.monotonic()
-    given = _given_plan(arguments)
+    plan = _given_plan(arguments)
+    _recipe(arguments)  # before the long work: a bad recipe is said at once
+    _check_plan_file(arguments)
     model, tokenizer = load(arguments.model, getattr(torch, arguments.dtype))
+    check_length(model, arguments.max_length)
     model.to(arguments.device)
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
-        plan = given
-    else:
-        plan = given or _plan_or_recipe(model, tokenizer, arguments)
+    if plan is None:
+        plan = _plan_or_recipe(model, tokenizer, arguments)
     print("compiling prefill and decode, which takes minutes", flush=True)
     export_decoder(
         model, arguments.output, plan=plan, max_length=arguments.max_length, tokenizer=tokenizer
@@ -478,21 +529,20 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     import torch
 
+    from micromix_compile.errors import OptionError
     from micromix_compile.models import load
     from micromix_compile.package import load as load_package
 
-    if not 0 <= arguments.temperature < float("inf"):
-        from micromix_compile.errors import OptionError
-
+    if arguments.temperature != 0 and not 1e-4 <= arguments.temperature < float("inf"):
         raise OptionError(
-            option="--temperature", reason=f"is {arguments.temperature}", valid="0, or more"
+            option="--temperature",
+            reason=f"is {arguments.temperature}",
+            valid="0, or 0.0001 and more",
         )
     package = arguments.model.endswith(".pt2")
     if package:
         model = load_package(arguments.model)
         if not hasattr(model, "tokenizer"):
-            from micromix_compile.errors import OptionError
-
             reason = f"cannot be {arguments.model}, a package of micromix.export, which generates no text"
             raise OptionError(
                 option="MODEL", reason=reason, valid="a package of `micromix export`, or a model"
@@ -501,12 +551,17 @@ def _generate(arguments: argparse.Namespace) -> None:
     else:
         model, tokenizer = load(arguments.model, "auto")
     prompt = arguments.prompt
+    if arguments.chat and not tokenizer.chat_template:
+        reason = f"cannot be given: {arguments.model} has no chat template"
+        raise OptionError(option="--chat", reason=reason, valid="--prompt alone")
     if arguments.chat:
         message = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
     ids = tokenizer(
         prompt, return_tensors="pt", add_special_tokens=not arguments.chat, verbose=False
     ).input_ids
+    if not ids.shape[1]:
+        raise OptionError(option="--prompt", reason="has no tokens", valid="some text")
     start = time.monotonic()
     if package:
         tokens = model.generate(ids, arguments.max_new_tokens, temperature=arguments.temperature)
@@ -539,7 +594,21 @@ def _given_plan(arguments: argparse.Namespace):
 
 
 def _plan_or_recipe(model, tokenizer, arguments: argparse.Namespace):
-    """What the flags of a recipe ask for: a recipe that needs no calibration, or a plan from one."""
+    """What the flags of a recipe ask for: a recipe that needs no calibration, or a plan from one.
+
+    None for a model that is quantised already: it stays as it is. Raises OptionError for flags beside it.
+    """
+    from micromix_compile.errors import OptionError
+    from micromix_compile.quantized_linear import QuantizedLinear
+    from micromix_compile.recipe import Recipe
+
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        if _recipe(arguments) != Recipe():
+            reason = (
+                f"cannot be quantised by flags of a recipe: {arguments.model} is quantised already"
+            )
+            raise OptionError(option="IN", reason=reason, valid="no such flags, or the float model")
+        return None
     return (
         _calibrated(model, tokenizer, arguments) if _calibrates(arguments) else _recipe(arguments)
     )
@@ -549,13 +618,48 @@ def _calibrates(arguments: argparse.Namespace) -> bool:
     return _recipe(arguments).method != "format"
 
 
+def _plan_file(arguments: argparse.Namespace) -> tuple[Path, Path]:
+    """Where the plan that a command makes is kept, and the note of what it was made from."""
+    path = arguments.output.with_name(arguments.output.name + ".plan.safetensors")
+    return path, path.with_suffix(".json")
+
+
+def _check_plan_file(arguments: argparse.Namespace) -> None:
+    """Before the long work: there are texts for the plan that a command makes, and a place, where no other one lies.
+
+    Raises TextError and OutputError.
+    """
+    from micromix_compile.errors import OutputError
+    from micromix_compile.files import check_output
+
+    if arguments.plan is not None or not _calibrates(arguments):
+        return
+    _texts(arguments, half=0)
+    path, note = _plan_file(arguments)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    check_output(path)
+    there = [file for file in (path, note) if file.exists()]
+    if there and not _is_note(note):
+        reason = "it is there, and this command did not make it"
+        mend = "Move it away, or give the plan to use with --plan"
+        raise OutputError(path=there[0], reason=reason, mend=mend)
+
+
+def _is_note(path: Path) -> bool:
+    """Whether a file is one that `_made_from` tells of."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, list) and len(content) > 4
+
+
 def _calibrated(model, tokenizer, arguments: argparse.Namespace):
     """The plan of a model, from OUT.plan.safetensors where an earlier run was stopped after calibrating."""
     import micromix_compile as micromix
     from micromix_compile.files import write_text
 
-    path = arguments.output.with_name(arguments.output.name + ".plan.safetensors")
-    note = path.with_suffix(".json")
+    path, note = _plan_file(arguments)
     recipe = _recipe(arguments)
     made_from = _made_from(arguments)
     if path.exists() and note.exists() and note.read_text(encoding="utf-8") == made_from:
@@ -575,11 +679,13 @@ def _calibrated(model, tokenizer, arguments: argparse.Namespace):
 def _made_from(arguments: argparse.Namespace) -> str:
     """What a plan depends on beside the recipe: the model's files and the flags of calibration."""
     from micromix_compile.checkpoint import files_fingerprint
+    from micromix_compile.models import files_of
+    from micromix_compile.ops import build_id
 
-    model = Path(arguments.model)
-    files = files_fingerprint(model) if model.is_dir() else arguments.model
+    folder = files_of(arguments.model)
+    files = files_fingerprint(folder) if folder else arguments.model
     texts = json.dumps(_texts(arguments, half=0)).encode()
-    flags = [arguments.samples, arguments.seqlen, arguments.dtype]
+    flags = [arguments.samples, arguments.seqlen, arguments.dtype, build_id()]
     return json.dumps([files, hashlib.sha256(texts).hexdigest(), *flags])
 
 
@@ -622,6 +728,8 @@ def _eval(arguments: argparse.Namespace) -> None:
     if arguments.against == "reference":
         _check_against_reference(arguments)
     variants = [(str(path), {"plan": load_plan(path)}) for path in arguments.plan]
+    half = 1 if arguments.against == "float" else None
+    texts = {} if arguments.tasks else _texts(arguments, half)  # before the long work
     for name in arguments.format:
         recipe = Recipe(format=name, activations=arguments.activations)
         label = name if recipe.activations == "match" else f"{name} weights"
@@ -636,8 +744,7 @@ def _eval(arguments: argparse.Namespace) -> None:
         print(
             "Plans and formats run the lowered graph with the operators of a compiled model, without Inductor."
         )
-        half = 1 if arguments.against == "float" else None
-        for name, text in _texts(arguments, half).items():
+        for name, text in texts.items():
             windows = token_windows(
                 tokenizer, text, arguments.seqlen, arguments.samples, arguments.context
             )
@@ -734,6 +841,11 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
     timed = arguments.target is not None
     method, unit = ("time", "of the time of MXFP8") if timed else ("bits", "bits")
+    if (given := getattr(arguments, method)) is not None:
+        from micromix_compile.errors import RecipeError
+
+        expected = "left out: --budgets names those that are swept"
+        raise RecipeError(option=method, value=given, expected=expected)
     budgets = arguments.budgets or ([0.6, 0.7, 0.8, 0.9] if timed else [4.0, 4.5, 5.0, 6.0])
     recipes = [_recipe(arguments, **{method: budget}) for budget in budgets]
     model, tokenizer = _load(arguments)
@@ -767,7 +879,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
         rows.append(row)
         figures = ", ".join(f"{n} {f['increase']:+.2%}" for n, f in row["texts"].items())
         print(f"{budget:g} {unit} ({_bits(plan)}): {figures}")
-    write_sweep(rows, arguments.output)
+        write_sweep(rows, arguments.output)  # now: the next row may take an hour
     print(f"table and picture: {arguments.output}")
 
 
@@ -814,10 +926,10 @@ def _demo(arguments: argparse.Namespace) -> None:
     demo.run(prompt=arguments.prompt or demo.PROMPT, output=arguments.output, dtype=dtype)
 
 
-def _env(arguments: argparse.Namespace) -> None:
+def _env(arguments: argparse.Namespace) -> int:
     from micromix_compile import env
 
-    env.main(["--json"] if arguments.json else [])
+    return env.main(["--json"] if arguments.json else [])
 
 
 if __name__ == "__main__":

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from micromix_compile.errors import ExportError, PackageInputError
+from micromix_compile import _torch_compat as compat
+from micromix_compile.errors import (
+    ExportError,
+    GenerationSettingsWarning,
+    MicroMixError,
+    PackageInputError,
+)
 from micromix_compile.export import check_path, quantised, trace, write_package
 from micromix_compile.package import Package
 from micromix_compile.plan import ModelPlan
+from micromix_compile.quantized_linear import QuantizedLinear
 from micromix_compile.recipe import Recipe
 
-__all__ = ["Decoder", "export_decoder"]
+__all__ = ["Decoder", "check_length", "export_decoder"]
+
+_LONGEST = 2048
+_PROMPTS = (8, 64)  # tokens that a static cache is tried on
+_DIFFERENCE = 0.1  # of a float model's logits: sums in another order make about 1 per cent
+_NO_STATIC_CACHE = "A package has one cache of fixed size; use a quantised checkpoint for this model, or micromix.export"
 
 
 def export_decoder(
@@ -24,26 +38,30 @@ def export_decoder(
     *,
     plan: ModelPlan | Recipe | None = None,
     batch_size: int = 1,
-    max_length: int = 2048,
+    max_length: int | None = None,
     tokenizer: Any = None,
 ) -> None:
     """Compile a causal language model of transformers into a package that generates.
 
     The package has two graphs, `prefill` for prompts of 2 to `max_length` tokens and `decode` for one token, which
     share the weights. Keys and values are arguments, `[batch, heads, max_length, head size]` each, written in place.
-    Raises as `export` does.
+    `max_length` is by default 2048, or the model's longest text where that is less.
+
+    Raises as `export` does, and ExportError for a model that does not give the same logits with a static cache, which
+    is tried first, or whose graph torch.export cannot make. Warns of generation settings that the package leaves out.
     """
     check_path(path)
-    config = model.config.get_text_config(decoder=True)
-    if not 2 < max_length <= getattr(config, "max_position_embeddings", max_length):
-        raise ExportError(
-            reason=f"max_length = {max_length} does not fit the model",
-            mend=f"Give 3 to {getattr(config, 'max_position_embeddings', 'its longest text')}",
-        )
+    max_length = check_length(model, max_length)
+    model = compat.original_module(model)
     step = _Step(model, max_length).eval()
-    cache = step.empty_cache(batch_size)
+    with _as_export_error("it has no static cache of keys and values"):
+        cache = step.empty_cache(batch_size)
+    _check_cache(step)
+    left_out = _settings_left_out(model.generation_config)
+    if left_out:
+        warnings.warn(GenerationSettingsWarning(settings=left_out), stacklevel=2)
     start = torch.zeros((), dtype=torch.int64, device=model.device)
-    with quantised(model, plan) as used:
+    with quantised(model, plan) as used, _as_export_error("torch.export cannot trace it"):
         tokens = torch.zeros(batch_size, 2, dtype=torch.int64, device=model.device)
         length = torch.export.Dim("length", min=2, max=max_length)
         shapes = {"input_ids": {1: length}, "start": None, "cache": [None] * len(cache)}
@@ -57,11 +75,65 @@ def export_decoder(
     decoder = {
         "batch_size": batch_size,
         "max_length": max_length,
+        "vocabulary": len(model.get_input_embeddings().weight),
         "cache": [list(tensor.shape) for tensor in cache],
         "dtype": str(cache[0].dtype).removeprefix("torch."),
         "eos_token_id": [] if eos is None else [eos] if isinstance(eos, int) else list(eos),
     }
     write_package(path, entries, used, decoder, tokenizer)
+
+
+def check_length(model: nn.Module, max_length: int | None) -> int:
+    """The length of a package of this model, by default at most 2048. Raises ExportError for one that does not fit."""
+    config = model.config.get_text_config(decoder=True)
+    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if max_length is None:
+        return min(_LONGEST, most or _LONGEST)
+    if not 2 < max_length <= (most or max_length):
+        raise ExportError(
+            reason=f"max_length = {max_length} does not fit the model",
+            mend=f"Give 3 to {most or 'its longest text'}",
+        )
+    return max_length
+
+
+def _check_cache(step: _Step) -> None:
+    """Raises ExportError where the model cannot use a static cache, or is another model with one."""
+    with _as_export_error("it does not run with a static cache"):
+        difference = step.difference()
+    if any(isinstance(module, QuantizedLinear) for module in step.modules()):
+        # Sums in another order, quantised again in each layer, can make other logits: transformers' word has to do.
+        if getattr(step.model, "_can_compile_fullgraph", None) is False:
+            reason = "transformers says that it does not work with a static cache"
+            raise ExportError(reason=reason, mend=_NO_STATIC_CACHE)
+    elif not difference < _DIFFERENCE:
+        reason = f"its logits with a static cache differ by {difference:.0%} from those without one"
+        raise ExportError(reason=reason, mend=_NO_STATIC_CACHE)
+
+
+@contextlib.contextmanager
+def _as_export_error(reason: str) -> Iterator[None]:
+    """What transformers and torch raise for a model that cannot be such a package becomes an ExportError."""
+    try:
+        yield
+    except (MicroMixError, MemoryError):
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+        detail = f"{reason} ({type(error).__name__}: {first})"
+        raise ExportError(reason=detail, mend=_NO_STATIC_CACHE) from error
+
+
+def _settings_left_out(config: Any) -> list[str]:
+    """What a model's generation_config asks for and a package does not do: it samples by temperature alone."""
+    neutral = {
+        "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "bad_words_ids": None,
+        "suppress_tokens": None, "begin_suppress_tokens": None, "forced_bos_token_id": None, "num_beams": 1,
+    }  # fmt: skip
+    if getattr(config, "do_sample", False):
+        neutral |= {"do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None}
+    found = {name: getattr(config, name, None) for name in neutral}
+    return [f"{n} = {v}" for n, v in found.items() if v is not None and v != neutral[n]]
 
 
 class _Step(nn.Module):
@@ -90,6 +162,24 @@ class _Step(nn.Module):
         cache.early_initialization(batch_size, heads, sizes, self.model.dtype, self.model.device)
         return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
+    @torch.no_grad()
+    def difference(self) -> float:
+        """How far the logits of a prompt and of a token after it are from the model's own, at most, by norm.
+
+        A short prompt and a long one: a mask that counts from the wrong end may be right for one of them.
+        """
+        device = self.model.device
+        vocabulary = len(self.model.get_input_embeddings().weight)
+        chance, found = torch.Generator().manual_seed(0), []
+        for length in sorted({min(self.max_length - 1, most) for most in _PROMPTS}):
+            ids = torch.randint(vocabulary, (1, length + 1), generator=chance).to(device)
+            cache = self.empty_cache(1)
+            own = self.model(input_ids=ids, use_cache=False, logits_to_keep=2).logits[0].float()
+            for row, (first, last) in zip(own, ((0, length), (length, length + 1)), strict=True):
+                logits = self(ids[:, first:last], torch.tensor(first, device=device), cache)
+                found.append((logits[0].float() - row).norm() / row.norm())
+        return torch.stack(found).max().item()
+
     def forward(self, input_ids: Tensor, start: Tensor, cache: list[Tensor]) -> Tensor:
         """int64 `[batch, length]`, the number of tokens before them, the cache -> logits `[batch, vocabulary]`."""
         static = self._static_cache()
@@ -116,6 +206,7 @@ class Decoder(Package):
         self.eos_token_id = [int(token) for token in facts["eos_token_id"]]
         self._cache = [[int(n) for n in shape] for shape in facts["cache"]]
         self._dtype = getattr(torch, facts["dtype"])
+        self.vocabulary = int(facts.get("vocabulary", 1 << 62))  # packages of format 1 do not say
         self._device = archive.manifest["device"]
         self._archive = archive
         if {"prefill", "decode"} - entries.keys():
@@ -130,9 +221,26 @@ class Decoder(Package):
         return [torch.zeros(shape, dtype=self._dtype, device=self._device) for shape in self._cache]
 
     def __call__(self, input_ids: Tensor, start: int, cache: list[Tensor]) -> Tensor:
-        """Logits `[batch, vocabulary]` after the last of some tokens, of which `start` came before; writes the cache."""
+        """Logits `[batch, vocabulary]` after the last of some tokens, of which `start` came before; writes the cache.
+
+        Raises PackageInputError.
+        """
+        self._check_tokens(input_ids)
+        if not 0 <= start <= self.max_length - input_ids.shape[1]:
+            there = f"{start} tokens, {input_ids.shape[1]} more"
+            reason = f"start and input_ids are {there}: the cache holds {self.max_length}"
+            raise PackageInputError(differences=[reason])
         entry = self.entries["decode" if input_ids.shape[1] == 1 else "prefill"]
         return entry(input_ids, torch.tensor(start, device=self._device), cache)
+
+    def _check_tokens(self, input_ids: Tensor) -> None:
+        if input_ids.dim() != 2 or not input_ids.shape[1]:
+            reason = f"input_ids is {list(input_ids.shape)}, not [{self.batch_size}, 1 or more]"
+            raise PackageInputError(differences=[reason])
+        low, high = input_ids.min().item(), input_ids.max().item()
+        if low < 0 or high >= self.vocabulary:
+            reason = f"input_ids holds {low if low < 0 else high}, and tokens are 0 to {self.vocabulary - 1}"
+            raise PackageInputError(differences=[reason])
 
     def generate(
         self,
@@ -190,5 +298,7 @@ class Decoder(Package):
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
     if not temperature:
         return logits.argmax(-1)
-    chances = torch.softmax(logits.float() / temperature, dim=-1)
+    # The largest is 0 then; a small temperature would make it infinite.
+    logits = logits.double() - logits.double().amax(-1, keepdim=True)
+    chances = torch.softmax(logits / temperature, dim=-1)
     return torch.multinomial(chances, 1, generator=generator)[:, 0]

@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import json
 import os
+import random
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import optree
+import sympy
 import torch
 from torch import Tensor, fx, nn
 
 from micromix_compile import _torch_compat as compat
-from micromix_compile.checkpoint import pack_layer, plan_to_use
+from micromix_compile.checkpoint import loaded, pack_layer, plan_to_use
 from micromix_compile.errors import ExportError, GradientError
-from micromix_compile.files import atomically
+from micromix_compile.files import atomically, check_output
 from micromix_compile.ops import ABI, build_id
 from micromix_compile.passes.between_layers import rewrite_between_layers
 from micromix_compile.passes.find_linears import find_linears
@@ -37,7 +39,8 @@ from micromix_compile.recipe import Recipe
 
 __all__ = ["Entry", "check_path", "export", "quantised", "trace", "write_package"]
 
-FORMAT = 1
+FORMAT = 2
+_TRIED = 64  # sizes of an argument, in a search for one that its graph is wrong for
 ALIGNMENT = 64  # of each weight in the blob: what the kernels want of a placed weight
 MANIFEST, WEIGHTS, RUNNER, TOKENIZER = (
     "extra/micromix.json",
@@ -45,6 +48,7 @@ MANIFEST, WEIGHTS, RUNNER, TOKENIZER = (
     "extra/runner.txt",
     "extra/tokenizer/",
 )
+TEMPLATES = "additional_chat_templates"  # transformers' name of the folder
 
 
 def export(
@@ -66,7 +70,8 @@ def export(
         plan: as for `save_pretrained`.
         dynamic_shapes: as for `torch.export.export`: the sizes that vary.
 
-    Raises ExportError, GradientError, PlanMismatchError, UnsavableLayerError, and what torch.export raises.
+    Raises ExportError, OutputError, GradientError, PlanMismatchError, QuantizedAlreadyError, UnsavableLayerError,
+    HookedLayerError, ReleasedWeightError, and what torch.export raises.
     """
     check_path(path)
     model = compat.original_module(model)
@@ -94,12 +99,13 @@ def quantised(model: nn.Module, plan: ModelPlan | Recipe | None) -> Iterator[Mod
             module = model.get_submodule(name)
             if isinstance(module, QuantizedLinear):
                 continue
-            packed = pack_layer(plan, name, module.weight)
+            with loaded(module):
+                packed = pack_layer(plan, name, module.weight)
+                layer = QuantizedLinear.from_packed(
+                    packed, module.bias, plan.shapes[name].transposed
+                )
             floats[name] = module
-            model.set_submodule(
-                name,
-                QuantizedLinear.from_packed(packed, module.bias, plan.shapes[name].transposed),
-            )
+            model.set_submodule(name, layer)
         yield plan
     finally:
         for name, module in floats.items():
@@ -130,6 +136,7 @@ def trace(
             model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
         )
     gm = program.module(check_guards=False)
+    _check_relations(gm, program.range_constraints)
     _lower(gm)
     inputs = _inputs(gm, args, kwargs, structure, program.range_constraints)
     output = _flatten_output(gm)
@@ -192,16 +199,68 @@ def _inputs(
 
 
 def _size(size: Any, symbols: dict[str, int], ranges: Mapping[Any, Any]) -> Any:
-    """An int; or [number of the symbol, smallest, largest], largest None for no bound."""
+    """An int; or [number of the symbol, smallest, largest, a, b] for a times the symbol plus b.
+
+    `largest` is None for no bound; the bounds are those of the symbol. Raises ExportError for any other expression.
+    """
     if isinstance(size, int):
         return size
     expression = size.node.expr
-    number = symbols.setdefault(str(expression), len(symbols))
-    bounds = ranges.get(expression)
-    if bounds is None:  # a sum or product of sizes
-        return [number, 0, None]
-    largest = int(bounds.upper) if bounds.upper.is_number and bounds.upper.is_finite else None
-    return [number, int(bounds.lower), largest]
+    found = list(expression.free_symbols)
+    constant = expression.subs(dict.fromkeys(found, 0))
+    factor = expression.subs(dict.fromkeys(found, 1)) - constant
+    if len(found) != 1 or factor < 1 or factor * found[0] + constant != expression:
+        reason = f"the size {expression} of an argument is no multiple of another one plus a number"
+        raise ExportError(reason=reason, mend="Give that size as it is, or leave it fixed")
+    smallest, largest = _bounds(found[0], ranges)
+    number = symbols.setdefault(str(found[0]), len(symbols))
+    return [number, smallest, largest, int(factor), int(constant)]
+
+
+def _bounds(symbol: Any, ranges: Mapping[Any, Any]) -> tuple[int, int | None]:
+    bounds = ranges.get(symbol)
+    if bounds is None:
+        return 0, None
+    return int(bounds.lower), None if compat.is_infinite(bounds.upper) else int(bounds.upper)
+
+
+def _check_relations(gm: fx.GraphModule, ranges: Mapping[Any, Any]) -> None:
+    """Raises ExportError where the graph is right for some of the sizes only that a package will take.
+
+    What torch assumed of sizes beyond their ranges, such as that one is even, is tried on many of them: a package
+    compares sizes with ranges and with one another, and has no Python to look at more. Inequations are left out; they
+    say that a size is not 1.
+    """
+    sizes = [s for node in gm.graph.find_nodes(op="placeholder") for s in _symbolic_sizes(node)]
+    if not sizes:
+        return
+    chance = random.Random(0)
+    for relation in compat.assumed_relations(sizes[0]):
+        if isinstance(relation, sympy.Ne):
+            continue
+        symbols = sorted(relation.free_symbols, key=str)
+        for i in range(_TRIED if symbols else 0):
+            values = {}
+            for symbol in symbols:
+                smallest, largest = _bounds(symbol, ranges)
+                smallest = max(2, smallest)
+                most = smallest + _TRIED if largest is None else max(smallest, largest)
+                values[symbol] = (
+                    min(most, smallest + i) if i < 8 else chance.randint(smallest, most)
+                )
+            if relation.subs(values) == sympy.false:
+                where = ", ".join(f"{symbol} = {value}" for symbol, value in values.items())
+                raise ExportError(
+                    reason=f"its graph needs {relation}, which sizes in the ranges given do not keep to ({where})",
+                    mend="Fix that size, or give it in dynamic_shapes as what it is: 2 * torch.export.Dim('half')",
+                )
+
+
+def _symbolic_sizes(node: fx.Node) -> list[torch.SymInt]:
+    value = node.meta.get("val")
+    return (
+        [s for s in value.shape if isinstance(s, torch.SymInt)] if isinstance(value, Tensor) else []
+    )
 
 
 def _key(key: Any) -> int | str:
@@ -286,7 +345,11 @@ def write_package(
     }
 
     def write(temporary: Path) -> None:
-        compat.write_aoti_archive(str(temporary), {n: e.files for n, e in entries.items()})
+        # torch calls the folder within an archive as the file: one name makes equal packages equal files.
+        with tempfile.TemporaryDirectory(dir=temporary.parent) as folder:
+            made = Path(folder, "model.pt2")
+            compat.write_aoti_archive(str(made), {n: e.files for n, e in entries.items()})
+            os.replace(made, temporary)
         with zipfile.ZipFile(temporary, "a", zipfile.ZIP_STORED) as archive:
             root = archive.namelist()[0].split("/")[0]
             digests = {name: _digest(archive, name) for name in archive.namelist()}
@@ -297,7 +360,8 @@ def write_package(
 
             _write_member(archive, f"{root}/{WEIGHTS}", blob.parts())
             digests[f"{root}/{WEIGHTS}"] = _digest(archive, f"{root}/{WEIGHTS}")
-            add(RUNNER, _for_the_runner(manifest).encode())
+            checksum = _checksum(archive, f"{root}/{WEIGHTS}")
+            add(RUNNER, _for_the_runner(manifest, checksum).encode())
             if tokenizer is not None:
                 for name, data in _tokenizer_files(tokenizer):
                     add(TOKENIZER + name, data)
@@ -308,12 +372,13 @@ def write_package(
 
 
 def check_path(path: str | os.PathLike) -> None:
-    """Say what is wrong with the path of a package before minutes of compiling."""
+    """Say what is wrong with the path of a package before minutes of compiling. Raises ExportError and OutputError."""
     path = Path(path)
     if path.suffix != ".pt2":
         raise ExportError(reason=f"{path} does not end in .pt2", mend="Give the path that suffix")
     if not path.parent.is_dir():
         raise ExportError(reason=f"there is no folder {path.parent}", mend="Make it first")
+    check_output(path)
 
 
 def target(device: torch.device) -> dict[str, Any]:
@@ -391,18 +456,34 @@ def _digest(archive: zipfile.ZipFile, name: str) -> str:
     return digest.hexdigest()
 
 
+def _checksum(archive: zipfile.ZipFile, name: str) -> str:
+    """The sum over a member's 8-byte words of word * (2 * index + 1), modulo 2^64: quick for the runner to make again.
+
+    torch's reader of archives does not look at their CRC.
+    """
+    total, first = 0, 0
+    with archive.open(name) as member:
+        while block := member.read(1 << 20):
+            words = torch.frombuffer(bytearray(block), dtype=torch.int64)
+            total += (words * torch.arange(2 * first + 1, 2 * (first + len(words)), 2)).sum().item()
+            first += len(words)
+    return f"{total % (1 << 64):x}"
+
+
 def _tokenizer_files(tokenizer: Any) -> Iterator[tuple[str, bytes]]:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        for path in sorted(Path(folder).iterdir()):
+        named = Path(folder, TEMPLATES).glob("*.jinja")  # chat templates beside the one by default
+        for path in sorted([*Path(folder).iterdir(), *named]):
             if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja"):
-                yield path.name, path.read_bytes()
+                yield path.relative_to(folder).as_posix(), path.read_bytes()
 
 
-def _for_the_runner(manifest: Mapping[str, Any]) -> str:
+def _for_the_runner(manifest: Mapping[str, Any], checksum: str) -> str:
     """The manifest for csrc/runner: one fact a line, words apart by spaces."""
     lines = [f"format {FORMAT}", f"abi {manifest['abi']}", f"torch {manifest['torch']}"]
     lines += [f"device {manifest['device']}", f"bytes {manifest['weight_bytes']}"]
+    lines.append(f"checksum {checksum}")
     lines += [f"flag {flag}" for flag in manifest["cpu_flags"]]
 
     def numbers(values: Sequence[int]) -> str:
@@ -413,10 +494,23 @@ def _for_the_runner(manifest: Mapping[str, Any]) -> str:
         lines.append(f"weight {weight['dtype']} {weight['offset']} {sizes}")
     for entry, facts in manifest["entries"].items():
         lines.append(f"entry {entry} {len(facts['inputs'])}")
+        for given in facts["inputs"]:
+            sizes = [_for_the_runner_size(size) for size in given["shape"]]
+            lines.append(f"input {entry} {given['dtype']} {' '.join([str(len(sizes)), *sizes])}")
         lines += [f"constant {entry} {index} {name}" for name, index in facts["weights"].items()]
     if manifest["decoder"]:
         decoder = manifest["decoder"]
-        lines.append(f"decoder {decoder['batch_size']} {decoder['max_length']}")
+        lines.append(
+            f"decoder {decoder['batch_size']} {decoder['max_length']} {decoder['vocabulary']}"
+        )
         lines += [f"cache {decoder['dtype']} {numbers(shape)}" for shape in decoder["cache"]]
         lines += [f"eos {token}" for token in decoder["eos_token_id"]]
     return "\n".join(lines) + "\n"
+
+
+def _for_the_runner_size(size: Any) -> str:
+    """`= SIZE`, or `SYMBOL smallest largest a b`, largest 0 for no bound: see _size."""
+    if isinstance(size, int):
+        return f"= {size}"
+    number, smallest, largest, factor, constant = size
+    return f"{number} {smallest} {largest or 0} {factor} {constant}"

@@ -7,6 +7,7 @@ import pydoc_data.topics
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -28,19 +29,19 @@ def load(
     A name that is no local directory is looked for in the Hugging Face cache of this machine; nothing is downloaded.
     The model is in evaluation mode. With `offload`, its weights stay on disk until the layer that needs them runs:
     in its own files where they can be read as they are, else in that folder. `dtype` may be "auto". A tokenizer that is not needed is None where the
-    directory has none. Raises `ModelLoadError` when there is no such model, or it cannot be read.
+    directory has none. Raises `ModelLoadError` when there is no such model, it cannot be read, or tensors are missing.
     """
     if str(name_or_path) == SMOLLM2:
         return load_smollm2(dtype)
     placement = {"device_map": {"": "disk"}, "offload_folder": offload} if offload else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name_or_path, dtype=dtype, local_files_only=True, **placement
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name_or_path, dtype=dtype, local_files_only=True, output_loading_info=True, **placement
         )
         tokenizer = None
         if needs_tokenizer or _has_tokenizer(Path(name_or_path)):
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=True)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if Path(name_or_path).is_dir():
             reason = str(error).strip().splitlines()[0].rstrip(".")
             mend = "The directory must hold config.json, *.safetensors and the tokenizer's files"
@@ -48,7 +49,21 @@ def load(
             reason = "it is neither a directory nor a model in the Hugging Face cache"
             mend = f"Give a directory, or {SMOLLM2}, or first run: hf download {name_or_path}"
         raise ModelLoadError(model=name_or_path, reason=reason, mend=mend) from error
+    if missing := sorted(found["missing_keys"]):
+        reason = f"its files lack {len(missing)} tensors of a causal language model, {missing[0]} among them"
+        mend = "What is missing would be random numbers; copy the model again"
+        raise ModelLoadError(model=name_or_path, reason=reason, mend=mend)
     return model.eval(), tokenizer
+
+
+def files_of(name_or_path: str | Path) -> Path | None:
+    """The directory that `load` reads; None where there is no such model."""
+    if str(name_or_path) == SMOLLM2:
+        return _smollm2_file().parent
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    cached = try_to_load_from_cache(str(name_or_path), "config.json")
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def _has_tokenizer(directory: Path) -> bool:

@@ -25,7 +25,15 @@ from torch import Tensor
 
 from micromix_compile import _torch_compat as compat
 from micromix_compile.errors import PackageError, PackageInputError, PackageMismatchError
-from micromix_compile.export import ALIGNMENT, FORMAT, MANIFEST, TOKENIZER, WEIGHTS, target
+from micromix_compile.export import (
+    ALIGNMENT,
+    FORMAT,
+    MANIFEST,
+    TEMPLATES,
+    TOKENIZER,
+    WEIGHTS,
+    target,
+)
 from micromix_compile.plan import ModelPlan
 
 __all__ = ["Output", "Package", "load"]
@@ -33,7 +41,8 @@ __all__ = ["Output", "Package", "load"]
 _HUGE_PAGE = 2 << 20
 _MEMBER = re.compile(
     r"(data/aotinductor/[\w-]+/[\w.-]+\.(cpp|so|o|json|cubin)|archive_(format|version)|byteorder|\.data/\w+"
-    r"|extra/(weights\.bin|runner\.txt)|extra/tokenizer/[\w.-]+\.(json|txt|model|jinja))"
+    r"|extra/(weights\.bin|runner\.txt)|extra/tokenizer/[\w.-]+\.(json|txt|model|jinja)"
+    rf"|extra/tokenizer/{TEMPLATES}/[\w-]+\.jinja)"
 )
 
 
@@ -163,28 +172,39 @@ def _tensor_differences(
         if isinstance(expected, int):
             fits &= size == expected
         else:
-            number, smallest, largest = expected
-            fits &= smallest <= size <= largest and symbols.setdefault(number, size) == size
+            number, smallest, largest, factor, constant = expected
+            symbol, rest = divmod(size - constant, factor)
+            fits &= not rest and smallest <= symbol <= largest
+            fits &= symbols.setdefault(number, symbol) == symbol
     if not fits:
         text = [
             str(s)
             if isinstance(s, int)
-            else f"s{s[0]} ({s[1]} to {'any' if s[2] == math.inf else s[2]})"
+            else f"{_expression(s)} ({s[1]} to {'any' if s[2] == math.inf else s[2]})"
             for s in sizes
         ]
         found.append(f"{where} is {list(value.shape)}, not [{', '.join(text)}]")
     return found
 
 
+def _expression(size: tuple) -> str:
+    """A size that varies, as a user would write it: `s0`, `2*s0 + 1`; the range beside it is that of `s0`."""
+    number, _, _, factor, constant = size
+    text = f"s{number}" if factor == 1 else f"{factor}*s{number}"
+    return text if not constant else f"{text} {'+' if constant > 0 else '-'} {abs(constant)}"
+
+
 def _sizes(shape: list) -> list:
-    """The sizes of an input, checked: ints, or [symbol, smallest, largest]."""
+    """The sizes of an input, checked: ints, or (symbol, smallest, largest, a, b) for a times the symbol plus b."""
     result = []
     for size in shape:
         if isinstance(size, list):
-            number, smallest, largest = size
-            result.append(
-                (_index(number), _index(smallest), math.inf if largest is None else _index(largest))
-            )
+            # Format 1 has no factor and constant.
+            number, smallest, largest, factor, constant = size if len(size) > 3 else [*size, 1, 0]
+            if type(constant) is not int or not _index(factor):
+                raise ValueError(f"{size!r} is no size")
+            largest = math.inf if largest is None else _index(largest)
+            result.append((_index(number), _index(smallest), largest, factor, constant))
         else:
             result.append(_index(size))
     return result
@@ -274,7 +294,9 @@ class _Archive:
 
         with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(self.path) as archive:
             for name in self._tokenizer:
-                Path(folder, name.rsplit("/", 1)[1]).write_bytes(archive.read(name))
+                file = Path(folder, name.partition(TOKENIZER)[2])
+                file.parent.mkdir(exist_ok=True)
+                file.write_bytes(archive.read(name))
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
@@ -371,7 +393,8 @@ def _check_target(
             differences.append(
                 f"CUDA capability {capability}, and here is {here['cuda_capability']}"
             )
-    if plan is not None and plan.digest != digest:
+    # A checkpoint holds the weights that a plan rounded, and no record of that: its packages have the layers' digest.
+    if plan is not None and digest not in (plan.digest, plan.layers_digest):
         differences.append("another plan than the one given")
     if differences:
         raise PackageMismatchError(path=path, differences=differences)

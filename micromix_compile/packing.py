@@ -101,8 +101,6 @@ class PlacedWeight:
 
     def _pack(self, parameter: torch.Tensor) -> torch.Tensor:
         global _packings
-        if is_released(parameter):
-            raise ReleasedWeightError(layer=self.name)
         _packings += 1
         # A buffer made under inference_mode could not be packed again outside of it.
         with torch.inference_mode(False):
@@ -182,10 +180,11 @@ def refuse_released() -> None:
     for module in _modules():
         own = module.__dict__.get("_parameters", {}).values()
         if any(id(parameter) in released for parameter in own):
-            module.register_forward_pre_hook(_refuse)
+            module.register_forward_pre_hook(refuse)
 
 
-def _refuse(module: torch.nn.Module, arguments: tuple) -> None:
+def refuse(module: torch.nn.Module, arguments: tuple) -> None:
+    """The hook that refuse_released registers; it lets a module run again once its weight is restored."""
     if torch.compiler.is_compiling():  # the compiled model has no use for the float weight
         return
     for parameter in module._parameters.values():
@@ -264,7 +263,10 @@ def pack_weight(
 
     `rows` int64 `[N]`: packed row i is row `rows[i]` of the weight. With `rounded`, the plan's rounded weight, that
     is what is packed; raises RoundedWeightError, with the layer's `name`, if it was rounded from other values.
+    Raises ReleasedWeightError where the weight's storage was given back.
     """
+    if is_released(weight):
+        raise ReleasedWeightError(layer=name)
     layout = plan.weight_layout
     if rounded is not None:
         if fingerprint(weight) != rounded.source:

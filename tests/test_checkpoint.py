@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ import safetensors.torch
 import torch
 from architectures import build
 from tiny_llama import save_tiny, tiny_llama
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import micromix_compile as micromix
 from micromix_compile import Recipe, calibrate, explain, save_pretrained
@@ -25,15 +26,22 @@ from micromix_compile.allocation import uniform_plan
 from micromix_compile.checkpoint import plan_to_use
 from micromix_compile.cli import main
 from micromix_compile.errors import (
+    CheckpointClassError,
     CheckpointError,
     CheckpointExistsError,
     CheckpointVersionError,
     GradientError,
+    HookedLayerError,
     LeftAloneWarning,
     MicroMixError,
+    OptionError,
+    OutputError,
     PlanMismatchError,
+    QuantizedAlreadyError,
+    ReleasedWeightError,
     UnsavableLayerError,
 )
+from micromix_compile.export import quantised
 from micromix_compile.integrations.transformers import MicroMixConfig
 from micromix_compile.packing import pack_weight
 from micromix_compile.plan import LayerShape, ModelPlan
@@ -365,7 +373,7 @@ KILLED = """
     from tqdm import tqdm
     tqdm.set_lock(threading.RLock())  # its own is shared with the children, and a killed one may hold it
     torch.set_num_threads(1)
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
     from micromix_compile import load_plan, save_pretrained
     source, work, resumes = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "resumes"
     plan = load_plan(work / "plan.safetensors")
@@ -606,3 +614,179 @@ def test_a_package_without_a_tokenizer_generates_no_text(capsys, monkeypatch):
     monkeypatch.setattr("micromix_compile.package.load", lambda path: object())
     assert main(["generate", "some.pt2", "--prompt", "x"]) == 1
     assert "generates no text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "saver", [save_pretrained, lambda model, path: model.save_pretrained(path)]
+)
+def test_a_tied_head_that_is_quantised_while_loading(saver, ids, tmp_path):
+    """Its weight is in the files under the embedding's name only."""
+    build("gpt2").save_pretrained(tmp_path / "float")
+    recipe = Recipe(format="mxfp8", include_lm_head=True)
+    save_pretrained(load(tmp_path / "float"), tmp_path / "packed", recipe)
+    expected = logits(load(tmp_path / "packed"), ids)
+    model = load(tmp_path / "float", quantization_config=MicroMixConfig(recipe=recipe))
+    assert isinstance(model.lm_head, QuantizedLinear) and not model.config.tie_word_embeddings
+    assert torch.equal(logits(model, ids), expected)
+    saver(model, tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again"), ids), expected)
+
+
+def test_a_planned_layer_that_the_files_lack(tmp_path):
+    source = save_tiny(tmp_path / "model")
+    file = source / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    del tensors[f"{LAYER}.weight"]
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{LAYER}.weight is missing"):
+        load(source, quantization_config=MicroMixConfig(recipe=Recipe(format="mxfp8")))
+
+
+def test_quantising_while_loading_is_not_for_disks(source, tmp_path):
+    with pytest.raises(OptionError, match="micromix quantize --offload"):
+        load(
+            source,
+            quantization_config=MicroMixConfig(recipe=Recipe(format="mxfp8")),
+            device_map={"": "disk"},
+            offload_folder=tmp_path,
+        )
+
+
+def test_a_model_that_is_quantised_takes_no_other_recipe(source, saved, plan, tmp_path):
+    model = load(saved)
+    for other in (Recipe(format="mxfp4"), calibrated_otherwise(source)):
+        with pytest.raises(QuantizedAlreadyError, match="load the float model"):
+            save_pretrained(model, tmp_path / "other", other)
+    assert not list(tmp_path.iterdir())
+    assert plan_to_use(model, plan) == plan
+    assert plan_to_use(model, Recipe(split=MIX.split)) == plan
+
+
+def calibrated_otherwise(source):
+    return uniform_plan(linear_shapes(load(source)), Recipe(format="mxfp6"))
+
+
+def test_a_rounded_plan_is_that_of_its_checkpoint(source, ids, tmp_path):
+    from micromix_compile.export import target
+    from micromix_compile.package import _check_target
+
+    model = load(source)
+    calibration = calibrate(model).run([ids])
+    plan = calibration.plan(Recipe(split=MIX.split, rounding="gptq"))
+    save_pretrained(model, tmp_path / "rounded", plan)
+    save_pretrained(load(source), tmp_path / "nearest", plan.without_rounding())
+    assert plan_to_use(load(tmp_path / "rounded"), plan).digest == plan.digest
+    with pytest.raises(QuantizedAlreadyError):
+        plan_to_use(load(tmp_path / "nearest"), plan)
+    made = plan_to_use(load(tmp_path / "rounded"), None)
+    _check_target("x.pt2", target(torch.device("cpu")) | {"plan_digest": made.digest}, plan)
+
+
+def test_hooks_of_planned_layers_are_not_dropped(source, tmp_path):
+    model = load(source)
+    layer = model.get_submodule(LAYER)
+    hook = layer.register_forward_pre_hook(lambda module, arguments: None)
+    with pytest.raises(HookedLayerError, match=LAYER):
+        save_pretrained(model, tmp_path / "m", Recipe(format="mxfp8"))
+    save_pretrained(model, tmp_path / "m", Recipe(format="mxfp8", skip=("*.up_proj",)))
+    hook.remove()
+    layer.forward = functools.partial(type(layer).forward, layer)
+    with pytest.raises(HookedLayerError, match=LAYER), quantised(model, Recipe(format="mxfp8")):
+        pass
+
+
+def test_released_weights_are_not_saved(source, ids, tmp_path):
+    model = load(source)
+    options = {"inductor": False, "recipe": Recipe(format="mxfp8"), "release_weights": True}
+    compiled = torch.compile(model, backend="micromix", options=options)
+    logits(compiled, ids)
+    for recipe in (Recipe(format="mxfp8"), Recipe(format="mxfp8", skip=("*",))):
+        with pytest.raises(ReleasedWeightError, match="micromix.restore"):
+            save_pretrained(compiled, tmp_path / "m", recipe)
+    assert not list(tmp_path.iterdir())
+    micromix.restore(model, source)
+    save_pretrained(compiled, tmp_path / "m", Recipe(format="mxfp8"))
+
+
+def test_a_link_to_an_empty_directory(source, plan, saved, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    save_pretrained(load(source), tmp_path / "link", plan, max_shard_size=SHARD)
+    assert contents(tmp_path / "real") == contents(saved)
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_mount_point_is_refused_before_the_work(source, plan, tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "disk")
+    with pytest.raises(OutputError, match="a new folder within it"):
+        save_pretrained(load(source), tmp_path / "disk", plan)
+
+
+def test_a_name_that_cannot_be_given_keeps_the_progress(source, plan, tmp_path, monkeypatch):
+    def replace(source, target):
+        if Path(target).name == "model":
+            raise OSError("no")
+        real(source, target)
+
+    real = os.replace
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no"):
+        patch.setattr(os, "replace", replace)
+        save_pretrained(load(source), tmp_path / "model", plan, source=source)
+    whole = tmp_path / "model.partial" / "model.safetensors"
+    time = whole.stat().st_mtime_ns
+    save_pretrained(load(source), tmp_path / "model", plan, source=source)
+    assert (tmp_path / "model" / whole.name).stat().st_mtime_ns == time
+
+
+def test_another_model_of_the_same_names_sizes_and_times(tmp_path):
+    """As archives and some build systems leave them."""
+    models = {}
+    for name, sign in (("a", 1), ("b", -1)):
+        models[name] = tiny_llama()
+        with torch.no_grad():
+            for parameter in models[name].parameters():
+                parameter.mul_(sign)
+        models[name].save_pretrained(tmp_path / name)
+        for file in (tmp_path / name).iterdir():
+            os.utime(file, (0, 0))
+    out = tmp_path / "out"
+    save = functools.partial(save_pretrained, plan=Recipe(format="mxfp8"), max_shard_size=SHARD)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="stopped"):
+        patch.setattr("micromix_compile.checkpoint._write_documents", stop)
+        save(models["a"], out, source=tmp_path / "a")
+    for file in (tmp_path / "a").iterdir():  # b in the place of a
+        file.write_bytes((tmp_path / "b" / file.name).read_bytes())
+        os.utime(file, (0, 0))
+    save(models["b"], out, source=tmp_path / "a")
+    save(models["b"], tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def stop(*_):
+    raise OSError("stopped")
+
+
+def test_a_class_without_the_head(saved):
+    with pytest.raises(
+        CheckpointClassError, match="saved from LlamaForCausalLM and is loaded as Llama"
+    ):
+        AutoModel.from_pretrained(saved)
+
+
+def test_who_asks_where_the_registry_lies_does_not_stop_the_registration():
+    program = """
+        import importlib.util, micromix_compile
+        importlib.util.find_spec("transformers.quantizers")
+        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+        assert "micromix" in AUTO_QUANTIZER_MAPPING
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("size", ["banana", "infGB", "nan", 0])
+def test_sizes_of_shards_that_make_no_sense(size, source, plan, tmp_path):
+    with pytest.raises(OptionError, match="max_shard_size"):
+        save_pretrained(load(source), tmp_path / "m", plan, max_shard_size=size)

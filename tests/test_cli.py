@@ -1,6 +1,9 @@
 """The command line: what each command does on a tiny model, its exit codes, and its one-line errors."""
 
 import json
+import math
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -9,9 +12,10 @@ import pytest
 import torch
 from tiny_llama import save_tiny
 
-from micromix_compile import Recipe, load_plan, load_statistics
+from micromix_compile import Recipe, cli, load_plan, load_statistics
 from micromix_compile.allocation import allocate
 from micromix_compile.cli import _parser, main
+from micromix_compile.errors import EvaluationError
 
 COMMANDS = (
     "calibrate", "plan", "quantize", "export", "generate", "eval", "sweep", "report", "demo", "env",
@@ -65,6 +69,7 @@ def test_help(command, capsys):
         ["plan", "s", "--output", "p", "--counts", "*=1,2"],
         ["plan", "s", "--output", "p", "--rules", "even", "even", "odd"],
         ["eval", "--model", "x", "--format", "mxfp5"],
+        ["generate", "x", "--prompt", "x", "--max-new-tokens", "abc"],
     ],
 )
 def test_wrong_usage_exits_with_2(arguments, capsys):
@@ -195,6 +200,28 @@ def test_sweep_and_report(directory, tmp_path, capsys):
     assert "report: " in capsys.readouterr().out
 
 
+def test_a_sweep_that_is_stopped_keeps_its_rows(directory, tmp_path, capsys, monkeypatch):
+    folder, statistics = tmp_path / "sweep", str(tmp_path / "statistics.safetensors")
+    assert "--budgets" in failure(capsys, "sweep", *small(directory), "--bits", "7")
+    figures = dict.fromkeys(("perplexity", "increase", "kl", "top1"), 1.0)
+    measured = [{**figures, "increase_error": math.nan}]  # of one window
+
+    def measure(*args, **kwargs):
+        if not measured:
+            raise EvaluationError(reason="that was enough", mend="Stop")
+        return measured.pop()
+
+    monkeypatch.setattr(cli, "_measure", measure)
+    flags = ["--gradients", "--statistics", statistics]
+    assert main(["calibrate", *small(directory), *flags]) == 0
+    flags = ["--budgets", "4", "6", "--statistics", statistics, "--output", str(folder)]
+    assert "enough" in failure(capsys, "sweep", *small(directory), *flags)
+    text = (folder / "sweep.json").read_text()
+    assert "NaN" not in text
+    assert [row["bits"] for row in json.loads(text)] == [4]
+    assert (folder / "sweep.png").exists()
+
+
 def test_budgets_of_time(directory, tmp_path, capsys):
     folder, statistics = tmp_path / "sweep", str(tmp_path / "statistics.safetensors")
     target = ["--target", "sm_120", "--rows", "4"]
@@ -264,3 +291,123 @@ def test_the_installed_command():
     )
     assert run.returncode == 1
     assert run.stderr.startswith("micromix: error: none cannot be read as calibration statistics")
+
+
+def test_numbers_that_are_none_are_called_so(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "x", "--prompt", "x", "--max-new-tokens", "abc"])
+    assert "'abc' is no whole number" in capsys.readouterr().err
+
+
+def test_no_result_goes_where_an_input_lies(directory, statistics, tmp_path, capsys):
+    file = tmp_path / "statistics.safetensors"
+    shutil.copy(statistics, file)
+    (tmp_path / "link").symlink_to(file)
+    before = file.read_bytes()
+    for arguments in (
+        ["plan", file, "--output", file],
+        ["plan", statistics, file, "--output", tmp_path / "link"],
+        ["report", file, "--output", file],
+        ["report", "plan", "--statistics", file, "--output", file],
+        ["calibrate", *small(directory), "--output", "new", "--statistics", "new"],
+        ["calibrate", *small(directory), "--text", file, "--output", file],
+    ):
+        assert "is the same file" in failure(capsys, *map(str, arguments))
+    assert file.read_bytes() == before
+
+
+def no_work(*_, **__):
+    raise AssertionError("long work has begun")
+
+
+def test_what_can_be_checked_is_checked_first(directory, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("micromix_compile.models.load", no_work)
+    none, out = str(tmp_path / "none" / "file"), str(tmp_path / "out")
+    for arguments, message in (
+        (["quantize", directory, out, "--max-shard-size", "banana"], "max_shard_size"),
+        (["quantize", directory, out, "--text", none], "Give a readable UTF-8 text"),
+        (["export", directory, f"{out}.pt2", "--text", none], "Give a readable UTF-8 text"),
+        (["calibrate", *small(directory), "--output", none], "Make that folder first"),
+        (["calibrate", *small(directory), "--statistics", str(tmp_path)], "is a directory"),
+        (["calibrate", *small(directory), "--sequential", none], "cannot be read as a plan"),
+        (["calibrate", *small(directory), "--text", none], "Give a readable UTF-8 text"),
+        (["eval", *small(directory), "--output", none], "Make that folder first"),
+        (["eval", *small(directory), "--text", none], "Give a readable UTF-8 text"),
+        (["eval", *small(directory), "--device", "meta"], "--device"),
+    ):
+        assert message in failure(capsys, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_of_the_users_is_not_written_over(directory, tmp_path, capsys, monkeypatch):
+    for output, command in (("out", "quantize"), ("out.pt2", "export")):
+        for name in (f"{output}.plan.safetensors", f"{output}.plan.json"):
+            (tmp_path / name).write_text("mine")
+            with monkeypatch.context() as patch:
+                patch.setattr("micromix_compile.models.load", no_work)
+                line = failure(capsys, command, directory, str(tmp_path / output))
+            assert name in line and "--plan" in line
+            assert (tmp_path / name).read_text() == "mine"
+            (tmp_path / name).unlink()
+
+
+def test_a_plan_that_was_removed_is_made_again(directory, tmp_path):
+    flags = ["--samples", "1", "--seqlen", "64", "--split", "1", "0", "0"]
+    out = tmp_path / "new" / "out"  # whose folder is made
+    assert main(["quantize", directory, str(out), *flags]) == 0
+    out.with_name("out.plan.safetensors").unlink()
+    shutil.rmtree(out)
+    assert main(["quantize", directory, str(out), *flags]) == 0
+    assert out.with_name("out.plan.safetensors").exists()
+
+
+def test_a_length_that_does_not_fit_is_refused_before_calibrating(
+    directory, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("micromix_compile.calibrate", no_work)
+    out = str(tmp_path / "x.pt2")
+    assert "Give 3 to 128" in failure(capsys, "export", directory, out, "--max-length", "4000")
+
+
+def test_a_model_that_is_quantised_is_not_quantised_again(directory, tmp_path, capsys, monkeypatch):
+    packed, again = tmp_path / "packed", tmp_path / "again"
+    assert main(["quantize", directory, str(packed), "--format", "mxfp8"]) == 0
+    monkeypatch.setattr("micromix_compile.calibrate", no_work)
+    for command, out in (("quantize", again), ("export", tmp_path / "x.pt2")):
+        for flags in (["--format", "mxfp4"], ["--bits", "5"]):
+            line = failure(capsys, command, str(packed), str(out), *flags)
+            assert "is quantised already" in line
+    assert main(["quantize", str(packed), str(again)]) == 0
+    for file in ("model.safetensors", "config.json"):
+        assert (again / file).read_bytes() == (packed / file).read_bytes()
+
+
+def test_generate_says_what_is_wrong(directory, capsys):
+    for flags, message in (
+        (["--prompt", ""], "--prompt"),
+        (["--prompt", "x", "--chat"], "has no chat template"),
+        (["--prompt", "x", "--temperature", "1e-40"], "--temperature"),
+    ):
+        assert message in failure(capsys, "generate", directory, *flags)
+
+
+def test_env_fails_where_the_extension_does(capsys, monkeypatch):
+    def fail():
+        raise RuntimeError("no kernels")
+
+    monkeypatch.setattr("micromix_compile.env.collect", fail)
+    assert main(["env"]) == 1
+    assert "no kernels" in capsys.readouterr().err
+
+
+def test_an_unknown_instruction_set_is_one_line(directory):
+    command = [sys.executable, "-m", "micromix_compile.cli", "eval", *small(directory)]
+    run = subprocess.run(
+        [*command, "--format", "mxfp8"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "MICROMIX_CPU_ISA": "bogus"},
+    )
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert "MICROMIX_CPU_ISA" in run.stderr

@@ -4,6 +4,7 @@ import importlib.metadata
 import socket
 
 import pytest
+import safetensors.torch
 import torch
 from tiny_llama import save_tiny, tiny_llama, tiny_tokenizer
 
@@ -152,3 +153,30 @@ def test_missing_text_file(tmp_path):
 def test_dtype_is_one_in_which_torch_is_fast(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert models.fast_dtype() == dtype
+
+
+@pytest.mark.parametrize("change", ["missing", "shape"])
+def test_tensors_that_do_not_make_a_model(change, tmp_path):
+    """transformers fills what is missing with random numbers."""
+    file = save_tiny(tmp_path) / "model.safetensors"
+    tensors, name = safetensors.torch.load_file(file), "model.layers.1.mlp.up_proj.weight"
+    part = tensors.pop(name)[:32].clone()
+    safetensors.torch.save_file(
+        tensors if change == "missing" else {**tensors, name: part}, file, {"format": "pt"}
+    )
+    message = rf"lack 1 tensors .* {name}" if change == "missing" else "mismatched"
+    with pytest.raises(ModelLoadError, match=message):
+        models.load(tmp_path)
+
+
+def test_where_the_files_of_a_model_lie(tmp_path, monkeypatch):
+    assert models.files_of(tmp_path) == tmp_path
+    assert list(models.files_of("smollm2").glob("*.gguf"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert models.files_of("some/one") is None
+    snapshot = tmp_path / "models--some--one" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").touch()
+    (tmp_path / "models--some--one" / "refs").mkdir()
+    (tmp_path / "models--some--one" / "refs" / "main").write_text("abc")
+    assert models.files_of("some/one") == snapshot

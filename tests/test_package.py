@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_llama import save_tiny, tiny_tokenizer
+import transformers as tf
+from tiny_llama import save_tiny, tiny_llama, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -20,15 +21,18 @@ import micromix_compile as micromix
 from micromix_compile import Recipe, calibrate
 from micromix_compile import _torch_compat as compat
 from micromix_compile.cli import main
+from micromix_compile.decoder import _choose, export_decoder
 from micromix_compile.errors import (
     ExportError,
+    GenerationSettingsWarning,
     GradientError,
+    HookedLayerError,
     MicroMixError,
     PackageError,
     PackageInputError,
     PackageMismatchError,
 )
-from micromix_compile.export import MANIFEST
+from micromix_compile.export import MANIFEST, quantised, trace
 from micromix_compile.ops import _extension
 
 pytestmark = pytest.mark.skipif(not compat.runs_packages(), reason="torch 2.11 runs none")
@@ -258,6 +262,222 @@ def test_what_cannot_be_exported_says_so(gated, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class Related(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 32)
+
+    def forward(self, x, y):
+        return self.linear(torch.cat([x, x]) * y[1:])
+
+
+@pytest.fixture(scope="module")
+def related(tmp_path_factory):
+    """A package whose second argument has twice the rows of the first and one; no size has an upper bound."""
+    path = tmp_path_factory.mktemp("related") / "related.pt2"
+    rows = torch.export.Dim("rows")
+    arguments = (torch.randn(8, 64), torch.randn(17, 64))
+    shapes = ({0: rows}, {0: 2 * rows + 1})
+    recipe = Recipe(format="mxfp8")
+    micromix.export(Related().eval(), arguments, None, path, plan=recipe, dynamic_shapes=shapes)
+    return path
+
+
+def test_sizes_that_depend_on_another_one(related):
+    package = micromix.load(related)
+    assert package(torch.randn(5, 64), torch.randn(11, 64)).shape == (10, 32)
+    assert package(torch.randn(500, 64), torch.randn(1001, 64)).shape == (1000, 32)
+    for rows in (9, 10, 12):
+        with pytest.raises(PackageInputError, match=r"2\*s0 \+ 1 \(0 to any\), 64\]"):
+            package(torch.randn(5, 64), torch.randn(rows, 64))
+
+
+def test_the_runner_checks_its_inputs(related, tmp_path):
+    if not RUNNER.exists():
+        pytest.skip("the runner was not built")
+
+    def result(*inputs):
+        flags = ["--output", tmp_path / "out"]
+        for i, (dtype, *shape) in enumerate(inputs):
+            data = torch.zeros(shape, dtype=getattr(torch, dtype))
+            file = tmp_path / f"{i}.bin"
+            file.write_bytes(data.numpy().tobytes())
+            flags += ["--input", f"{dtype}:{'x'.join(map(str, shape))}:{file}"]
+        return run(RUNNER, related, *flags)
+
+    x = ("float32", 5, 64)
+    assert result(x, ("float32", 11, 64)).returncode == 0
+    for wrong in (("float32", 10, 64), ("float32", 11, 32), ("float64", 11, 64), ("float32", 704)):
+        found = result(x, wrong)
+        assert found.returncode == 1 and "input 1 is" in found.stderr, found
+        assert "2*s0+1 (s0 from 0" in found.stderr
+
+
+def test_the_runner_leaves_nothing_behind(decoder, tmp_path):
+    """Wrong usage ends the process before the package's code is unpacked."""
+    if not RUNNER.exists():
+        pytest.skip("the runner was not built")
+    for flags in (["--tokens", "1 x"], ["--input", "float32:3"], ["--input", "float32:3x-1:f"]):
+        found = run(RUNNER, decoder[1], *flags, TMPDIR=str(tmp_path))
+        assert found.returncode == 2 and not list(tmp_path.iterdir()), found
+    found = run(RUNNER, decoder[1], "--tokens", "1 256", TMPDIR=str(tmp_path))
+    assert found.returncode == 1 and "tokens are 0 to 255" in found.stderr
+
+
+def traced(model, sizes, monkeypatch):
+    """The manifest of a graph of one argument, not compiled."""
+    monkeypatch.setattr(compat, "aot_compile", lambda *_: ([], {}))
+    with quantised(model.eval(), Recipe(format="mxfp8")):
+        return trace(model, (torch.randn(8, 64),), {}, ({0: sizes},)).manifest["inputs"]
+
+
+class Pairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 32)
+
+    def forward(self, x):
+        return self.linear(x.view(-1, 2, 64).sum(1))
+
+
+def test_sizes_without_a_bound(monkeypatch):
+    Dim = torch.export.Dim
+    for sizes, smallest in (
+        (Dim("n"), 0),
+        (Dim.AUTO, 2),
+        (Dim.DYNAMIC, 2),
+        (Dim.DYNAMIC(min=3), 3),
+    ):
+        (given,) = traced(nn.Sequential(nn.Linear(64, 32)), sizes, monkeypatch)
+        assert given["shape"] == [[0, smallest, None, 1, 0], 64]
+
+
+def test_relations_that_a_package_does_not_check(monkeypatch):
+    """The code for even sizes drops the last row of odd ones."""
+    Dim = torch.export.Dim
+    for sizes in (Dim.AUTO, Dim.DYNAMIC(max=64)):
+        with pytest.raises(ExportError, match=r"its graph needs .*Mod.* 2 \* torch.export.Dim"):
+            traced(Pairs(), sizes, monkeypatch)
+    (given,) = traced(Pairs(), 2 * Dim("half", max=32), monkeypatch)
+    assert given["shape"][0] == [0, 2, 32, 2, 0]
+
+
+def test_hooks_are_not_dropped(gated, tmp_path):
+    model, *_, more = gated
+    hook = model.up.register_forward_hook(lambda module, arguments, output: None)
+    with pytest.raises(HookedLayerError, match="up"):
+        micromix.export(model, (torch.randn(4, 64), more), None, tmp_path / "x.pt2", plan=gated[1])
+    hook.remove()
+
+
+SMALL = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4}
+NO_STATIC_CACHE = {
+    "gpt_neo": lambda: tf.GPTNeoForCausalLM(
+        tf.GPTNeoConfig(
+            vocab_size=128, hidden_size=64, num_layers=2, num_heads=4, window_size=6,
+            attention_types=[[["global", "local"], 1]], initializer_range=0.2,
+        )
+    ),
+    "falcon": lambda: tf.FalconForCausalLM(
+        tf.FalconConfig(**SMALL, **HEADS, multi_query=True, new_decoder_architecture=False)
+    ),
+    "falcon_alibi": lambda: tf.FalconForCausalLM(tf.FalconConfig(**SMALL, **HEADS, alibi=True)),
+    "mamba": lambda: tf.MambaForCausalLM(tf.MambaConfig(**SMALL)),
+    "dynamic_rope": lambda: tf.LlamaForCausalLM(
+        tf.LlamaConfig(
+            **SMALL, **HEADS, intermediate_size=96, max_position_embeddings=40,
+            rope_scaling={"rope_type": "dynamic", "factor": 4.0},
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_STATIC_CACHE)
+def test_models_that_no_static_cache_fits(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(compat, "aot_compile", lambda *_: ([], {}))
+    model = NO_STATIC_CACHE[name]().eval()
+    with pytest.raises(ExportError, match="static cache|cannot trace"):
+        export_decoder(model, tmp_path / "x.pt2", plan=Recipe(format="mxfp8"), max_length=40)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_quantised_model_that_no_static_cache_fits(tmp_path):
+    model = NO_STATIC_CACHE["gpt_neo"]().eval()
+    recipe = Recipe(format="mxfp4")
+    with quantised(model, recipe), pytest.raises(ExportError, match="transformers says"):
+        export_decoder(model, tmp_path / "x.pt2", max_length=40)
+
+
+@pytest.fixture
+def not_compiled(monkeypatch):
+    """What export_decoder would have written."""
+    written = []
+    monkeypatch.setattr("micromix_compile.decoder.trace", lambda *_: None)
+    monkeypatch.setattr("micromix_compile.decoder.write_package", lambda *a: written.append(a))
+    return written
+
+
+def test_generation_settings_that_a_package_leaves_out(tmp_path, not_compiled, recwarn):
+    model = tiny_llama()
+    export = lambda: export_decoder(model, tmp_path / "x.pt2", plan=Recipe(format="mxfp8"))
+    export()
+    assert not [w for w in recwarn if w.category is GenerationSettingsWarning]
+    model.generation_config.update(repetition_penalty=1.1, do_sample=True, top_k=20)
+    with pytest.warns(
+        GenerationSettingsWarning, match=r"repetition_penalty = 1.1\n.*\n?.*top_k = 20"
+    ):
+        export()
+
+
+def test_the_default_length_fits_the_model(tmp_path, not_compiled):
+    export_decoder(tiny_llama(), tmp_path / "x.pt2", plan=Recipe(format="mxfp8"))
+    assert not_compiled[0][3]["max_length"] == 128
+    with pytest.raises(ExportError, match="Give 3 to 128"):
+        export_decoder(tiny_llama(), tmp_path / "x.pt2", max_length=129)
+
+
+def test_tokens_and_places_that_a_decoder_does_not_have(decoder):
+    package = micromix.load(decoder[1])
+    cache, two = package.new_cache(), torch.tensor([[1, 2]])
+    for ids, start, message in (
+        (two, -1, "start and input_ids"),
+        (two, LENGTH - 1, f"the cache holds {LENGTH}"),
+        (torch.tensor([[1, 256]]), 0, "holds 256, and tokens are 0 to 255"),
+        (torch.tensor([[-1]]), 0, "holds -1"),
+        (two[0], 0, "not \\[1, 1 or more\\]"),
+        (two[:, :0], 0, "not \\[1, 1 or more\\]"),
+    ):
+        with pytest.raises(PackageInputError, match=message):
+            package(ids, start, cache)
+    with pytest.raises(PackageInputError, match="tokens are 0 to 255"):
+        package.generate(torch.tensor([[1, 256]]))
+    package(two, LENGTH - 2, cache)
+
+
+def test_the_smallest_temperature_is_the_likeliest_token():
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    assert all(_choose(logits, t, None) == 1 for t in (1e-3, 1e-40, 5e-324))
+
+
+def test_named_chat_templates_are_in_the_package(gated, tmp_path):
+    from micromix_compile.export import Entry, write_package
+    from micromix_compile.package import _Archive
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": "a", "tool_use": "b"}
+    with zipfile.ZipFile(gated[2]) as archive:
+        assert {name.split("/")[0] for name in archive.namelist()} == {"model"}
+        file = next(name for name in archive.namelist() if name.endswith(".so"))
+        code = Path(archive.extract(file, tmp_path))
+    entry = Entry([str(code)], {}, {"inputs": []})
+    for name in ("x", "y"):
+        write_package(tmp_path / f"{name}.pt2", {"model": entry}, gated[1], None, tokenizer)
+    assert (tmp_path / "x.pt2").read_bytes() == (tmp_path / "y.pt2").read_bytes()
+    given = _Archive(tmp_path / "x.pt2").tokenizer()
+    assert given.chat_template == {"default": "a", "tool_use": "b"}
+
+
 # --- damaged, foreign and hostile packages
 
 
@@ -435,6 +655,15 @@ def test_the_runner_refuses_damage(decoder, tmp_path):
         result = run(RUNNER, target, "--tokens", "1 2")
         assert result.returncode == 1 and "error:" in result.stderr, result
 
+    def flipped(name, content):
+        middle = len(content) // 2
+        if name.endswith("weights.bin"):
+            content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        return [(name, content)]
+
+    result = run(RUNNER, rewritten(path, target, flipped), "--tokens", "1 2")
+    assert result.returncode == 1 and "weights are damaged" in result.stderr, result
+
     def forged(old, new):
         def change(name, content):
             if name.endswith("runner.txt"):
@@ -448,11 +677,13 @@ def test_the_runner_refuses_damage(decoder, tmp_path):
         ("torch 2", "torch 1", "exported for something else"),
         ("device cpu", "device cuda", "exported for something else"),
         ("\nflag ", "\nflag avx9000\nflag ", "avx9000"),
-        ("format 1", "format 9", "format"),
+        ("format 2", "format 9", "format"),
         ("\nweight ", "\nweight bfloat16 99999999936 1 4 1 1\nweight ", "outside"),
         ("\nweight ", "\nweight bfloat16 -64 1 4 1 1\nweight ", "damaged"),
         ("\nconstant ", "\nconstant decode 99999 x\nconstant ", "no weight"),
         ("\nconstant ", "\nconstant decode 0 x\nconstant ", "other weights"),
+        ("\ninput decode", "\ninput prefill", "not all named"),
+        ("\ninput ", "\ninput decode int64 99\ninput ", "damaged"),
     ):
         result = run(RUNNER, forged(old, new), "--tokens", "1 2")
         assert result.returncode == 1 and message in result.stderr, (new, result)

@@ -97,11 +97,15 @@ def test_restore_is_all_or_nothing(released, tmp_path):
     directory, model, *_ = released
     whole = dict(AutoModelForCausalLM.from_pretrained(directory).named_parameters())
     name = "model.layers.1.mlp.down_proj.weight"
+    packed = tmp_path / "packed"  # in MXFP8 the bytes of a weight have the shape of the weight
+    recipe = Recipe(format="mxfp8")
+    micromix.save_pretrained(AutoModelForCausalLM.from_pretrained(directory), packed, recipe)
     for source in (
         {k: v for k, v in whole.items() if k != name},
         {**whole, name: torch.zeros(3, 3)},
         tmp_path,
         tmp_path / "none",
+        packed,
     ):
         with pytest.raises(CheckpointError):
             micromix.restore(model, source)

@@ -28,7 +28,8 @@ constexpr const char* kUsage =
     "Generates from token ids, or runs the model once on raw tensors (row by row, as in memory).\n";
 
 struct Arguments {
-  std::string model, tokens, output = "output";
+  std::string model, output = "output";
+  std::vector<int64_t> tokens;
   std::vector<std::string> inputs;
   int64_t new_tokens = 64;
   int threads = 0;
@@ -62,6 +63,31 @@ int64_t number(const std::string& text) {
   return value;
 }
 
+std::vector<int64_t> numbers(const std::string& text) {
+  std::vector<int64_t> result;
+  std::istringstream words(text);
+  for (std::string word; words >> word;) result.push_back(number(word));
+  return result;
+}
+
+struct Parts {
+  std::string dtype, path;
+  std::vector<int64_t> shape;
+};
+
+// "int64:2x16:ids.bin"
+Parts parts_of(const std::string& text) {
+  const size_t first = text.find(':'), second = text.find(':', first + 1);
+  if (first == std::string::npos || second == std::string::npos) {
+    wrong_usage(text + " is not DTYPE:SIZExSIZE:FILE");
+  }
+  Parts result{text.substr(0, first), text.substr(second + 1), {}};
+  std::istringstream sizes(text.substr(first + 1, second - first - 1));
+  for (std::string size; std::getline(sizes, size, 'x');) result.shape.push_back(number(size));
+  return result;
+}
+
+// Wrong usage is said here, before a package is loaded: exit leaves behind what that unpacked.
 Arguments parse(int argc, char** argv) {
   Arguments result;
   for (int i = 1; i < argc; ++i) {
@@ -74,9 +100,9 @@ Arguments parse(int argc, char** argv) {
       std::cout << kUsage;
       std::exit(0);
     } else if (flag == "--tokens") {
-      result.tokens = value();
+      result.tokens = numbers(value());
     } else if (flag == "--tokens-file") {
-      result.tokens = read_file(value());
+      result.tokens = numbers(read_file(value()));
     } else if (flag == "--new") {
       result.new_tokens = number(value());
     } else if (flag == "--threads") {
@@ -94,6 +120,7 @@ Arguments parse(int argc, char** argv) {
     }
   }
   if (result.model.empty()) wrong_usage("no model");
+  for (const std::string& input : result.inputs) parts_of(input);
   if (result.tokens.empty() == result.inputs.empty()) wrong_usage("give tokens, or inputs");
   return result;
 }
@@ -101,13 +128,14 @@ Arguments parse(int argc, char** argv) {
 void generate(Package& package, const Arguments& arguments) {
   const auto& facts = package.manifest();
   if (!facts.decoder) throw std::runtime_error("it is no package that generates; give --input");
-  std::istringstream words(arguments.tokens);
-  std::vector<int64_t> prompt;
-  for (std::string word; words >> word;) prompt.push_back(number(word));
+  const std::vector<int64_t>& prompt = arguments.tokens;
   const auto length = static_cast<int64_t>(prompt.size());
   if (length < 1 || length >= facts.max_length || facts.batch_size != 1) {
     throw std::runtime_error("it takes one prompt of 1 to " + std::to_string(facts.max_length - 1) +
                              " tokens");
+  }
+  if (*std::max_element(prompt.begin(), prompt.end()) >= facts.vocabulary) {
+    throw std::runtime_error("tokens are 0 to " + std::to_string(facts.vocabulary - 1));
   }
   std::vector<at::Tensor> cache;
   for (const auto& part : facts.cache) cache.push_back(at::zeros(part.shape, part.dtype));
@@ -146,18 +174,10 @@ void generate(Package& package, const Arguments& arguments) {
   }
 }
 
-// "int64:2x16:ids.bin"
 at::Tensor read_tensor(const std::string& text) {
-  const size_t first = text.find(':'), second = text.find(':', first + 1);
-  if (first == std::string::npos || second == std::string::npos) {
-    wrong_usage(text + " is not DTYPE:SIZExSIZE:FILE");
-  }
-  std::vector<int64_t> shape;
-  std::istringstream sizes(text.substr(first + 1, second - first - 1));
-  for (std::string size; std::getline(sizes, size, 'x');) shape.push_back(number(size));
-  const at::ScalarType dtype = micromix::runner::dtype_of(text.substr(0, first));
-  at::Tensor result = at::zeros(shape, dtype);
-  const std::string content = read_file(text.substr(second + 1));
+  const Parts parts = parts_of(text);
+  at::Tensor result = at::zeros(parts.shape, micromix::runner::dtype_of(parts.dtype));
+  const std::string content = read_file(parts.path);
   if (content.size() != result.nbytes()) {
     throw std::runtime_error(text + ": the file has " + std::to_string(content.size()) +
                              " bytes, the tensor " + std::to_string(result.nbytes()));

@@ -10,6 +10,7 @@
 
 #include <climits>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <set>
@@ -41,6 +42,12 @@ class Line {
     }
     return result;
   }
+  // A number that may be negative.
+  int64_t offset() {
+    const std::string text = word();
+    Line digits(text[0] == '-' ? text.substr(1) : text);
+    return text[0] == '-' ? -digits.number() : digits.number();
+  }
   std::vector<int64_t> numbers() {
     const int64_t count = number();
     if (count > 16) refuse("the manifest is damaged: " + text_);
@@ -58,6 +65,70 @@ class Line {
   std::string text_;
   std::istringstream words_;
 };
+
+// "= SIZE", or "SYMBOL smallest largest factor constant", largest 0 for no bound.
+SizeFacts size_of(Line& line) {
+  SizeFacts result;
+  const std::string first = line.word();
+  if (first == "=") {
+    result.value = line.number();
+    return result;
+  }
+  result.symbol = Line(first).number();
+  result.smallest = line.number();
+  result.largest = line.number();
+  result.factor = line.number();
+  result.constant = line.offset();
+  if (result.largest == 0) result.largest = kMost;
+  if (result.factor == 0) refuse("the manifest is damaged: " + first);
+  return result;
+}
+
+// As _checksum of micromix_compile/export.py. LibTorch's reader does not look at the archive's CRC.
+std::string checksum(const uint8_t* data, size_t bytes) {
+  uint64_t total = 0;
+  for (size_t i = 0; i < bytes / 8; ++i) {
+    uint64_t word;
+    std::memcpy(&word, data + 8 * i, sizeof(word));
+    total += word * (2 * i + 1);
+  }
+  std::ostringstream text;
+  text << std::hex << total;
+  return text.str();
+}
+
+// What compiled code takes for granted of its arguments: it looks at their memory only.
+void check_inputs(const std::vector<InputFacts>& expected, const std::vector<at::Tensor>& given) {
+  std::map<int64_t, int64_t> symbols;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const at::Tensor& tensor = given[i];
+    bool fits = tensor.scalar_type() == expected[i].dtype &&
+                tensor.dim() == static_cast<int64_t>(expected[i].shape.size());
+    std::ostringstream shape;
+    for (size_t d = 0; d < expected[i].shape.size(); ++d) {
+      const SizeFacts& size = expected[i].shape[d];
+      shape << (d ? " x " : " ");
+      if (size.symbol < 0) {
+        shape << size.value;
+        fits = fits && tensor.size(static_cast<int64_t>(d)) == size.value;
+        continue;
+      }
+      shape << size.factor << "*s" << size.symbol << "+" << size.constant << " (s" << size.symbol
+            << " from " << size.smallest << " to " << size.largest << ")";
+      if (!fits) continue;
+      const int64_t rest = tensor.size(static_cast<int64_t>(d)) - size.constant;
+      const int64_t value = rest / size.factor;
+      fits = rest % size.factor == 0 && value >= size.smallest && value <= size.largest &&
+             symbols.emplace(size.symbol, value).first->second == value;
+    }
+    if (!fits) {
+      std::ostringstream text;
+      text << "input " << i << " is " << tensor.dtype().name() << " " << tensor.sizes()
+           << ", and the graph takes " << c10::toString(expected[i].dtype) << shape.str();
+      refuse(text.str());
+    }
+  }
+}
 
 // The bytes from a weight's first element to its last.
 int64_t span(const WeightFacts& weight) {
@@ -140,7 +211,8 @@ Manifest Manifest::parse(const std::string& text) {
     Line line(content);
     const std::string kind = line.word();
     if (kind == "format") {
-      known_format = line.number() == 1;
+      known_format = line.number() == 2;
+      if (!known_format) break;
     } else if (kind == "abi") {
       result.abi = line.word();
     } else if (kind == "torch") {
@@ -149,6 +221,8 @@ Manifest Manifest::parse(const std::string& text) {
       result.device = line.word();
     } else if (kind == "bytes") {
       result.bytes = line.number();
+    } else if (kind == "checksum") {
+      result.checksum = line.word();
     } else if (kind == "flag") {
       result.cpu_flags.push_back(line.word());
     } else if (kind == "weight") {
@@ -164,7 +238,13 @@ Manifest Manifest::parse(const std::string& text) {
       result.weights.push_back(std::move(weight));
     } else if (kind == "entry") {
       const std::string name = line.word();
-      result.entries[name].inputs = static_cast<size_t>(line.number());
+      result.entries[name].count = static_cast<size_t>(line.number());
+    } else if (kind == "input") {
+      InputFacts& input = result.entries[line.word()].inputs.emplace_back();
+      input.dtype = dtype_of(line.word());
+      const int64_t dimensions = line.number();
+      if (dimensions > 16) refuse("the manifest is damaged: " + content);
+      for (int64_t i = 0; i < dimensions; ++i) input.shape.push_back(size_of(line));
     } else if (kind == "constant") {
       const std::string entry = line.word();
       const auto weight = static_cast<size_t>(line.number());
@@ -174,6 +254,7 @@ Manifest Manifest::parse(const std::string& text) {
       result.decoder = true;
       result.batch_size = line.number();
       result.max_length = line.number();
+      result.vocabulary = line.number();
     } else if (kind == "cache") {
       WeightFacts cache;
       cache.dtype = dtype_of(line.word());
@@ -185,7 +266,10 @@ Manifest Manifest::parse(const std::string& text) {
       refuse("the manifest is damaged: " + content);
     }
   }
-  if (!known_format) refuse("its format is not the one that this program reads");
+  if (!known_format) refuse("its format is not the one that this program reads; export it again");
+  for (const auto& [name, facts] : result.entries) {
+    if (facts.count != facts.inputs.size()) refuse("the inputs of " + name + " are not all named");
+  }
   return result;
 }
 
@@ -210,6 +294,7 @@ Package::Package(const std::string& path) {
     if (archive.getRecordSize("extra/weights.bin") != bytes) refuse("its weights are cut short");
     memory_ = std::make_unique<Memory>(manifest_.bytes);
     if (bytes > 0) archive.getRecord("extra/weights.bin", memory_->data(), bytes);
+    if (checksum(memory_->data(), bytes) != manifest_.checksum) refuse("its weights are damaged");
   } catch (const c10::Error& error) {
     refuse(std::string("it is truncated or damaged: ") + error.what_without_backtrace());
   }
@@ -233,10 +318,12 @@ Package::Package(const std::string& path) {
 std::vector<at::Tensor> Package::run(const std::string& entry, std::vector<at::Tensor>&& inputs) {
   const auto found = entries_.find(entry);
   if (found == entries_.end()) refuse("the package has no graph " + entry);
-  if (inputs.size() != manifest_.entries.at(entry).inputs) {
-    refuse("the graph takes " + std::to_string(manifest_.entries.at(entry).inputs) +
-           " tensors, and there are " + std::to_string(inputs.size()));
+  const EntryFacts& facts = manifest_.entries.at(entry);
+  if (inputs.size() != facts.count) {
+    refuse("the graph takes " + std::to_string(facts.count) + " tensors, and there are " +
+           std::to_string(inputs.size()));
   }
+  check_inputs(facts.inputs, inputs);
   return found->second->boxed_run(std::move(inputs));
 }
 

@@ -17,20 +17,31 @@ struct WeightFacts {
   std::vector<int64_t> shape, stride;
 };
 
+// A size of an input: `value`, or where `symbol` is no -1, factor times the symbol plus constant.
+struct SizeFacts {
+  int64_t value = 0, symbol = -1, smallest = 0, largest = 0, factor = 1, constant = 0;
+};
+
+struct InputFacts {
+  at::ScalarType dtype = at::kByte;
+  std::vector<SizeFacts> shape;
+};
+
 struct EntryFacts {
-  size_t inputs = 0;
+  size_t count = 0;
+  std::vector<InputFacts> inputs;
   std::vector<std::pair<std::string, size_t>> constants;  // name, number of the weight
 };
 
 // extra/runner.txt of a package: see micromix_compile/export.py.
 struct Manifest {
-  std::string abi, torch, device;
+  std::string abi, torch, device, checksum;
   int64_t bytes = 0;
   std::vector<std::string> cpu_flags;
   std::vector<WeightFacts> weights;
   std::map<std::string, EntryFacts> entries;
   bool decoder = false;
-  int64_t batch_size = 0, max_length = 0;
+  int64_t batch_size = 0, max_length = 0, vocabulary = 0;
   std::vector<WeightFacts> cache;  // dtype and shape
   std::vector<int64_t> eos;
 

@@ -33,12 +33,13 @@ class _AfterImport(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if name != _REGISTRY:
             return None
-        sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
+                if self in sys.meta_path:  # only now: who merely asks for the spec imports nothing
+                    sys.meta_path.remove(self)
                 run(module)
                 importlib.import_module(_ADAPTER)
 

@@ -22,7 +22,7 @@ from micromix_compile.checkpoint import (
     verify_files,
     warn_of_others,
 )
-from micromix_compile.errors import CheckpointError, OptionError
+from micromix_compile.errors import CheckpointClassError, CheckpointError, OptionError
 from micromix_compile.plan import ModelPlan, load_plan
 from micromix_compile.quantized_linear import QuantizedLinear, linear_shape, linear_shapes
 from micromix_compile.recipe import Recipe
@@ -84,17 +84,22 @@ class MicroMixQuantizer(HfQuantizer):
 
     requires_calibration = False
 
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        if not self.pre_quantized and isinstance(device_map, dict):
+            _refuse_disk(device_map)
+
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         config = self.quantization_config
         if not self.pre_quantized:
             self.plan = config.plan_for(model)
+            self.packed: set[str] = set()
             for name, layer in self.plan.items():
                 module = model.get_submodule(name)
                 shape = self.plan.shapes[name]
                 model.set_submodule(name, QuantizedLinear.empty(shape, layer, module.bias))
-            _untie(model, self.plan)
+            self.tied = _untie(model, self.plan)
             return
         description = config.description
         self.path = model.config.name_or_path
@@ -102,6 +107,11 @@ class MicroMixQuantizer(HfQuantizer):
         for name, (group, shape) in description.layers.items():
             module = _submodule(model, name)
             found = None if module is None else linear_shape(module)
+            saved = ", ".join(model.config.architectures or ())
+            if found is None and saved and type(model).__name__ not in saved.split(", "):
+                raise CheckpointClassError(
+                    path=self.path, saved=saved, given=type(model).__name__, layer=name
+                )
             if found != shape:
                 has = "no such linear layer" if found is None else str(found)
                 reason = f"it has a layer {name} with {shape}, the model has {has}"
@@ -120,6 +130,8 @@ class MicroMixQuantizer(HfQuantizer):
             orders = {o: model.get_submodule(o).order for o in config.description.owners if o}
             self.plan = config.description.plan(orders, self.path)
         else:
+            _refuse_disk(getattr(model, "hf_device_map", None) or {})
+            self._pack_the_rest(model)
             config.description = Description.of(self.plan, self.plan)
         for name, layer in self.plan.items():
             module = model.get_submodule(name)
@@ -134,13 +146,26 @@ class MicroMixQuantizer(HfQuantizer):
         self.plan.attach_rest(model)
         return model
 
+    def _pack_the_rest(self, model: nn.Module) -> None:
+        """Planned layers that the files have no weight for: those tied to another parameter. Raises CheckpointError."""
+        for name in self.plan.keys() - self.packed:
+            source = self.tied.get(f"{name}.weight")
+            if source is None:
+                reason = f"{name}.weight is missing, which the plan has"
+                raise CheckpointError(path=model.config.name_or_path, reason=reason)
+            packed = pack_layer(self.plan, name, model.get_parameter(source))
+            module = model.get_submodule(name)
+            module.weight.data, module.weight_scales.data = packed.data, packed.scales
+        if self.tied:
+            model.config.tie_word_embeddings = False  # the head has a weight of its own now
+
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
         name, _, tensor = param_name.rpartition(".")
         module = _submodule(model, name)
         return not self.pre_quantized and isinstance(module, QuantizedLinear) and tensor == "weight"
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Quantize(self.plan)
+        return _Quantize(self.plan, self.packed)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
         # transformers is about to write files of its own, whose digests nobody knows yet.
@@ -162,22 +187,32 @@ class MicroMixQuantizer(HfQuantizer):
 class _Quantize(ConversionOps):
     """One float weight, as it comes from the file, into the packed weight of its layer."""
 
-    def __init__(self, plan: ModelPlan) -> None:
-        self.plan = plan
+    def __init__(self, plan: ModelPlan, packed: set[str]) -> None:
+        self.plan, self.packed = plan, packed
 
     def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, Tensor]:
         ((key, weight),) = input_dict.items()
         weight = weight[0] if isinstance(weight, list) else weight
         name = key.removesuffix(".weight")
         packed = pack_layer(self.plan, name, weight)
+        self.packed.add(name)
         return {key: packed.data, f"{name}.weight_scales": packed.scales}
 
 
-def _untie(model: nn.Module, plan: ModelPlan) -> None:
-    """A planned output head that was tied to the embedding has a weight of its own."""
-    tied = {n for n in model.all_tied_weights_keys if n.removesuffix(".weight") in plan}
-    for name in tied:
-        del model.all_tied_weights_keys[name]
+def _untie(model: nn.Module, plan: ModelPlan) -> dict[str, str]:
+    """A planned output head that was tied to the embedding has a weight of its own; returns what it was tied to."""
+    tied = [n for n in model.all_tied_weights_keys if n.removesuffix(".weight") in plan]
+    return {name: model.all_tied_weights_keys.pop(name) for name in tied}
+
+
+def _refuse_disk(device_map: dict[str, Any]) -> None:
+    """accelerate reads what is on disk from the float files, not what was made of it. Raises OptionError."""
+    if "disk" in device_map.values():
+        raise OptionError(
+            option="device_map",
+            reason='cannot have "disk" for a model that is quantised while it is loaded',
+            valid="the device of a model in memory, or first: micromix quantize --offload",
+        )
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:
