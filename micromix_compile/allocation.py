@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -15,20 +15,21 @@ from .budget import InputBudget, spend
 from .errors import RecipeError, UnmatchedPatternWarning
 from .mx.layout import MixedLayout
 from .plan import LayerPlan, LayerShape, ModelPlan
-from .recipe import Recipe
+from .recipe import OUTPUT_HEADS, Recipe
 from .statistics import ChannelStatistics, ModelStatistics
 
 __all__ = ["allocate", "channel_order", "split_counts", "uniform_plan"]
 
 
-def allocate(statistics: ModelStatistics, recipe: Recipe) -> ModelPlan:
+def allocate(statistics: ModelStatistics, recipe: Recipe, others: Iterable[str] = ()) -> ModelPlan:
     """The plan of all layers that were calibrated and that the recipe does not skip.
 
     Channels are sorted by the recipe's metric, the smallest first, so that the largest get the
     widest format; inside a block they are spread over a GPU's memory banks (banks.py). Layers that
     share an input share one LayerPlan. Raises EmptyCalibrationError if
     a layer saw no token, and RecipeError if the recipe's counts do not fit a layer, or its rounding
-    needs the model. An UnmatchedPatternWarning names patterns of the recipe that match no layer.
+    needs the model. An UnmatchedPatternWarning names patterns of the recipe that match no layer, neither these nor
+    ``others``, which the model has.
     """
     if recipe.rounding != "nearest":
         expected = "'nearest' where there is no model; calibration.plan(recipe) rounds by GPTQ"
@@ -36,8 +37,9 @@ def allocate(statistics: ModelStatistics, recipe: Recipe) -> ModelPlan:
     if not statistics.layers:
         statistics.require_tokens()
     patterns = (*recipe.skip, *(pattern for pattern, _ in recipe.counts or ()))
-    if unmatched := [p for p in patterns if not any(fnmatchcase(n, p) for n in statistics.layers)]:
-        warnings.warn(UnmatchedPatternWarning(patterns=unmatched), stacklevel=2)
+    names = (*statistics.layers, *others, *OUTPUT_HEADS)
+    if unmatched := [p for p in patterns if not any(fnmatchcase(n, p) for n in names)]:
+        warnings.warn(UnmatchedPatternWarning(patterns=unmatched), stacklevel=3)
     kept = {name: shape for name, shape in statistics.layers.items() if not recipe.skips(name)}
     if recipe.method == "format":
         return uniform_plan(kept, recipe)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from . import _torch_compat as compat
-from .errors import PlanMismatchError, TiedLayersWarning, UnplannedLayersWarning
+from .errors import PlanMismatchError, RecipeError, TiedLayersWarning, UnplannedLayersWarning
 
 if TYPE_CHECKING:
     from .plan import LayerPlan, ModelPlan
@@ -70,14 +70,17 @@ def _warn(
     from .quantized_linear import linear_shapes  # which imports this module, as does the recipe's
     from .recipe import Recipe
 
-    recipe = Recipe.from_dict(plan.recipe)
     planned = set(map(id, found.values()))
     unplanned = [
         name
         for name in map(_plain, linear_shapes(model))
-        if not recipe.skips(name) and id(parameters.get(f"{name}.weight")) not in planned
+        if id(parameters.get(f"{name}.weight")) not in planned
     ]
-    if unplanned:
+    try:  # a plan of one's own tells nothing of layers that it leaves out
+        skips = Recipe.from_dict(plan.recipe).skips if plan.recipe else lambda _: True
+    except RecipeError:
+        skips = lambda _: True
+    if unplanned := [name for name in unplanned if not skips(name)]:
         warnings.warn(UnplannedLayersWarning(layers=unplanned), stacklevel=4)
     sharing: dict[int, list[str]] = {}
     for name, weight in found.items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from typing import Any
@@ -86,6 +88,10 @@ class Calibration:
                 self._floats = {n: self.model.get_submodule(n).weight for n in self.upstream}
                 stack.enter_context(quantised(self.model, self.upstream))
             stack.enter_context(evaluating(self.model))
+            # In evaluation mode it runs a whole layer of nn.TransformerEncoder as one operator.
+            fastpath = torch.backends.mha.get_fastpath_enabled()
+            stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
+            torch.backends.mha.set_fastpath_enabled(False)
             self._names = layer_names(self.model)
             if self.gradients:
                 stack.enter_context(_frozen(self.model))
@@ -138,9 +144,12 @@ class Calibration:
         differentiated), and RecipeError if there are no batches.
         """
         recipe = recipe or Recipe.default()
-        if self.gradients and self.statistics.layers and not self.statistics.tokens:
+        unfinished = self.gradients and self.statistics.layers and not self.statistics.tokens
+        if unfinished and recipe.method != "format":
             raise CalibrationGradientError(reason="no loss was differentiated")
-        plan = allocate(self.statistics, replace(recipe, rounding="nearest"))
+        plan = allocate(
+            self.statistics, replace(recipe, rounding="nearest"), linear_shapes(self.model)
+        )
         if recipe.rounding == "nearest":
             return plan
         if self.batches is None:
@@ -187,8 +196,9 @@ class Calibration:
             if not torch.is_grad_enabled():
                 raise CalibrationGradientError(reason="the model ran without gradients")
             kept = x.detach().clone()  # the model may write to x before its gradient is there
-            if not x.requires_grad:  # nothing before the first layers has a gradient
-                x = kept.detach().requires_grad_()
+            # A tensor of the layers' own: what else reads x, a residual, is not quantised with their input. Nothing
+            # before the first layers has a gradient.
+            x = x.view_as(x) if x.requires_grad else kept.detach().requires_grad_()
             x.register_hook(lambda gradient: self.statistics.update(first, kept, gradient))
             return x
 
@@ -226,8 +236,12 @@ def first_device(model: torch.nn.Module) -> torch.device:
 
 def on_device(batch: Any, device: torch.device | str) -> Any:
     """A batch with copies of its tensors on a device: a model may write to what it is given."""
-    if hasattr(batch, "keys"):  # a tokenizer's is a mapping that optree does not know
-        batch = {key: batch[key] for key in batch.keys()}  # noqa: SIM118
+    if isinstance(
+        batch, UserDict
+    ):  # a tokenizer's, which optree does not know; a loss may read its attributes
+        moved = copy.copy(batch)
+        moved.data = on_device(batch.data, device)
+        return moved
     return optree.tree_map(
         lambda leaf: leaf.to(device, copy=True) if isinstance(leaf, torch.Tensor) else leaf, batch
     )
@@ -255,8 +269,8 @@ def next_token_loss(output: Any, batch: Any) -> torch.Tensor:
             reason="the output has no loss, and no logits for the batch's input_ids"
         )
     targets, mask = tokens[:, 1:], batch.get("attention_mask")
-    if mask is not None and mask.shape == tokens.shape:
-        text = mask.bool()
+    if isinstance(mask, torch.Tensor) and mask.shape == tokens.shape:
+        text = mask >= 0 if mask.is_floating_point() else mask.bool()
         targets = targets.masked_fill(~(text[:, 1:] & text[:, :-1]), -100)  # which is not counted
     return torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(),

@@ -424,7 +424,8 @@ class UnplannedLayersWarning(MicroMixWarning):
 
     template = (
         "The plan neither has these layers nor does its recipe skip them, so they stay float:{layers}\n"
-        "Calibrate the model on what makes them run, or name them in Recipe(skip=...), and plan again."
+        "They did not run in calibration, or the compiler leaves them alone (explain says why). Calibrate the model on "
+        "what makes them run, or name them in Recipe(skip=...), and plan again."
     )
 
 

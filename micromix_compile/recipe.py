@@ -22,11 +22,12 @@ ACTIVATIONS = ("match", "bfloat16")
 _THRESHOLDS = ("published", "paper")
 _SORTS = ("mean", "max", "hessian")
 _RULES = tuple(rule.label for rule in ScaleRule)
+_SORTED = ("thresholds", "split", "counts")  # the methods that sort by a metric
 _METHODS = ("thresholds", "split", "counts", "format", "bits", "time")
 BITS = {"mxfp4": 4, "mxfp6": 6, "mxfp8": 8}
 
 # The output head under the names that Hugging Face models give it.
-_OUTPUT_HEADS = (
+OUTPUT_HEADS = (
     "lm_head",
     "*.lm_head",
     "embed_out",
@@ -77,7 +78,8 @@ class Recipe:
     * ``multiple``: 32, 64 or 128; counts are multiples of it, K is padded to one.
     * ``skip``: globs (case-sensitive, on the full name) of layers to leave alone.
     * ``include_lm_head``: whether the output head is quantised too; it is left alone by default, under the names
-      lm_head, embed_out, predictions.decoder, proj_out, score, classifier and qa_outputs.
+      lm_head, embed_out, predictions.decoder, proj_out, score, classifier and qa_outputs, if ``counts`` has no
+      pattern that is its very name.
     """
 
     thresholds: str | None = None
@@ -136,7 +138,7 @@ class Recipe:
                 object.__setattr__(self, name, check(name, getattr(self, name)))
         if self.target is not None and self.time is None:
             _reject("target", self.target, "left out: it is where time=... is spent")
-        if self.sort != "mean" and self.method not in ("thresholds", "split", "counts"):
+        if self.sort != "mean" and self.method not in _SORTED:
             _reject("sort", self.sort, "left out: bits, time and format sort by no metric")
         if self.activations == "bfloat16":
             self._check_weight_only()
@@ -155,12 +157,16 @@ class Recipe:
     def from_dict(cls, options: Mapping[str, Any]) -> Recipe:
         """The recipe with these fields; the inverse of :meth:`to_dict`.
 
-        Raises RecipeError for a field that does not exist, or a bad value.
+        Raises RecipeError for a field that does not exist, or a bad value. A ``sort`` that its method does not use,
+        as earlier versions saved it, is left out.
         """
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
                 _reject(name, options[name], f"left out; the options are {', '.join(known)}")
+        given = [name for name in _METHODS if options.get(name) is not None]
+        if given and given[0] not in _SORTED:
+            options = {name: value for name, value in options.items() if name != "sort"}
         return cls(**options)
 
     def to_dict(self) -> dict[str, Any]:
@@ -188,7 +194,8 @@ class Recipe:
 
     def skips(self, layer: str) -> bool:
         """Whether the layer of this full name is to be left alone."""
-        heads = () if self.include_lm_head else _OUTPUT_HEADS
+        named = any(pattern == layer for pattern, _ in self.counts or ())
+        heads = () if self.include_lm_head or named else OUTPUT_HEADS
         return any(fnmatchcase(layer, pattern) for pattern in (*self.skip, *heads))
 
     def counts_for(self, layer: str) -> tuple[int, int, int] | None:

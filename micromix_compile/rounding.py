@@ -76,7 +76,7 @@ def round_weights(
     rounded: dict[str, RoundedWeight] = {}
     with (
         _inference(model),
-        torch.inference_mode(False),  # inference tensors do not tell whether they were written to
+        _tensors_with_versions(model),
         torch.no_grad(),
         contextlib.ExitStack() as replaced,
     ):
@@ -254,15 +254,23 @@ def _inference(model: nn.Module) -> Iterator[None]:
             config.use_cache = cached
 
 
+def _tensors_with_versions(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Without inference mode, whose tensors do not tell whether they were written to, if the model has none of these."""
+    own = (*model.parameters(), *model.buffers())
+    return torch.inference_mode(
+        torch.is_inference_mode_enabled() and any(map(torch.is_inference, own))
+    )
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in evaluation mode, and each in the mode that it had afterwards."""
     modes = {module: module.training for module in model.modules()}
     try:
-        for module in modes:
-            module.training = False
+        model.eval()  # modules may do more then
         yield
     finally:
+        model.train(modes[model])
         for module, training in modes.items():
             module.training = training
 
@@ -334,7 +342,7 @@ class _Model(_Stage):
         from micromix_compile.calibration import call, first_device, on_device
 
         batch = on_device(x, first_device(self.block))
-        if isinstance(batch, dict) and "use_cache" in batch:
+        if hasattr(batch, "keys") and "use_cache" in batch:
             batch["use_cache"] = False
         call(self.block, batch)
         return x
@@ -428,12 +436,17 @@ def _calls(
 def _groups(whole: _Model, layers: dict[str, nn.Module], plan: ModelPlan) -> list[list[str]]:
     """The layers in the order they run, those together that read one tensor, as it is then, by one plan."""
     groups: list[list[str]] = []
-    tensors: list[tuple[Tensor, int]] = []
+    tensors: list[tuple[Tensor, int | None]] = []
 
     def seen(name: str, x: Tensor) -> None:
-        version = 0 if x.is_inference() else x._version
+        version = None if x.is_inference() else x._version
         for (known, before), group in zip(tensors, groups, strict=True):
-            if known is x and before == version and plan[name] == plan[group[0]]:
+            if (
+                known is x
+                and version is not None
+                and before == version
+                and plan[name] == plan[group[0]]
+            ):
                 group.append(name)
                 return
         tensors.append((x, version))

@@ -311,7 +311,7 @@ class ModelStatistics:
         names = self.layers if layers is None else layers
         empty = [name for name in names if not self._statistics[name].tokens]
         if not self.layers:
-            unseen = "any linear layer: model(...) itself must be called, not its forward or a compiled one"
+            unseen = "any linear layer: it has none that the compiler takes, or was not called as model(...) itself"
             raise EmptyCalibrationError([unseen])
         if empty:
             raise EmptyCalibrationError(empty)

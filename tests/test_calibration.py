@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import accelerate
 import pytest
 import torch
@@ -273,7 +275,39 @@ def test_gradients_go_with_the_inputs_that_the_layers_read():
 
 def test_what_a_tokenizer_gives_is_moved():
     batch = BatchEncoding({"input_ids": torch.zeros(1, 4)})
-    assert on_device(batch, "meta")["input_ids"].device.type == "meta"
+    moved = on_device(batch, "meta")
+    assert moved.input_ids.device.type == "meta"
+    assert batch["input_ids"].device.type == "cpu"
+
+
+class Residual(nn.Module):
+    """Two layers whose inputs are read by a residual sum too; the first ones have no gradient of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)
+
+    def forward(self, x):
+        x = x + 1e-3 * self.a(x)
+        return x + 1e-3 * self.b(x)
+
+
+def test_gradients_are_those_of_the_layers_alone():
+    torch.manual_seed(0)
+    model = Residual()
+    found = calibrate(model, gradients=True).run([(torch.randn(8, 32),)], loss=squared).statistics
+    first, second = (found[name].gradient.sum().item() for name in ("a", "b"))
+    assert 0.2 < first / second < 5
+    assert second < 1e-2  # of a loss whose gradient by x itself is about 1
+
+
+def test_an_encoder_of_torch_in_training_mode():
+    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2)
+    plan = calibrate(model).run([(torch.randn(2, 5, 32),)]).plan(Recipe(format="mxfp8"))
+    assert {"layers.0.linear1", "layers.1.linear2"} <= set(plan)
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert model.training
 
 
 def test_run_inside_of_the_context():
@@ -324,6 +358,15 @@ def test_padding_is_no_text():
     assert loss / torch.tensor(VOCABULARY).log() == pytest.approx(4 + 8)
 
 
+@pytest.mark.parametrize("mask", [{"full": None}, [1, 1], torch.tensor([[0.0, 0.0, -1e9]])])
+def test_masks_of_other_kinds(mask):
+    tokens = torch.tensor([[1, 2, 3]])
+    output = types.SimpleNamespace(logits=torch.zeros(1, 3, 4))
+    loss = next_token_loss(output, {"input_ids": tokens, "attention_mask": mask})
+    counted = 1 if isinstance(mask, torch.Tensor) else 2
+    torch.testing.assert_close(loss, counted * torch.tensor(4.0).log())
+
+
 def test_what_was_meant_is_said():
     model, x = nn.Sequential(nn.Linear(32, 32)).eval(), torch.randn(4, 32)
     with calibrate(model, gradients=True) as calibration:
@@ -333,7 +376,7 @@ def test_what_was_meant_is_said():
     compiled = torch.compile(model, backend="eager")
     with calibrate(compiled) as calibration, torch.no_grad():
         compiled(x)
-    with pytest.raises(EmptyCalibrationError, match=r"model\(\.\.\.\) itself must be called"):
+    with pytest.raises(EmptyCalibrationError, match=r"not called as model\(\.\.\.\)"):
         calibration.plan()
     with pytest.raises(OptionError, match=r"one batch.*run\(\[batch\]\)"):
         calibrate(model).run({"input": x})

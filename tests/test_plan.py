@@ -313,6 +313,14 @@ def test_layers_that_are_neither_planned_nor_skipped_are_said():
         plan.attach(model)
 
 
+@pytest.mark.parametrize("recipe", [{}, {"made by": "hand"}])
+def test_a_plan_of_ones_own_may_leave_layers_out(recipe):
+    plan = ModelPlan({"q": layer_plan()}, {"q": (8, 96)}, recipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan.attach(Model())
+
+
 def test_a_module_under_two_names():
     model = Model()
     model.again = model.q

@@ -184,3 +184,14 @@ def test_first_matching_counts_win():
     assert recipe.counts_for("layers.1.up") == (0, 0, 64)
     assert recipe.counts_for("layers.2.up") == (64, 0, 0)
     assert recipe.counts_for("layers.2.down") is None
+
+
+def test_a_sort_that_earlier_versions_saved_is_left_out():
+    saved = Recipe(bits=5).to_dict() | {"sort": "hessian"}
+    assert Recipe.from_dict(saved) == Recipe(bits=5)
+    assert Recipe.from_dict({"sort": "max"}).sort == "max"
+
+
+def test_a_head_that_counts_names_is_planned():
+    assert Recipe(counts={"*": (32, 0, 0)}).skips("classifier")
+    assert not Recipe(counts={"classifier": (32, 0, 0), "*": (64, 0, 0)}).skips("classifier")
