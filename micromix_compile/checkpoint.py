@@ -307,7 +307,7 @@ def plan_to_use(model: nn.Module, plan: ModelPlan | Recipe | None) -> ModelPlan:
             raise ReleasedWeightError(layer=name.removesuffix(".weight"))
     quantised = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     if quantised:
-        own = attached(next(model.parameters()))
+        own = next((a for p in model.parameters() if (a := attached(p))), None)
         recipe = own[0].recipe if own else {}
         result = ModelPlan(
             {name: module.plan for name, module in quantised.items()},
@@ -315,7 +315,10 @@ def plan_to_use(model: nn.Module, plan: ModelPlan | Recipe | None) -> ModelPlan:
             recipe,
         )
         if isinstance(plan, Recipe) and plan.to_dict() != recipe:
-            raise QuantizedAlreadyError(given="recipe")
+            # A copy of a model has lost what was attached; a recipe for one format tells its plan by itself.
+            uniform = plan.method == "format" and uniform_plan(result.shapes, plan)
+            if not uniform or uniform.layers_digest != result.layers_digest:
+                raise QuantizedAlreadyError(given="recipe")
         if isinstance(plan, ModelPlan) and not _is_plan_of(plan, result, quantised):
             raise QuantizedAlreadyError(given="plan")
         return plan if isinstance(plan, ModelPlan) else result

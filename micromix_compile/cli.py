@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.showwarning = _show_warning
         try:
             _check_outputs(arguments)
-            _check_device(getattr(arguments, "device", "cpu"))
+            if arguments.run is not _env:  # which is to tell what is wrong
+                _check_device(getattr(arguments, "device", "cpu"))
             if code := arguments.run(arguments):
                 return code
         except MicroMixError as error:
@@ -632,7 +633,7 @@ def _check_plan_file(arguments: argparse.Namespace) -> None:
     from micromix_compile.errors import OutputError
     from micromix_compile.files import check_output
 
-    if arguments.plan is not None or not _calibrates(arguments):
+    if arguments.plan is not None or not _calibrates(arguments) or _is_quantised(arguments.model):
         return
     _texts(arguments, half=0)
     path, note = _plan_file(arguments)
@@ -643,6 +644,18 @@ def _check_plan_file(arguments: argparse.Namespace) -> None:
         reason = "it is there, and this command did not make it"
         mend = "Move it away, or give the plan to use with --plan"
         raise OutputError(path=there[0], reason=reason, mend=mend)
+
+
+def _is_quantised(model: str) -> bool:
+    """Whether a model's files say so; it has its plan then. What is wrong with them is said when it is loaded."""
+    from micromix_compile.models import files_of
+
+    try:
+        folder = files_of(model)
+        config = json.loads(Path(folder, "config.json").read_text()) if folder else {}
+    except (OSError, ValueError, MicroMixError):
+        return False
+    return "quantization_config" in config
 
 
 def _is_note(path: Path) -> bool:

@@ -15,7 +15,7 @@ import os
 import random
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,9 +113,13 @@ def quantised(model: nn.Module, plan: ModelPlan | Recipe | None) -> Iterator[Mod
 
 
 def trace(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic_shapes: Any
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    dynamic_shapes: Any,
+    tracing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> Entry:
-    """Export, lower and compile one graph of a model whose layers are packed."""
+    """Export, within `tracing()`, lower and compile one graph of a model whose layers are packed."""
     from micromix_compile.passes.manager import pass_manager  # imports Inductor
 
     if not compat.runs_packages():
@@ -131,7 +135,7 @@ def trace(
                 reason=f"an example argument holds a {type(leaf).__name__}",
                 mend="Wrap the model in a module that takes tensors, in tuples, lists and dicts",
             )
-    with torch.no_grad():
+    with torch.no_grad(), tracing():
         program = torch.export.export(
             model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
         )

@@ -42,9 +42,9 @@ def load(
         if needs_tokenizer or _has_tokenizer(Path(name_or_path)):
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        if Path(name_or_path).is_dir():
-            reason = str(error).strip().splitlines()[0].rstrip(".")
-            mend = "The directory must hold config.json, *.safetensors and the tokenizer's files"
+        if files_of(name_or_path) is not None:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            mend = "If files are missing or damaged: it must have config.json, *.safetensors and the tokenizer's files"
         else:
             reason = "it is neither a directory nor a model in the Hugging Face cache"
             mend = f"Give a directory, or {SMOLLM2}, or first run: hf download {name_or_path}"

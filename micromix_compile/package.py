@@ -42,7 +42,7 @@ _HUGE_PAGE = 2 << 20
 _MEMBER = re.compile(
     r"(data/aotinductor/[\w-]+/[\w.-]+\.(cpp|so|o|json|cubin)|archive_(format|version)|byteorder|\.data/\w+"
     r"|extra/(weights\.bin|runner\.txt)|extra/tokenizer/[\w.-]+\.(json|txt|model|jinja)"
-    rf"|extra/tokenizer/{TEMPLATES}/[\w-]+\.jinja)"
+    rf"|extra/tokenizer/{TEMPLATES}/[\w .-]+\.jinja)"
 )
 
 

@@ -36,6 +36,11 @@ struct LaneBlocks {
   }
 };
 
+struct Task {
+  LayerProduct layers[kMostProducts];
+  unsigned first_blocks[kMostProducts];  // of a layer; of those that are not there: all of them
+};
+
 template <int kTiles, int kWarps, int kPanels>
 struct Product {
   static constexpr int kRows = kPanels * kPanelRows;
@@ -43,62 +48,73 @@ struct Product {
   static constexpr int kSums = kTiles * kTokens * kRows;
   static constexpr int kOwn = (kSums + kThreads - 1) / kThreads;  // a thread's
 
-  const PlacedRows& weight;
-  const Results& results;
-  const unsigned block;
+  const Task& task;
+  const PlacedRows& first;  // layer's: the steps of all are the same, and take no registers there
+  int layer;                // the thread block's
+  unsigned block;           // of those of the layer
   const int lane, row, quarter;  // the lane's first row of 16, and its block of four
-  const uint8_t* const panel;
-  int64_t to_last = 0;  // bytes from there to the last panel
+  const uint8_t* panel;
+  int to_last = 0;  // bytes from there to the last panel
   int largest[kPanels][2];
   const uint4* x[kTiles];
   float sums[kPanels][kTiles][4] = {};
 
-  // `block`: of those of the layer.
-  __device__ Product(const void* decoded, const PlacedRows& weight, const Results& results,
-                     unsigned block)
-      : weight(weight),
-        results(results),
-        block(block),
+  __device__ Product(const void* decoded, const Task& task)
+      : task(task),
+        first(task.layers[0].weight),
         lane(threadIdx.x % 32),
         row(lane / 4),
-        quarter(lane % 4),
-        panel(weight.panels + int64_t{kPanels} * block * weight.steps.panel_bytes()) {
+        quarter(lane % 4) {
+    find_layer();
+    panel = weight().panels + int64_t{kPanels} * block * first.steps.panel_bytes();
     // Columns of tokens that are not there may hold anything.
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
-      const int64_t token = min(int64_t{kTokens} * t + row, results.m - 1);
-      x[t] = static_cast<const uint4*>(decoded) + token * weight.steps.ends[2] * kGroups;
+      const int64_t token = min(int64_t{kTokens} * t + row, results().m - 1);
+      x[t] = static_cast<const uint4*>(decoded) + token * first.steps.ends[2] * kGroups;
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      largest[0][i] = __ldg(weight.largest + int64_t{kRows} * block + row + 8 * i);
+      largest[0][i] = __ldg(weight().largest + int64_t{kRows} * block + row + 8 * i);
     if constexpr (kPanels == 2) {
       // Of an odd number of panels the last one stands in for the one that is not there.
-      const int64_t last = min(2 * int64_t{block} + 1, panels_of(weight.rows) - 1);
-      to_last = (last - 2 * int64_t{block}) * weight.steps.panel_bytes();
+      const int64_t last = min(2 * int64_t{block} + 1, panels_of(weight().rows) - 1);
+      to_last = static_cast<int>((last - 2 * int64_t{block}) * first.steps.panel_bytes());
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        largest[1][i] = __ldg(weight.largest + kPanelRows * last + row + 8 * i);
+        largest[1][i] = __ldg(weight().largest + kPanelRows * last + row + 8 * i);
     }
   }
 
-  // A segment's steps [first, last) of this warp: every n-th of all.
+  // Anew after the products: so neither takes a register meanwhile.
+  __device__ __forceinline__ void find_layer() {
+    unsigned of_all;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(of_all));
+    layer = 0;
+#pragma unroll
+    for (int i = 1; i < kMostProducts; ++i) layer += of_all >= task.first_blocks[i];
+    block = of_all - task.first_blocks[layer];
+  }
+  __device__ __forceinline__ const PlacedRows& weight() const { return task.layers[layer].weight; }
+  __device__ __forceinline__ const Results& results() const { return task.layers[layer].results; }
+
+  // A segment's steps [begin, last) of this warp: every n-th of all.
   template <mx::ElementFormat kFormat>
-  __device__ __forceinline__ void add_segment(int first, int last) {
+  __device__ __forceinline__ void add_segment(int begin, int last) {
     const int warp = threadIdx.x / 32;
-    const uint8_t* const chunks = panel + weight.steps.chunk_start(first);
-    const auto [first_block, last_block] = weight.steps.blocks_of(first);
+    const uint8_t* const chunks = panel + first.steps.chunk_start(begin);
+    const auto [first_block, last_block] = first.steps.blocks_of(begin);
 #pragma unroll(kPanels == 1 ? 2 : 1)
-    for (int step = first + (warp + kWarps - first % kWarps) % kWarps; step < last;
+    for (int step = begin + (warp + kWarps - begin % kWarps) % kWarps; step < last;
          step += kWarps) {
-      const ChunkInMemory chunk{chunks + (step - first) * chunk_bytes(kFormat.bits)};
+      const ChunkInMemory chunk{chunks + (step - begin) * chunk_bytes(kFormat.bits)};
       const LaneBlocks<kFormat> blocks(chunk, lane, largest[0]);
       const LaneBlocks<kFormat> others =
           kPanels == 1 ? blocks
                        : LaneBlocks<kFormat>({chunk.chunk + to_last}, lane, largest[kPanels - 1]);
       // The last block's activations stand in for those beyond it, times zeros: where one of them
       // is NaN, so is the sum.
-      const int of_lane = min(first_block + kStepBlocks * (step - first) + quarter, last_block - 1);
+      const int of_lane = min(first_block + kStepBlocks * (step - begin) + quarter, last_block - 1);
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
         Eight w[kPanels][2];
@@ -129,18 +145,18 @@ struct Product {
   __device__ __forceinline__ Place place_of(int j) const {
     const int i = threadIdx.x + j * kThreads, token = i / kRows, r = i % kRows;
     const int64_t n = int64_t{kRows} * block + r;
-    return {min(token, static_cast<int>(results.m) - 1), r, min(n, weight.rows - 1),
-            i < kSums && token < results.m && n < weight.rows};
+    return {min(token, static_cast<int>(results().m) - 1), r, min(n, weight().rows - 1),
+            i < kSums && token < results().m && n < weight().rows};
   }
 
   __device__ __forceinline__ void run() {
     __shared__ float parts[kWarps][kTiles][kTokens][kRows];
     // Where a thread has one result, what that needs is there before the sums are.
     Finish ahead;
-    if constexpr (kOwn == 1) ahead = load_finish(results, place_of(0).token, place_of(0).n);
-    const int32_t (&ends)[3] = weight.steps.step_ends;
+    if constexpr (kOwn == 1) ahead = load_finish(results(), place_of(0).token, place_of(0).n);
+    const int32_t (&ends)[3] = first.steps.step_ends;
     add_segment<mx::E2M1>(0, ends[0]);
-    if (weight.e3m2) {
+    if (first.e3m2) {
       add_segment<mx::E3M2>(ends[0], ends[1]);
     } else {
       add_segment<mx::E2M3>(ends[0], ends[1]);
@@ -155,6 +171,7 @@ struct Product {
           parts[threadIdx.x / 32][t][2 * quarter + i % 2][kPanelRows * p + row + i / 2 * 8] =
               sums[p][t][i];
     __syncthreads();
+    find_layer();
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
       const Place p = place_of(j);
@@ -162,15 +179,10 @@ struct Product {
       float sum = 0.0f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum += parts[w][p.token / kTokens][p.token % kTokens][p.row];
-      const Finish finish = kOwn == 1 ? ahead : load_finish(results, p.token, p.n);
-      store_finished(results, sum, finish, p.token, p.n);
+      const Finish finish = kOwn == 1 ? ahead : load_finish(results(), p.token, p.n);
+      store_finished(results(), sum, finish, p.token, p.n);
     }
   }
-};
-
-struct Task {
-  LayerProduct layers[kMostProducts];
-  unsigned first_blocks[kMostProducts];  // of a layer; of those that are not there: all of them
 };
 
 // 16 warps of a multiprocessor have registers for all that they load; four with one panel take
@@ -180,13 +192,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPanels == 2 || kWarps == 8 ? 16 
     few_rows_kernel(const void* x, const __grid_constant__ Task task) {
   let_the_next_kernel_start();
   wait_for_the_kernel_before();
-  int i = 0;
-#pragma unroll
-  for (int next = 1; next < kMostProducts; ++next) i += blockIdx.x >= task.first_blocks[next];
-  const LayerProduct& layer = task.layers[i];
-  Product<kTiles, kWarps, kPanels>(x, layer.weight, layer.results,
-                                   blockIdx.x - task.first_blocks[i])
-      .run();
+  Product<kTiles, kWarps, kPanels>(x, task).run();
 }
 
 template <int kTiles, int kWarps, int kPanels>

@@ -97,36 +97,44 @@ std::string checksum(const uint8_t* data, size_t bytes) {
   return text.str();
 }
 
+[[noreturn]] void refuse_input(size_t i, const at::Tensor& tensor, const InputFacts& expected) {
+  std::ostringstream text;
+  text << "input " << i << " is " << tensor.dtype().name() << " " << tensor.sizes()
+       << ", and the graph takes " << c10::toString(expected.dtype);
+  const char* between = " ";
+  for (const SizeFacts& size : expected.shape) {
+    text << between;
+    between = " x ";
+    if (size.symbol < 0) {
+      text << size.value;
+    } else {
+      text << size.factor << "*s" << size.symbol << "+" << size.constant << " (s" << size.symbol
+           << " from " << size.smallest << " to " << size.largest << ")";
+    }
+  }
+  refuse(text.str());
+}
+
 // What compiled code takes for granted of its arguments: it looks at their memory only.
 void check_inputs(const std::vector<InputFacts>& expected, const std::vector<at::Tensor>& given) {
   std::map<int64_t, int64_t> symbols;
   for (size_t i = 0; i < expected.size(); ++i) {
     const at::Tensor& tensor = given[i];
+    const std::vector<SizeFacts>& shape = expected[i].shape;
     bool fits = tensor.scalar_type() == expected[i].dtype &&
-                tensor.dim() == static_cast<int64_t>(expected[i].shape.size());
-    std::ostringstream shape;
-    for (size_t d = 0; d < expected[i].shape.size(); ++d) {
-      const SizeFacts& size = expected[i].shape[d];
-      shape << (d ? " x " : " ");
+                tensor.dim() == static_cast<int64_t>(shape.size());
+    for (size_t d = 0; fits && d < shape.size(); ++d) {
+      const SizeFacts& size = shape[d];
+      const int64_t found = tensor.size(static_cast<int64_t>(d));
       if (size.symbol < 0) {
-        shape << size.value;
-        fits = fits && tensor.size(static_cast<int64_t>(d)) == size.value;
+        fits = found == size.value;
         continue;
       }
-      shape << size.factor << "*s" << size.symbol << "+" << size.constant << " (s" << size.symbol
-            << " from " << size.smallest << " to " << size.largest << ")";
-      if (!fits) continue;
-      const int64_t rest = tensor.size(static_cast<int64_t>(d)) - size.constant;
-      const int64_t value = rest / size.factor;
+      const int64_t rest = found - size.constant, value = rest / size.factor;
       fits = rest % size.factor == 0 && value >= size.smallest && value <= size.largest &&
              symbols.emplace(size.symbol, value).first->second == value;
     }
-    if (!fits) {
-      std::ostringstream text;
-      text << "input " << i << " is " << tensor.dtype().name() << " " << tensor.sizes()
-           << ", and the graph takes " << c10::toString(expected[i].dtype) << shape.str();
-      refuse(text.str());
-    }
+    if (!fits) refuse_input(i, tensor, expected[i]);
   }
 }
 
