@@ -44,7 +44,7 @@ def load(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if files_of(name_or_path) is not None:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            mend = "If files are missing or damaged: it must have config.json, *.safetensors and the tokenizer's files"
+            mend = "The directory must hold config.json, *.safetensors and the tokenizer's files, whole"
         else:
             reason = "it is neither a directory nor a model in the Hugging Face cache"
             mend = f"Give a directory, or {SMOLLM2}, or first run: hf download {name_or_path}"
