@@ -14,18 +14,7 @@ from micromix_compile import Recipe, explain
 from micromix_compile.evaluate import Decoder
 from micromix_compile.passes.group_queries import group_queries
 
-B, HEADS, GROUPS, S, D = 2, 6, 2, 40, 16
-
-
-def repeated(x: torch.Tensor) -> torch.Tensor:
-    """As transformers' repeat_kv."""
-    b, groups, s, d = x.shape
-    x = x[:, :, None, :, :].expand(b, groups, HEADS // GROUPS, s, d)
-    return x.reshape(b, groups * (HEADS // GROUPS), s, d)
-
-
-def attention(query, key, value, mask):
-    return F.scaled_dot_product_attention(query, repeated(key), repeated(value), attn_mask=mask) * 2
+from .repeated_keys import COPIES_THAT_DIFFER, GROUPS, HEADS, B, D, S, attention, repeated
 
 
 def operands(tokens=1, dtype=torch.float32, mask=None, **_):
@@ -92,33 +81,6 @@ def in_another_order(query, key, value, mask):
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
-def written_between(query, key, value, mask):
-    old = repeated(key), repeated(value)
-    key.mul_(2)
-    return F.scaled_dot_product_attention(query, *old, attn_mask=mask)
-
-
-def copy_written(query, key, value, mask):
-    key, value = repeated(key), repeated(value).contiguous()
-    written = key[:, :, 0].zero_(), value.mul_(2)  # and used: else it would be dead code here
-    result = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    return result + 0 * (written[0].sum() + written[1].sum())
-
-
-def written_between_copies(query, key, value, mask):
-    copies = [x[:, :, None].expand(B, GROUPS, 3, S, D).clone() for x in (key, value)]
-    key.mul_(2)
-    copies = [x.reshape(B, HEADS, S, D) for x in copies]
-    return F.scaled_dot_product_attention(query, *copies, attn_mask=mask)
-
-
-def repeated_over_the_batch(query, key, value, mask):
-    key, value = (
-        x[:1, :, None].expand(B, GROUPS, 3, S, D).reshape(B, HEADS, S, D) for x in (key, value)
-    )
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-
-
 @pytest.mark.parametrize(
     "function, given",
     [
@@ -127,10 +89,7 @@ def repeated_over_the_batch(query, key, value, mask):
         (causal, {}),
         (key_alone, {}),
         (in_another_order, {}),
-        (written_between, {}),
-        (copy_written, {}),
-        (written_between_copies, {}),
-        (repeated_over_the_batch, {}),
+        *((function, {}) for function in COPIES_THAT_DIFFER),
     ],
 )
 def test_other_attentions_are_left_alone(function, given):

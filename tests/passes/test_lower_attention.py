@@ -14,7 +14,8 @@ from micromix_compile import Recipe, explain
 from micromix_compile.evaluate import Decoder
 from micromix_compile.passes.lower_attention import lower_attention
 
-B, HEADS, GROUPS, S, D = 2, 6, 2, 40, 16
+from .repeated_keys import COPIES_THAT_DIFFER, GROUPS, HEADS, B, D, S, attention, repeated
+
 OPERATOR = torch.ops.micromix.attention.default
 
 
@@ -22,13 +23,6 @@ OPERATOR = torch.ops.micromix.attention.default
 def instruction_set(request, monkeypatch):
     """The pass as on such a CPU; whatever this machine has runs the operator."""
     monkeypatch.setattr("micromix_compile.passes.lower_attention.cpu_isa", lambda: request.param)
-
-
-def repeated(x: torch.Tensor) -> torch.Tensor:
-    """As transformers' repeat_kv."""
-    b, groups, s, d = x.shape
-    x = x[:, :, None, :, :].expand(b, groups, HEADS // GROUPS, s, d)
-    return x.reshape(b, groups * (HEADS // GROUPS), s, d)
 
 
 def operands(tokens=5, dtype=torch.bfloat16, mask=None):
@@ -63,10 +57,6 @@ def lowered(function, *inputs) -> tuple[int, fx.GraphModule]:
     return count, gm
 
 
-def attention(query, key, value, mask):
-    return F.scaled_dot_product_attention(query, repeated(key), repeated(value), attn_mask=mask) * 2
-
-
 def causal(query, key, value, mask):
     return F.scaled_dot_product_attention(
         query, repeated(key), repeated(value), is_causal=True, scale=0.5
@@ -91,33 +81,6 @@ def key_repeated(query, key, value, mask):
     return F.scaled_dot_product_attention(query, repeated(key), torch.cat((value,) * 3, 1), mask)
 
 
-def written_between(query, key, value, mask):
-    old = repeated(key), repeated(value)
-    key.mul_(2)
-    return F.scaled_dot_product_attention(query, *old, attn_mask=mask)
-
-
-def copy_written(query, key, value, mask):
-    key, value = repeated(key), repeated(value).contiguous()
-    written = key[:, :, 0].zero_(), value.mul_(2)  # and used: else it would be dead code here
-    result = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    return result + 0 * (written[0].sum() + written[1].sum())
-
-
-def written_between_copies(query, key, value, mask):
-    copies = [x[:, :, None].expand(B, GROUPS, 3, S, D).clone() for x in (key, value)]
-    key.mul_(2)
-    copies = [x.reshape(B, HEADS, S, D) for x in copies]
-    return F.scaled_dot_product_attention(query, *copies, attn_mask=mask)
-
-
-def repeated_over_the_batch(query, key, value, mask):
-    key, value = (
-        x[:1, :, None].expand(B, GROUPS, 3, S, D).reshape(B, HEADS, S, D) for x in (key, value)
-    )
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-
-
 MASKS = [None, "bool", "bfloat16", "two dimensions", "of each head", "of the keys"]
 
 
@@ -133,10 +96,7 @@ MASKS = [None, "bool", "bfloat16", "two dimensions", "of each head", "of the key
         (without_repeating, {"mask": "bool"}, False),
         (equal_heads, {}, False),
         (key_repeated, {}, True),
-        (written_between, {}, True),
-        (copy_written, {}, True),
-        (written_between_copies, {}, True),
-        (repeated_over_the_batch, {}, True),
+        *((function, {}, True) for function in COPIES_THAT_DIFFER),
     ],
 )
 def test_what_is_lowered(function, given, copies):
