@@ -7,10 +7,12 @@ import warnings
 import pytest
 import torch
 from architectures import build, inputs
-from tiny_llama import VOCABULARY, tiny_llama
+from tiny_llama import VOCABULARY, save_tiny, tiny_llama
+from transformers import AutoModelForCausalLM
 
-from micromix_compile import Recipe, calibrate, explain
+from micromix_compile import Recipe, calibrate, explain, save_pretrained
 from micromix_compile.errors import ReferenceKernelWarning
+from micromix_compile.integrations.transformers import MicroMixConfig
 from micromix_compile.ops import EMULATED, _reference, blackwell_kernel, kernel_name
 from micromix_compile.packing import pack_weight, packings
 from micromix_compile.reference import reference_model
@@ -166,6 +168,69 @@ def test_a_weight_packed_on_the_cpu_is_placed_on_the_gpu(dtype):
     assert torch.equal(packed.data, on_gpu.data) and torch.equal(packed.scales, on_gpu.scales)
     for kernel in ("auto", "mx_emulated"):
         assert torch.equal(packed.place(kernel), on_gpu.place(kernel))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(1))
+
+
+def load(directory, device="cuda", **options):
+    return AutoModelForCausalLM.from_pretrained(directory, device_map=device, **options)
+
+
+def test_a_checkpoint_runs_on_the_gpu(source, ids, tmp_path):
+    """Made on the CPU or while it is loaded onto the GPU: the same bits, by the same kernels, compiled or not."""
+    model = load(source, "cpu")
+    plan = calibrate(model).run([ids]).plan(MIX)
+    save_pretrained(model, tmp_path / "saved", plan)
+    plan.attach(model.cuda())
+    ids = ids.cuda()
+    compiled = torch.compile(model, backend="micromix", options={"inductor": False})
+    with torch.inference_mode():
+        expected = compiled(ids, use_cache=False).logits
+        exact = model(ids, use_cache=False).logits
+        assert not torch.equal(expected, exact)
+        saved = load(tmp_path / "saved")
+        assert torch.equal(saved(ids, use_cache=False).logits, expected)
+        converted = load(source, quantization_config=MicroMixConfig(plan=plan))
+        assert torch.equal(converted(ids, use_cache=False).logits, expected)
+        torch.compiler.reset()
+        fused = torch.compile(saved, backend="micromix", options={"strict": True})
+        found = fused(ids, use_cache=False).logits
+        assert (found - expected).norm() <= 0.1 * (expected - exact).norm()
+        assert {row.kernel for row in explain(fused).layers.values() if not row.reason} == {
+            kernel_name("cuda")
+        }
+        # Transformers compiles the steps of decoding by itself, for a static cache.
+        options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+        tokens = saved.generate(ids, cache_implementation="static", **options)
+        assert torch.equal(tokens[:, :17], saved.generate(ids, **options)[:, :17])
+        assert tokens.shape == (2, 24)
+
+
+def test_measured_recipes_on_the_gpu(source, ids):
+    """A budget of bits by measured errors, rotations and GPTQ: planned on the GPU, better than the mix of equal bits."""
+    errors = {}
+    for name, gradients, recipe in (
+        ("measured", True, Recipe(bits=5.0, hadamard=(4, 6), rounding="gptq")),
+        ("mxfp4", False, Recipe(format="mxfp4")),
+    ):
+        torch.compiler.reset()
+        model = load(source)
+        plan = calibrate(model, gradients=gradients).run([ids.cuda()]).plan(recipe)
+        with torch.inference_mode():
+            exact = model(ids.cuda(), use_cache=False).logits
+            plan.attach(model)
+            compiled = torch.compile(model, backend="micromix", options={"strict": True})
+            found = compiled(ids.cuda(), use_cache=False).logits
+        errors[name] = (found - exact).norm().item()
+    assert 0 < errors["measured"] < 0.6 * errors["mxfp4"]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -98,7 +98,10 @@ class MicroMixQuantizer(HfQuantizer):
             for name, layer in self.plan.items():
                 module = model.get_submodule(name)
                 shape = self.plan.shapes[name]
-                model.set_submodule(name, QuantizedLinear.empty(shape, layer, module.bias))
+                empty = QuantizedLinear.empty(shape, layer, module.bias)
+                # Until it is packed: transformers before 5.23 casts what it reads to the type that it finds here.
+                empty.weight = nn.Parameter(module.weight.detach(), requires_grad=False)
+                model.set_submodule(name, empty)
             self.tied = _untie(model, self.plan)
             return
         description = config.description
@@ -155,7 +158,8 @@ class MicroMixQuantizer(HfQuantizer):
                 raise CheckpointError(path=model.config.name_or_path, reason=reason)
             packed = pack_layer(self.plan, name, model.get_parameter(source))
             module = model.get_submodule(name)
-            module.weight.data, module.weight_scales.data = packed.data, packed.scales
+            module.weight = nn.Parameter(packed.data, requires_grad=False)
+            module.weight_scales.data = packed.scales
         if self.tied:
             model.config.tie_word_embeddings = False  # the head has a weight of its own now
 
