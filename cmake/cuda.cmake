@@ -3,10 +3,29 @@
 # installed toolkit, which the compiler from PyPI does not have.
 set(NVCC "" CACHE FILEPATH "the CUDA compiler")
 set(CUTLASS_INCLUDE "" CACHE PATH "CuTe's headers, for the Blackwell instructions")
-set(MICROMIX_CUDA_ARCHITECTURES 80 90a 120a 121a CACHE STRING "what device code is built for")
+set(MICROMIX_CUDA_ARCHITECTURES "" CACHE STRING "what device code is built for; empty: every kind that there are kernels for")
+if(NOT MICROMIX_CUDA_ARCHITECTURES)
+  execute_process(COMMAND ${NVCC} --list-gpu-code OUTPUT_VARIABLE known COMMAND_ERROR_IS_FATAL ANY)
+  foreach(architecture 80 90a 120a 121a)
+    string(REGEX REPLACE "[a-z]" "" number ${architecture})
+    if(known MATCHES "sm_${number}")
+      list(APPEND MICROMIX_CUDA_ARCHITECTURES ${architecture})
+    else()
+      message(WARNING "${NVCC} knows no sm_${number}: nothing is built for it; a later CUDA does")
+    endif()
+  endforeach()
+endif()
+foreach(architecture ${MICROMIX_CUDA_ARCHITECTURES})
+  if(architecture MATCHES "^12[01]f?$")
+    string(REGEX REPLACE "f" "" number ${architecture})
+    message(WARNING "sm_${architecture}: block-scaled instructions need sm_${number}a; products"
+      " will be decoded to bfloat16 instead")
+  endif()
+endforeach()
 
 get_filename_component(CUDA_ROOT ${NVCC} REALPATH)
 get_filename_component(CUDA_ROOT ${CUDA_ROOT}/../.. ABSOLUTE)
+unset(CUDART_STATIC CACHE)  # NVCC may be another one
 find_library(CUDART_STATIC libcudart_static.a REQUIRED NO_DEFAULT_PATH
   PATHS ${CUDA_ROOT} PATH_SUFFIXES lib64 lib targets/x86_64-linux/lib targets/sbsa-linux/lib)
 

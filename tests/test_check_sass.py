@@ -74,8 +74,12 @@ def a_stack(kernels):
 
 def an_early_load(kernels):
     kernel = kernels["sm_120a"][0].__class__("rows_kernel", 40)
-    kernel.waits, kernel.early_loads = True, 1
+    kernel.waits, kernel.early_accesses = True, 1
     kernels["sm_90a"] = [kernel]
+
+
+def a_lost_wait(kernels):
+    kernels["sm_90a"] = [kernels["sm_120a"][0].__class__("rows_kernel", 40, early_accesses=3)]
 
 
 def registers_that_are_not_there(kernels):
@@ -104,7 +108,8 @@ def no_native_code(kernels):
     [
         (a_spill, "2 accesses"),
         (a_stack, "mx_quantize: 16 bytes of local memory"),
-        (an_early_load, "rows_kernel: 1 global loads before the wait"),
+        (an_early_load, "rows_kernel: 1 accesses to global memory before the wait"),
+        (a_lost_wait, "rows_kernel: 3 accesses to global memory before a wait"),
         (registers_that_are_not_there, "rows_kernel: waits for registers for ever"),
         (no_instructions, r"has \[\], not"),
         (another_instruction, "HMMA"),
@@ -118,19 +123,23 @@ def test_a_fault_is_an_error(check_sass, plant, message):
         check_sass.check()
 
 
-def test_loads_before_the_wait_are_found(check_sass):
-    """Of kernels that wait; others may load at once."""
-    kernels = {name: check_sass.Kernel(name) for name in ("late", "early", "alone")}
+def test_accesses_before_the_wait_are_found(check_sass):
+    """Shared memory is no such access, nor is a line that is only asked for."""
+    kernels = {name: check_sass.Kernel(name) for name in ("late", "early", "alone", "stores")}
     lines = (
         "Function : late", "ACQBULK ;", "@!P1 LDG.E.128 R12, desc[UR10][R2.64] ;", "STL [R1], R0 ;",
         "Function : early", "LDG.E.128.CONSTANT R4, desc[UR10][R2.64] ;", "ACQBULK ;", "LDG.E R0 ;",
         "Function : alone", "LDG.E.128 R4, desc[UR10][R2.64] ;", "HMMA.1688.F32.BF16 R8, R4, R5 ;",
+        "Function : stores", "STS [R1], R0 ;", "LDS R1, [R0] ;", "CCTL.E.PF2 [R2.64] ;", "UBLKCP.S.G [UR8], [UR4], UR6 ;",
+        "@P0 STG.E desc[UR4][R2.64], R0 ;", "ST.E desc[UR4][R2.64], R0 ;", "ACQBULK ;", "RED.E.ADD [R2.64], R0 ;",
     )  # fmt: skip
     check_sass.read_machine_code("\n".join(lines), kernels)
-    late, early, alone = kernels.values()
-    assert (late.waits, late.early_loads, late.local_accesses) == (True, 0, 1)
-    assert (early.waits, early.early_loads) == (True, 1)
-    assert (alone.waits, alone.matrix) == (False, Counter({"HMMA.1688.F32.BF16": 1}))
+    late, early, alone, stores = kernels.values()
+    assert (late.waits, late.early_accesses, late.local_accesses) == (True, 0, 1)
+    assert (early.waits, early.early_accesses) == (True, 1)
+    assert (alone.waits, alone.early_accesses) == (False, 1)
+    assert alone.matrix == Counter({"HMMA.1688.F32.BF16": 1})
+    assert (stores.waits, stores.early_accesses) == (True, 3)
 
 
 def test_registers_that_change_hands_are_found(check_sass):

@@ -101,7 +101,7 @@ constexpr int64_t padded_rows(int64_t m) {
 inline int64_t tile_bytes(const Steps& steps, int64_t m) {
   return int64_t{2} * steps.count() * padded_rows(m) * kSliceBytes;
 }
-bool has_many_rows();  // whether the current device runs it
+cudaError_t find_many_rows(bool& there);  // whether the current device runs it
 cudaError_t launch_decode_tiles(const PackedRows& rows, const Steps& steps, void* tiles,
                                 uint8_t* largest, const Launcher& on);
 cudaError_t launch_many_rows(const void* tiles, std::span<const LayerProduct> layers,

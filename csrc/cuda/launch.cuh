@@ -54,9 +54,11 @@ cudaError_t launch(const Rows& rows, const Launch& how) {
     }
     return kernel_of<kFunction, Types::kAny>(rows, how);
   }();
-  if (how.bytes > 48 * 1024) {
+  // The 48 KB that need no leave hold the kernel's own bytes too. It gets the same leave every
+  // time: another thread may launch it with more.
+  if (how.bytes + kOtherSharedBytes > 48 * 1024) {
     const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.bytes);
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.most_bytes);
     if (error != cudaSuccess) return error;
   }
   const dim3 blocks(how.blocks, how.parts);

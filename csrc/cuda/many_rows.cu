@@ -19,6 +19,7 @@
 #include "bulk_copies.cuh"
 #include "decode.cuh"
 #include "early_launch.h"
+#include "no_code.h"
 #include "warpgroups.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -55,7 +56,8 @@ struct Shape {
   static constexpr int kThreadBlocks = !kShared && kTokens <= 64 ? 2 : 1;  // of a multiprocessor
   // Of a thread that copies, and of one that multiplies: of all of them no more than the compiler
   // gives (80 or 168 each), or they wait for ever (`make check-sass` looks).
-  static constexpr int kFewRegisters = 24, kRegisters = kThreadBlocks == 2 ? 104 : 240;
+  [[maybe_unused]] static constexpr int kFewRegisters = 24,
+                                        kRegisters = kThreadBlocks == 2 ? 104 : 240;
   // A step's two slices of tokens are there together, or one after the other.
   static constexpr int kStagesOfStep = kTokens >= 64 ? 2 : 1;
   static constexpr int kSlice = kTokens * kSliceBytes, kStage = 2 * kSlice / kStagesOfStep;
@@ -540,7 +542,7 @@ struct Product : Shape<kTokens, kShared> {
 
 #endif
 
-// On other devices there is an empty kernel, with other bounds: has_many_rows tells them apart.
+// On other devices there is an empty kernel, with other bounds: find_many_rows tells them apart.
 template <int kTokens, bool kShared>
 __global__ void __launch_bounds__(MICROMIX_HAS_WARPGROUPS ? kAllThreads : 32,
                                   Shape<kTokens, kShared>::kThreadBlocks)
@@ -561,23 +563,29 @@ constexpr int kBytesOfOne = 120 * 1024;
 
 struct Kernel {
   decltype(&many_rows_kernel<32, false>) run;
-  int bytes;
+  int bytes, most_bytes;
   unsigned blocks, parts, sharers;
 
   template <int kTokens, bool kShared>
   static Kernel of(unsigned clusters, unsigned parts, bool alone) {
     constexpr unsigned kOfCluster = kShared ? kSharers : 1;
     constexpr int kBytes = Shape<kTokens, kShared>::kBytes;
-    return {many_rows_kernel<kTokens, kShared>, alone ? std::max(kBytes, kBytesOfOne) : kBytes,
-            clusters * kOfCluster, parts, kOfCluster};
+    constexpr int kMostBytes = std::max(kBytes, kBytesOfOne);
+    return {many_rows_kernel<kTokens, kShared>,
+            alone ? kMostBytes : kBytes,
+            kMostBytes,
+            clusters * kOfCluster,
+            parts,
+            kOfCluster};
   }
   cudaLaunchConfig_t config(const Launcher& on,
                             cudaLaunchAttribute (&attributes)[kMostAttributes]) const {
     return early_config({blocks, parts, 1}, kAllThreads, bytes, on.stream, on.early,
                         {sharers, parts, 1}, attributes);
   }
+  // The same every time: another thread may launch it with more.
   cudaError_t allow_bytes() const {
-    return cudaFuncSetAttribute(run, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    return cudaFuncSetAttribute(run, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes);
   }
 };
 
@@ -671,13 +679,11 @@ cudaError_t launch(Task& task, std::span<const LayerProduct> layers, const Launc
 
 }  // namespace
 
-bool has_many_rows() {
-  cudaFuncAttributes attributes;
-  if (cudaFuncGetAttributes(&attributes, many_rows_kernel<64, false>) != cudaSuccess) {
-    cudaGetLastError();  // there is no code that this device runs, which is no error
-    return false;
-  }
-  return attributes.maxThreadsPerBlock == kAllThreads;
+cudaError_t find_many_rows(bool& there) {
+  cudaFuncAttributes attributes{};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, many_rows_kernel<64, false>);
+  there = error == cudaSuccess && attributes.maxThreadsPerBlock == kAllThreads;
+  return has_no_code(error) ? cudaSuccess : error;
 }
 
 cudaError_t launch_many_rows(const void* tiles, std::span<const LayerProduct> layers,

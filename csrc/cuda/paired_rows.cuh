@@ -370,6 +370,15 @@ struct PairedRows {
       });
     }
   }
+  // A norm of nothing may be something, or NaN: it is no padding, nor part of the next rows' sums.
+  __device__ __forceinline__ void clear_beyond(Words& x) const {
+    if (rows_of_x > 0) [[likely]]
+      return;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+#pragma unroll
+      for (int j = 0; j < kWords; ++j) x[i][j] = 0;
+  }
   __device__ __forceinline__ void compute(Words& x, const Words& second) const {
     const auto each = [&](auto f) {
 #pragma unroll
@@ -490,6 +499,7 @@ struct PairedRows {
         } else {
           rms_norm(x, rows.inverse_k);
         }
+        clear_beyond(x);
         if constexpr (!kOrdered) part ^= kPartsOfTurn, parts ^= kPartsOfTurn;
       } else {
         compute(x, second);

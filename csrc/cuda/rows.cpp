@@ -4,10 +4,13 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <array>
 #include <limits>
+#include <stdexcept>
 
 #include "../row_operators.h"
 #include "device.h"
+#include "no_code.h"
 
 namespace micromix::cuda {
 namespace {
@@ -64,6 +67,14 @@ Types types_of(const RowTask& task, const RowOutput& output) {
                                          : Types::kFloat32;
 }
 
+// The device is one that this library was not built for.
+struct NoCode : std::runtime_error {
+  NoCode()
+      : std::runtime_error(
+            "micromix: the CUDA kernels were not built for this GPU; `micromix env` says for "
+            "which") {}
+};
+
 // What a launch depends on beside its arguments.
 struct Limits {
   int shared_bytes, shared_bytes_of_all, multiprocessors;
@@ -78,7 +89,9 @@ struct Limits {
     shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kOtherSharedBytes;
     shared_bytes_of_all = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
     multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
-    check(architecture_of_rows(architecture), "quantize");
+    const cudaError_t error = architecture_of_rows(architecture);
+    if (has_no_code(error)) throw NoCode();
+    check(error, "quantize");
   }
 };
 
@@ -163,7 +176,7 @@ Launch streamed(const RowTask& task, Types types, int64_t count, const RowOutput
 Launch choose(const RowTask& task, int64_t count, const RowOutput& output, const Limits& limits) {
   Launch launch{};
   launch.types = types_of(task, output);
-  if (are_many(task, launch.types, count, limits)) {
+  if (task.k > 0 && are_many(task, launch.types, count, limits)) {
     const Launch pairs = paired(task, launch.types, count, output, limits);
     if (pairs.threads > 0) return pairs;
     const Launch stream = streamed(task, launch.types, count, output, limits);
@@ -220,6 +233,7 @@ void launch(const OnDevice& device, const Limits& limits, const RowTask& task, i
   rows.fetched = limits.multiprocessors;  // more get in the way of those that run
   launch.stream = device.stream;
   launch.early = limits.architecture >= 90;
+  launch.most_bytes = limits.shared_bytes;
   const auto function = task.row_function == RowFunction::kRmsNorm     ? launch_rms_norm
                         : task.row_function == RowFunction::kLayerNorm ? launch_layer_norm
                                                                        : launch_pointwise;
@@ -239,9 +253,18 @@ void run(const Tensor& x, const RowTask& task, int64_t rows, const RowOutput& ou
 
 std::tuple<Tensor, Tensor> quantize(Tensor x, std::optional<Tensor> order, int64_t k4, int64_t k6,
                                     int64_t k8, int64_t format) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
   const OnDevice device(x);
   const RowTask task = row_task("quantize", RowFunction::kPointwise, x, x.scalar_type());
-  return quantise_rows<run>("quantize", task, x, order, k4, k6, k8, format);
+  try {
+    std::optional<Tensor> dense_order = order;
+    return quantise_rows<run>("quantize", task, x, dense_order, k4, k6, k8, format);
+  } catch (const NoCode&) {  // the reference, as for the products; nothing is fused there
+    std::array stack{from(x), from(order), from(k4), from(k6), from(k8), from(format)};
+    call("micromix::quantize_reference", stack);
+    return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
+  }
 }
 
 }  // namespace

@@ -123,12 +123,12 @@ constexpr int max_threads(Placement placement) {
   return placement == Placement::kDirect ? 256 : 512;
 }
 
-// How a kernel is launched; `bytes` is of shared memory. One file
+// How a kernel is launched; `bytes` is of shared memory, of at most `most_bytes`. One file
 // for each function, because they take long to compile.
 struct Launch {
   Types types;
   Placement placement;
-  int blocks, threads, bytes;
+  int blocks, threads, bytes, most_bytes;
   int parts = 1;  // of a row, where the direct kernel has few: its thread blocks are as many more
   int stages;     // of the streamed kernel
   cudaStream_t stream;

@@ -115,7 +115,11 @@ struct Stream {
     return order;
   }
   __device__ __forceinline__ void place_channels(const Channels& order) {
-    if constexpr (kOrdered) {
+    if constexpr (!kOrdered) {
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i)
+        if (8 * piece_of_vector(i) >= k) padded |= 0xFFu << 8 * i;
+    } else {
       const auto channels = static_cast<uint32_t>(k);
       const int lane = threadIdx.x % 32;
       // A zero where there is no channel, and a NaN for one that is not there.

@@ -19,6 +19,6 @@ cudaError_t launch_place(const mx::MixedLayout&, const uint8_t* data, const uint
 
 // Whether the current device runs the native atoms, or could run those in software.
 enum class Atoms : int { kNone, kEmulated, kNative };
-Atoms atoms_of_current_device();
+cudaError_t find_atoms(Atoms& atoms);
 
 }  // namespace micromix::blackwell

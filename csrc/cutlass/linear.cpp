@@ -21,6 +21,7 @@ namespace {
 using namespace micromix;
 using blackwell::Atoms;
 using blackwell::LinearArguments;
+using cuda::call;
 using cuda::OnDevice;
 using torch::stable::detail::from;
 using torch::stable::detail::to;
@@ -46,9 +47,12 @@ Device device_of(int index) {
     if (known[index]) return devices[index];
     int count = 0, architecture = 0;
     cuda::check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index), "linear");
-    const Atoms atoms = blackwell::atoms_of_current_device();
+    Atoms atoms = Atoms::kNone;
+    bool warpgroups = false;
+    cuda::check(blackwell::find_atoms(atoms), "linear");
+    cuda::check(cuda::find_many_rows(warpgroups), "linear");
     if (atoms != Atoms::kNone) cuda::check(cuda::architecture_of_rows(architecture), "linear");
-    devices[index] = {atoms, count, architecture >= 90, cuda::has_many_rows()};
+    devices[index] = {atoms, count, architecture >= 90, warpgroups};
     known[index] = true;
   }
   return devices[index];
@@ -72,11 +76,6 @@ Tensor aligned(const Tensor& t, size_t alignment) {
   const Tensor result = dense(t);
   const auto address = reinterpret_cast<uintptr_t>(result.const_data_ptr());
   return address % alignment ? torch::stable::clone(result) : result;
-}
-
-template <size_t kCount>
-void call(const char* op, std::array<StableIValue, kCount>& stack) {
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
 }
 
 Tensor place_weight(Tensor data, Tensor scales, int64_t k4, int64_t k6, int64_t k8,

@@ -1,5 +1,6 @@
 // The small kernels beside the linear: placing a weight, adding partial sums; and what the device
 // is.
+#include "../cuda/no_code.h"
 #include "launch.h"
 #include "linear_kernel.h"
 
@@ -55,13 +56,14 @@ cudaError_t launch_add_partial_sums(const LinearArguments& arguments, cudaStream
   return cudaGetLastError();
 }
 
-Atoms atoms_of_current_device() {
-  cudaFuncAttributes attributes;
-  if (cudaFuncGetAttributes(&attributes, mx_probe) != cudaSuccess) {
-    cudaGetLastError();  // there is no code that this device runs, which is no error
-    return Atoms::kNone;
-  }
-  return attributes.maxThreadsPerBlock == kProbeNative ? Atoms::kNative : Atoms::kEmulated;
+cudaError_t find_atoms(Atoms& atoms) {
+  cudaFuncAttributes attributes{};
+  atoms = Atoms::kNone;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, mx_probe);
+  if (cuda::has_no_code(error)) return cudaSuccess;
+  if (error == cudaSuccess)
+    atoms = attributes.maxThreadsPerBlock == kProbeNative ? Atoms::kNative : Atoms::kEmulated;
+  return error;
 }
 
 }  // namespace micromix::blackwell

@@ -32,7 +32,11 @@ def register() -> None:
     ):
         _library.impl(name, function, "CompositeExplicitAutograd")
     # The reference by names of its own: a device's kernels call it for what they do not do.
-    for name, function in (("linear", linear), ("place_weight", place_weight)):
+    for name, function in (
+        ("quantize", quantize),
+        ("linear", linear),
+        ("place_weight", place_weight),
+    ):
         _library.define(f"{name}_reference{SCHEMAS[name]}")
         _library.impl(f"{name}_reference", function, "CompositeExplicitAutograd")
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -477,6 +482,80 @@ def test_layer_norm_of_many_rows_with_a_mean(k, dtype):
     for order in (None, random_order(k, layout)):
         op = micromix.layer_norm_quantize
         assert_as_staged(op, (x, None, weight, bias, EPS), dtype, order, layout)
+
+
+@pytest.mark.parametrize("residual", (False, True), ids=("one", "sum"))
+@pytest.mark.parametrize("ordered", (True, False), ids=("ordered", "plain"))
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("k", [576, 896, 1008, 1152, 1600, 4112])
+def test_norms_whose_threads_have_no_channels(k, dtype, ordered, residual):
+    """Thread blocks take many turns; what threads beyond K make of nothing is in no later row, nor in the padding."""
+    layout = MixedLayout(-(-k // 32) * 32, 0, 0)
+    order = random_order(k, layout) if ordered else None
+    x = (rows(20000, k, torch.float32, 1) * 0.05 + 0.02).to(dtype).cuda()
+    x[0, 3] = float("nan")
+    second = torch.zeros_like(x) if residual else None
+    norms = (
+        (micromix.layer_norm_quantize, (x, second, None, None, EPS)),
+        (micromix.rms_norm_quantize, (x, second, None, EPS, RmsForm.WEIGHT_AFTER_CAST)),
+    )
+    for op, args in norms:
+        staged, found = (
+            op(*args, dtype, keep, order, *arguments(layout))[2:] for keep in (True, False)
+        )
+        # Sums have other orders, so some values differ in their last bit.
+        changed = [(a != b).float().mean().item() for a, b in zip(found, staged, strict=True)]
+        assert max(changed) < 1e-3
+        assert (found[1] == mx.NAN_SCALE).any(1).nonzero().flatten().tolist() == [0]
+        if k % 32 and order is None:
+            assert not found[0][1:, k // 2 :].any()
+
+
+PROGRAM = """
+    import torch, micromix_compile.ops
+    from micromix_compile.mx import MixedLayout
+    m, bf16 = torch.ops.micromix, torch.bfloat16
+    def arguments(k):
+        layout = MixedLayout(k, 0, 0)
+        return layout.k4, layout.k6, layout.k8, layout.code
+    x = lambda rows, k: torch.randn(rows, k, device="cuda").bfloat16()
+    order = lambda k: torch.randperm(k).int().cuda()
+    m.layer_norm_quantize(x(2000, 4544), None, None, None, 1e-5, bf16, False, None, *arguments(4544))
+    m.rms_norm_quantize(x(600, 4608), None, None, 1e-5, 0, bf16, False, order(4608), *arguments(4608))
+    m.rms_norm_quantize(x(2000, 5888), None, None, 1e-5, 0, bf16, False, None, *arguments(5888))
+    m.rms_norm_quantize(x(4, 24512), None, None, 1e-5, 0, bf16, False, None, *arguments(24512))
+    assert m.quantize(x(1000, 8)[:, :0], None, *arguments(0))[0].shape == (1000, 0)
+    torch.cuda.synchronize()
+"""
+
+
+def test_launches_at_the_edge_of_what_needs_no_leave():
+    """Just below 48 KB of shared memory, with the kernel's own beyond; in a process that asked for no more before."""
+    program = textwrap.dedent(PROGRAM)
+    result = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_threads_launch_one_kernel_with_different_sizes():
+    layouts = [mixed(k) for k in (8192, 16384)]
+    expected = [
+        micromix.quantize(long_rows(layout), None, *arguments(layout)) for layout in layouts
+    ]
+
+    def run(i: int) -> None:
+        layout = layouts[i % 2]
+        x, order = long_rows(layout), torch.arange(layout.channels).int().cuda()
+        for _ in range(200):
+            assert_same(micromix.quantize(x, order, *arguments(layout)), expected[i % 2])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, range(4)))
+
+
+def long_rows(layout: MixedLayout) -> torch.Tensor:
+    return rows(many_rows(), layout.channels, torch.bfloat16, 1).cuda()
 
 
 @pytest.mark.parametrize("k", [4096, 8192])
