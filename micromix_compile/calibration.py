@@ -143,7 +143,7 @@ class Calibration:
         EmptyCalibrationError if nothing was observed (with gradients CalibrationGradientError, if no loss was
         differentiated), and RecipeError if there are no batches.
         """
-        recipe = recipe or Recipe.default()
+        recipe = recipe or Recipe()
         unfinished = self.gradients and self.statistics.layers and not self.statistics.tokens
         if unfinished and recipe.method != "format":
             raise CalibrationGradientError(reason="no loss was differentiated")

@@ -21,7 +21,6 @@ from . import attachment
 from .errors import InvalidPlanError, PlanFileError, PlanMismatchError, PlanVersionError
 from .files import read_file, write_file
 from .mx.layout import WEIGHT_IS_MXFP4, MixedLayout
-from .mx.scales import BLOCK
 
 __all__ = [
     "LayerPlan",
@@ -130,16 +129,6 @@ class LayerPlan:
         """Whether the activations stay in bfloat16."""
         return self.activations == "bfloat16"
 
-    @property
-    def bits(self) -> float:
-        """Bits stored per channel of an activation, scales (8 per block) and padding counted."""
-        return 16.0 if self.weight_only else _bits(self.layout, self.in_features)
-
-    @property
-    def weight_bits(self) -> float:
-        """Bits stored per element of the float weight, scales and padding counted."""
-        return _bits(self.weight_layout, self.in_features)
-
     def to_dict(self) -> dict[str, Any]:
         """Every field but the order, as values that JSON can hold."""
         layout = self.layout
@@ -221,10 +210,6 @@ def fingerprint(weight: Tensor) -> int:
     ]
     rows = torch.arange(weight.shape[0], device=weight.device) * 2246822519 + 1
     return int((torch.cat(sums) * rows).sum()) if sums else 0
-
-
-def _bits(layout: MixedLayout, in_features: int) -> float:
-    return 8 * (layout.row_bytes + layout.channels // BLOCK) / in_features
 
 
 class ModelPlan(Mapping[str, LayerPlan]):
@@ -330,16 +315,14 @@ class ModelPlan(Mapping[str, LayerPlan]):
         return 8 * sum(row["weight_bytes"] for row in rows) / elements if elements else 0.0
 
     def summary(self) -> list[dict[str, Any]]:
-        """One row a layer: layer, K, N, k4, k6, k8, bits (see LayerPlan.bits), weight_bytes."""
+        """One row a layer: layer, K, N, k4, k6, k8, weight_bytes (scales and padding counted)."""
         rows = []
         for name, layer in self.items():
-            layout, shape = layer.layout, self.shapes[name]
-            weight_bytes = shape.out_features * (
-                layer.weight_layout.row_bytes + layer.weight_layout.channels // BLOCK
-            )
+            layout, weight, shape = layer.layout, layer.weight_layout, self.shapes[name]
             row = {"layer": name, "K": shape.in_features, "N": shape.out_features}
             row |= {"k4": layout.k4, "k6": layout.k6, "k8": layout.k8}
-            rows.append(row | {"bits": layer.bits, "weight_bytes": weight_bytes})
+            weight_bytes = shape.out_features * (weight.row_bytes + weight.blocks)
+            rows.append(row | {"weight_bytes": weight_bytes})
         return rows
 
     def check(self, model_layers: Mapping[str, LayerShape]) -> None:

@@ -36,7 +36,7 @@ class QuantizedLinear(nn.Module):
     the device is no CPU.
     """
 
-    def __init__(self, shape: LayerShape, plan: LayerPlan, *, owns_order: bool = True) -> None:
+    def __init__(self, shape: LayerShape, plan: LayerPlan) -> None:
         super().__init__()
         self.in_features, self.out_features = shape.in_features, shape.out_features
         self.transposed = shape.transposed
@@ -47,7 +47,7 @@ class QuantizedLinear(nn.Module):
         for name, size in zip(("weight", "weight_scales"), sizes):
             self.register_parameter(name, _bytes(torch.empty(0, size, dtype=torch.uint8)))
         self.register_parameter("bias", None)
-        self.set_order(plan.order, owns_order and plan.order is not None)
+        self.set_order(plan.order, plan.order is not None)
         self.register_buffer("placed", None, persistent=False)
 
     @classmethod
@@ -73,11 +73,11 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def from_packed(
-        cls, packed: PackedWeight, bias: Tensor | None, transposed: bool = False, owns_order=True
+        cls, packed: PackedWeight, bias: Tensor | None, transposed: bool = False
     ) -> QuantizedLinear:
         """The layer of a packed weight `[N, row bytes]`, placed on the device of its data."""
         shape = LayerShape(len(packed.data), packed.plan.in_features, transposed)
-        result = cls(shape, packed.plan, owns_order=owns_order)
+        result = cls(shape, packed.plan)
         result.weight, result.weight_scales = _bytes(packed.data), _bytes(packed.scales)
         result.set_order(packed.plan.order, result.owns_order)
         if bias is not None:

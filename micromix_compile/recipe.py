@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -62,9 +61,9 @@ class Recipe:
 
     The other choices:
 
-    * ``format6``: "e2m3" or "e3m2", the element of MXFP6.
+    * ``format6``: "e2m3" or "e3m2", the element of MXFP6; "e2m3" has the lower error.
     * ``rules``: scale rules ("floor", "ceil", "even") of the activations in the 4-, 6- and 8-bit
-      segment; ``weight_rules`` those of the weights, None for the same ones.
+      segment ("even" has the lower error for MXFP4); ``weight_rules`` those of the weights, None for the same ones.
     * ``weights``: "match", the weight of a channel in the format of the channel, or "mxfp4".
     * ``activations``: "match", quantised in the format of the channel when the model runs, or "bfloat16": not
       quantised. Then formats and ``rules`` are those of the weights alone.
@@ -144,11 +143,6 @@ class Recipe:
             self._check_weight_only()
 
     @classmethod
-    def default(cls) -> Recipe:
-        """MicroMix thresholds, λ = 1, with MXFP6 E2M3 and the even rule for MXFP4 (lower error)."""
-        return cls(thresholds="published")
-
-    @classmethod
     def micromix(cls) -> Recipe:
         """The published MicroMix setting: thresholds, λ = 1, E3M2, the ceil rule everywhere."""
         return cls(thresholds="published", format6="e3m2", rules=("ceil", "ceil", "ceil"))
@@ -185,12 +179,6 @@ class Recipe:
     def has_budget(self) -> bool:
         """Whether one budget is spent over all layers, by measured error."""
         return self.method in ("bits", "time")
-
-    @property
-    def digest(self) -> str:
-        """A hash of all fields, the same in every process: 64 hexadecimal digits."""
-        text = json.dumps(self.to_dict())  # in order: the order of counts has a meaning
-        return hashlib.sha256(text.encode()).hexdigest()
 
     def skips(self, layer: str) -> bool:
         """Whether the layer of this full name is to be left alone."""

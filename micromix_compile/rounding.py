@@ -45,23 +45,19 @@ __all__ = ["compensate", "evaluating", "gptq", "round_weights"]
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def round_weights(
-    model: nn.Module,
-    plan: ModelPlan,
-    batches: Sequence[Any],
-    *,
-    damping: float = 0.01,
-    drift: float = 0.25,
-    drift_damping: float = 0.1,
-) -> ModelPlan:
+_DAMPING = 0.01  # a part of the Hessian's mean diagonal
+_DRIFT = 0.25  # the part of the drift that weights make up for, and its damping
+_DRIFT_DAMPING = 0.1
+
+
+def round_weights(model: nn.Module, plan: ModelPlan, batches: Sequence[Any]) -> ModelPlan:
     """The plan with the weights of its layers rounded by GPTQ, on what `batches` (as for `Calibration.run`) bring.
 
     Blocks of a decoder (the entries of the `ModuleList` that holds most of the planned weights, where each reads
     what the one before it gives) are taken one after the other, each with those before it quantised; a model without
     such a list is one block. Layers in a float linear module are rounded, all others stay with nearest.
-    `damping` is a part of the Hessian's mean diagonal; `drift` the part of the drift that weights make up for (0:
-    none), with `drift_damping`. The model is changed while this runs and left as it was; it runs uncompiled. What
-    blocks hand on beside their first value (a residual of its own) is that of the float model.
+    The model is changed while this runs and left as it was; it runs uncompiled. What blocks hand on beside their first
+    value (a residual of its own) is that of the float model.
 
     Layers that are no float linear module, or do not run once for each batch (experts), keep nearest rounding: a
     NotRoundedWarning names them. Raises EmptyCalibrationError if there are no batches, and RecipeError if a weight is
@@ -96,13 +92,12 @@ def round_weights(
                 statistics = _drift(stage, layers[names[0]], layer, given.pop(names[0]), actual)
                 if statistics is None:
                     continue
-                moved = statistics.movement(drift_damping) if drift else None
+                moved = statistics.movement()
                 for name in names:
                     weight = _matrix(layers[name])
                     ordered = _ordered(weight, layer)
-                    if moved is not None:
-                        ordered = ordered + drift * (ordered @ moved)
-                    data, scales = gptq(ordered, statistics.hessian, layer.weight_layout, damping)
+                    ordered = ordered + _DRIFT * (ordered @ moved)
+                    data, scales = gptq(ordered, statistics.hessian, layer.weight_layout)
                     rounded[name] = RoundedWeight(
                         data.cpu(), scales.cpu(), fingerprint(layers[name].weight)
                     )
@@ -116,7 +111,7 @@ def round_weights(
 
 
 def gptq(
-    weight: Tensor, hessian: Tensor, layout: MixedLayout, damping: float = 0.01
+    weight: Tensor, hessian: Tensor, layout: MixedLayout, damping: float = _DAMPING
 ) -> tuple[Tensor, Tensor]:
     """Rounds a weight `[N, Kp]`, float32, in the layout's order and rotation; returns packed `data` and `scales`.
 
@@ -187,8 +182,8 @@ class _Drift:
             self.hessian += moments[0]
             self.cross += moments[1]
 
-    def movement(self, damping: float) -> Tensor:
-        return compensate(self.hessian, self.cross, damping)
+    def movement(self) -> Tensor:
+        return compensate(self.hessian, self.cross, _DRIFT_DAMPING)
 
 
 def _drift(

@@ -111,7 +111,8 @@ def test_thresholds_allocate_what_the_statistics_say():
 
 def test_a_smaller_lam_gives_more_bits():
     statistics = outlier_statistics(attn=(8, 640))
-    bits = [allocate(statistics, Recipe(lam=lam))["attn.a"].bits for lam in (0.01, 0.1, 1, 20)]
+    plans = [allocate(statistics, Recipe(lam=lam))["attn.a"] for lam in (0.01, 0.1, 1, 20)]
+    bits = [plan.layout.total_bits for plan in plans]
     assert bits == sorted(bits, reverse=True)
     assert len(set(bits)) > 2
     assert bits[-1] == 4.25  # every threshold is above the largest element

@@ -94,13 +94,6 @@ def test_weight_layout():
     assert narrow.format_code == layer.layout.code | WEIGHT_IS_MXFP4
 
 
-def test_bits_count_scales_and_padding():
-    assert layer_plan(96).bits == (4 + 6 + 8) / 3 + 0.25
-    assert layer_plan(96, weights="mxfp4").weight_bits == 4.25
-    one = LayerPlan(1, MixedLayout(0, 0, 32))
-    assert one.bits == 8 * 33
-
-
 def test_equal_by_what_changes_a_number():
     layer = layer_plan()
     assert layer == layer_plan(group="another name")
@@ -192,7 +185,6 @@ def test_summary_and_weight_bits():
         "k4": 32,
         "k6": 32,
         "k8": 32,
-        "bits": (32 * (4 + 6 + 8) + 3 * 8) / 70,
         "weight_bytes": 96 * (48 + 3),
     }
     elements = (8 + 4) * 96 + 96 * 70 + 16 * 64
