@@ -13,8 +13,9 @@ from torch import Tensor
 from .banks import spread_over_banks
 from .budget import InputBudget, spend
 from .errors import RecipeError, UnmatchedPatternWarning
+from .layers import LayerShape
 from .mx.layout import MixedLayout
-from .plan import LayerPlan, LayerShape, ModelPlan
+from .plan import LayerPlan, ModelPlan
 from .recipe import OUTPUT_HEADS, Recipe
 from .statistics import ChannelStatistics, ModelStatistics
 

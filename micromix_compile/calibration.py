@@ -18,11 +18,11 @@ from typing_extensions import Self
 from micromix_compile import _torch_compat as compat
 from micromix_compile.allocation import allocate
 from micromix_compile.errors import CalibrationGradientError, OptionError, RecipeError
-from micromix_compile.passes.find_linears import Linear, choose_name, find_linears, layer_names
+from micromix_compile.layers import LayerShape, choose_name, layer_names, linear_shapes
+from micromix_compile.passes.find_linears import Linear, find_linears
 from micromix_compile.passes.observe_linears import observe_linears
 from micromix_compile.passes.shared_inputs import shared_inputs
-from micromix_compile.plan import LayerShape, ModelPlan
-from micromix_compile.quantized_linear import linear_shapes
+from micromix_compile.plan import ModelPlan
 from micromix_compile.recipe import Recipe
 from micromix_compile.rounding import evaluating, round_weights
 from micromix_compile.statistics import ModelStatistics

@@ -16,10 +16,11 @@ from micromix_compile.errors import (
     StrictError,
 )
 from micromix_compile.explain import GraphReport, LayerReport
+from micromix_compile.layers import LayerShape
 from micromix_compile.options import Options
 from micromix_compile.passes.find_linears import Linear
 from micromix_compile.passes.lower_linears import unsupported
-from micromix_compile.plan import LayerPlan, LayerShape, ModelPlan
+from micromix_compile.plan import LayerPlan, ModelPlan
 from micromix_compile.recipe import Recipe
 
 

@@ -818,7 +818,7 @@ def _float_row(model, text: str, windows, arguments) -> dict:
 def _reference(model, options: dict):
     """The model in the reference arithmetic of a variant."""
     from micromix_compile.allocation import uniform_plan
-    from micromix_compile.quantized_linear import linear_shapes
+    from micromix_compile.layers import linear_shapes
     from micromix_compile.reference import reference_model
 
     plan = options.get("plan") or uniform_plan(linear_shapes(model), options["recipe"])
@@ -898,7 +898,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
 def _check_time(model, *recipes) -> None:
     """Raises RecipeError before the long work where a budget of time is less than the layers can take."""
-    from micromix_compile.quantized_linear import linear_shapes
+    from micromix_compile.layers import linear_shapes
     from micromix_compile.targets import check_time
 
     shapes = linear_shapes(model)

@@ -14,7 +14,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from micromix_compile import _torch_compat as compat
-from micromix_compile.passes.find_linears import layer_names
+from micromix_compile.layers import layer_names, named_modules
 
 _reports: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -213,8 +213,7 @@ def _in_no_graph(
 ) -> dict[str, LayerReport]:
     """The linear layers of a module whose weights are in no compiled graph."""
     rows = {}
-    for name, part in module.named_modules():
-        name = name.replace("_orig_mod.", "")
+    for name, part in named_modules(module):
         # Not the attribute: a parametrization would compute it.
         weight = part._parameters.get("weight") if isinstance(part, torch.nn.Linear) else None
         if weight is not None and name not in known and not _reports.get(weight):

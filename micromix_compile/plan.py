@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from . import attachment
 from .errors import InvalidPlanError, PlanFileError, PlanMismatchError, PlanVersionError
 from .files import read_file, write_file
+from .layers import LayerShape
 from .mx.layout import WEIGHT_IS_MXFP4, MixedLayout
 
 __all__ = [
     "LayerPlan",
-    "LayerShape",
     "ModelPlan",
     "RoundedWeight",
     "fingerprint",
@@ -33,27 +33,6 @@ __all__ = [
 
 _KIND = "micromix_plan"
 _VERSION = 3
-
-
-class LayerShape(NamedTuple):
-    """The shape of a linear layer: K inputs, N outputs.
-
-    The weight is [N, K], or [K, N] if ``transposed`` (Conv1D of GPT-2).
-    """
-
-    out_features: int
-    in_features: int
-    transposed: bool = False
-
-    @property
-    def weight_shape(self) -> tuple[int, int]:
-        """The shape of the float weight."""
-        n, k = self.out_features, self.in_features
-        return (k, n) if self.transposed else (n, k)
-
-    def __str__(self) -> str:
-        transposed = ", transposed" if self.transposed else ""
-        return f"K={self.in_features}, N={self.out_features}{transposed}"
 
 
 @dataclass(frozen=True, eq=False)

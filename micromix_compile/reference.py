@@ -8,8 +8,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from micromix_compile import mx
+from micromix_compile.layers import linear_shape, linear_shapes
 from micromix_compile.plan import LayerPlan, ModelPlan
-from micromix_compile.quantized_linear import linear_shape, linear_shapes
 
 __all__ = ["reference_model"]
 

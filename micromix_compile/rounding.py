@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import micromix_compile.ops  # noqa: F401  (registers torch.ops.micromix)
 from micromix_compile.errors import EmptyCalibrationError, NotRoundedWarning, RecipeError
+from micromix_compile.layers import linear_shape, named_modules
 from micromix_compile.mx import (
     BLOCK,
     MixedLayout,
@@ -38,7 +39,7 @@ from micromix_compile.mx import (
 )
 from micromix_compile.packing import PackedWeight
 from micromix_compile.plan import LayerPlan, ModelPlan, RoundedWeight, fingerprint
-from micromix_compile.quantized_linear import QuantizedLinear, linear_shape
+from micromix_compile.quantized_linear import QuantizedLinear
 
 __all__ = ["compensate", "evaluating", "gptq", "round_weights"]
 
@@ -378,7 +379,7 @@ def _stages(
 def _decoder(model: nn.Module, layers: dict[str, nn.Module]) -> tuple[str, list[nn.Module]]:
     """The ModuleList with most of the weights, and its name; among equals the outermost."""
     best, most = ("", []), 0
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, nn.ModuleList):
             size = sum(m.weight.numel() for n, m in layers.items() if n.startswith(f"{name}."))
             if size > most:

@@ -21,7 +21,7 @@ from .errors import (
     StatisticsVersionError,
 )
 from .files import read_file, write_file
-from .plan import LayerShape
+from .layers import LayerShape
 from .row_sample import RowSample
 
 __all__ = ["ChannelStatistics", "ModelStatistics", "load_statistics", "thresholds"]

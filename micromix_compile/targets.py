@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 from .errors import OptionError, RecipeError
 from .mx.scales import BLOCK
-from .plan import LayerShape, ModelPlan
 
 if TYPE_CHECKING:
+    from .layers import LayerShape
+    from .plan import ModelPlan
     from .recipe import Recipe
 
 __all__ = ["TARGETS", "ModelledTime", "Target", "check_time", "find_target", "modelled_time"]

@@ -12,8 +12,8 @@ from micromix_compile.errors import (
     RecipeError,
     UnmatchedPatternWarning,
 )
+from micromix_compile.layers import LayerShape
 from micromix_compile.mx.mixed import dequantize, quantize
-from micromix_compile.plan import LayerShape
 from micromix_compile.recipe import Recipe
 from micromix_compile.statistics import ModelStatistics
 

@@ -13,7 +13,7 @@ from tiny_llama import VOCABULARY, tiny_llama
 from micromix_compile import Recipe, calibrate, load_statistics
 from micromix_compile.allocation import allocate
 from micromix_compile.errors import CalibrationGradientError, RecipeError, SensitivityError
-from micromix_compile.plan import LayerShape
+from micromix_compile.layers import LayerShape
 from micromix_compile.statistics import ModelStatistics
 
 

@@ -395,3 +395,14 @@ def test_a_default_device_and_dtype_are_not_the_statistics(bits):
             assert calibrate(model).run(xs).plan(Recipe(bits=bits)) == expected
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_names_are_those_without_compile():
+    model = nn.Sequential(nn.Sequential(nn.Linear(64, 64), nn.ReLU()), nn.Linear(64, 64)).eval()
+    model[0], model[1] = (torch.compile(part, backend="micromix") for part in model)
+    plan = calibrate(model).run([torch.randn(4, 64)]).plan(Recipe(format="mxfp6"))
+    assert list(plan) == ["0.0", "1"]
+    plan.attach(model)
+    with torch.no_grad():
+        model(torch.randn(4, 64))
+    assert {name: row.k6 for name, row in explain(model).layers.items()} == {"0.0": 64, "1": 64}

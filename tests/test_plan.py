@@ -25,10 +25,10 @@ from micromix_compile.errors import (
     TiedLayersWarning,
     UnplannedLayersWarning,
 )
+from micromix_compile.layers import LayerShape
 from micromix_compile.mx.layout import WEIGHT_IS_MXFP4, MixedLayout
 from micromix_compile.plan import (
     LayerPlan,
-    LayerShape,
     ModelPlan,
     load_plan,
 )
