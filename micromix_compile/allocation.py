@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from .layers import LayerShape
 from .mx.layout import MixedLayout
 from .plan import LayerPlan, ModelPlan
 from .recipe import OUTPUT_HEADS, Recipe
-from .statistics import ChannelStatistics, ModelStatistics
+
+if TYPE_CHECKING:
+    from .statistics import ChannelStatistics, ModelStatistics
 
 __all__ = ["allocate", "channel_order", "split_counts", "uniform_plan"]
 

@@ -19,6 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,8 +27,10 @@ from torch import Tensor
 from .errors import SensitivityError
 from .mx import BLOCK, MixedLayout, dequantize, hadamard, quantize
 from .recipe import BITS, Recipe
-from .statistics import ChannelStatistics, ModelStatistics
 from .targets import check_time, find_target
+
+if TYPE_CHECKING:
+    from .statistics import ChannelStatistics, ModelStatistics
 
 __all__ = ["InputBudget", "spend"]
 

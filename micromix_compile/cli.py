@@ -452,7 +452,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     windows = _calibration_windows(arguments, tokenizer)
     gradients = arguments.gradients or (recipe.has_budget and before is None)
     batches = [{"input_ids": window[None]} for window in windows]
-    calibration = micromix.calibrate(model, gradients, before).run(batches)
+    calibration = micromix.calibrate(model, gradients=gradients, plan=before).run(batches)
     print(f"calibrated on {len(windows)} windows of {windows.shape[1]} tokens")
     if arguments.statistics:
         calibration.save(arguments.statistics)
@@ -683,7 +683,7 @@ def _calibrated(model, tokenizer, arguments: argparse.Namespace):
     _check_time(model, recipe)
     windows = _calibration_windows(arguments, tokenizer)
     batches = [{"input_ids": window[None]} for window in windows]
-    plan = micromix.calibrate(model, recipe.has_budget).run(batches).plan(recipe)
+    plan = micromix.calibrate(model, gradients=recipe.has_budget).run(batches).plan(recipe)
     _save_plan(plan, path)
     write_text(note, made_from)
     return plan

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import micromix_compile.ops  # noqa: F401  (registers torch.ops.micromix)
+from micromix_compile.batches import call, evaluating, first_device, on_device
 from micromix_compile.errors import EmptyCalibrationError, NotRoundedWarning, RecipeError
 from micromix_compile.layers import linear_shape, named_modules
 from micromix_compile.mx import (
@@ -41,7 +42,7 @@ from micromix_compile.packing import PackedWeight
 from micromix_compile.plan import LayerPlan, ModelPlan, RoundedWeight, fingerprint
 from micromix_compile.quantized_linear import QuantizedLinear
 
-__all__ = ["compensate", "evaluating", "gptq", "round_weights"]
+__all__ = ["compensate", "gptq", "round_weights"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -259,19 +260,6 @@ def _tensors_with_versions(model: nn.Module) -> contextlib.AbstractContextManage
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and each in the mode that it had afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()  # modules may do more then
-        yield
-    finally:
-        model.train(modes[model])
-        for module, training in modes.items():
-            module.training = training
-
-
-@contextlib.contextmanager
 def _quantised(module: nn.Module, plan: LayerPlan, data: Tensor, scales: Tensor) -> Iterator[None]:
     """The module with a quantised weight, and activations as the compiled model gives them to the product."""
     if data.device.type == "cpu":
@@ -335,8 +323,6 @@ class _Model(_Stage):
         self.block, self.inputs = model, list(batches)
 
     def whole(self, i: int, x: Any) -> Any:
-        from micromix_compile.calibration import call, first_device, on_device
-
         batch = on_device(x, first_device(self.block))
         if hasattr(batch, "keys") and "use_cache" in batch:
             batch["use_cache"] = False

@@ -113,7 +113,7 @@ def test_equal_statistics_give_equal_plans(calibrated, tmp_path):
 @pytest.mark.parametrize("gradients", [False, True])
 def test_merged_halves_are_one_pass(gradients):
     model, own = tiny_llama(torch.float32), batches()
-    runs = [calibrate(model, gradients).run(part) for part in (own, own[:3], own[3:])]
+    runs = [calibrate(model, gradients=gradients).run(part) for part in (own, own[:3], own[3:])]
     whole, merged, other = (run.statistics for run in runs)
     merged.merge(other)
     for (_, one), (_, two) in zip(whole.groups(), merged.groups(), strict=True):
