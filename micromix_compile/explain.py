@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from micromix_compile import _torch_compat as compat
 from micromix_compile.layers import layer_names, named_modules
+from micromix_compile.plan import LayerPlan
 
 _reports: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -60,6 +61,13 @@ class LayerReport:
     def is_gone(self) -> bool:
         """Whether the weight does not live any more."""
         return self.weight is not None and self.weight() is None
+
+    def lowered(self, plan: LayerPlan, placed: torch.Tensor, kernel: str) -> None:
+        """Write down what the layer runs as: its plan, its placed weight, the name of its kernel."""
+        layout = plan.layout
+        self.k4, self.k6, self.k8, self.format6 = layout.k4, layout.k6, layout.k8, layout.format6
+        self.bits, self.activations = plan.weight_layout.total_bits, plan.activations
+        self.bytes_after, self.kernel = placed.nbytes, kernel
 
     def within(self, names: Iterable[str]) -> LayerReport:
         """The same with the names of the whole model, of which `names` are the weight's.

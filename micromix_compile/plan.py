@@ -108,6 +108,19 @@ class LayerPlan:
         """Whether the activations stay in bfloat16."""
         return self.activations == "bfloat16"
 
+    def order_on(self, device: torch.device | str) -> Tensor | None:
+        """The order on a device, as the operators take it; None for the channels as they are."""
+        return None if self.order is None else self.order.to(device)
+
+    def row_order(self, out_features: int) -> Tensor:
+        """The order int64 ``[out_features]`` of the rows of a weight whose results are these channels, once or more.
+
+        For a plan with an order that has no padding between its channels.
+        """
+        order = self.order[: self.in_features].to(torch.int64)
+        parts = out_features // self.in_features
+        return torch.cat([order + part * self.in_features for part in range(parts)])
+
     def to_dict(self) -> dict[str, Any]:
         """Every field but the order, as values that JSON can hold."""
         layout = self.layout
