@@ -30,8 +30,8 @@ from micromix_compile.passes.between_layers import rewrite_between_layers
 from micromix_compile.passes.contiguous_cats import contiguous_cats
 from micromix_compile.passes.find_linears import Linear, find_linears
 from micromix_compile.passes.fold_order import Folds, fold_orders
-from micromix_compile.passes.in_place import value_of
 from micromix_compile.passes.lower_linears import Lowering
+from micromix_compile.passes.nodes import nodes_in, value_of
 from micromix_compile.runner import Runner
 
 _DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"}
@@ -178,16 +178,13 @@ def _check_inference(
             training = given.get("training", given.get("train", True))
             if training is True and given.get("p", 0.5) != 0:
                 raise GradientError(reason="the model is in training mode (its dropout is on)")
-        elif node.op == "output":
-            results: list[fx.Node] = []
-            fx.node.map_arg(node.args, results.append)
+        elif node.op == "output" and any(
             # Not of others: a view of a parameter requires them even where they are disabled.
-            if any(
-                getattr(value_of(result), "requires_grad", False)
-                for result in results
-                if result in late
-            ):
-                raise GradientError(reason="gradients are enabled and a result requires them")
+            getattr(value_of(result), "requires_grad", False)
+            for result in nodes_in(node.args)
+            if result in late
+        ):
+            raise GradientError(reason="gradients are enabled and a result requires them")
         if node.op != "output" and late.intersection(node.all_input_nodes):
             late.add(node)
 

@@ -19,7 +19,6 @@ from micromix_compile.errors import CalibrationGradientError, OptionError, Recip
 from micromix_compile.layers import LayerShape, choose_name, layer_names, linear_shapes
 from micromix_compile.passes.find_linears import Linear, find_linears
 from micromix_compile.passes.observe_linears import observe_linears
-from micromix_compile.passes.shared_inputs import shared_inputs
 from micromix_compile.plan import ModelPlan
 from micromix_compile.recipe import Recipe
 from micromix_compile.rounding import round_weights
@@ -165,13 +164,7 @@ class Calibration:
         gm = compat.copy_graph_module(gm)
         found = find_linears(gm, example_inputs)
         linears = [l for l in found if l.reason is None and (l.quantised is None or self._floats)]
-        groups = shared_inputs(linears)
         observe_linears(gm.graph, linears, self._observer)
-        if self.gradients:  # the layers read what the observer before the first of them gives
-            for group in groups:
-                observed = group[0].node.prev
-                for linear in group:
-                    linear.node.replace_input_with(linear.input, observed)
         gm.recompile()
         return gm.forward
 

@@ -21,7 +21,8 @@ import micromix_compile.ops  # noqa: F401  (registers torch.ops.micromix)
 from micromix_compile._torch_compat import FUSED_LAYERS, is_static_input, source_name
 from micromix_compile.mx import MixedLayout
 from micromix_compile.mx.layout import WEIGHT_IS_MXFP4
-from micromix_compile.passes.in_place import same_memory, value_of, written
+from micromix_compile.passes.in_place import same_memory, written
+from micromix_compile.passes.nodes import nodes_in, value_of
 from micromix_compile.plan import LayerPlan
 
 aten = torch.ops.aten
@@ -184,8 +185,7 @@ def _inside(
     """The layers in a graph that a node runs: torch.utils.checkpoint's, a branch of torch.cond. None of them is lowered."""
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return []
-    operands: list[fx.Node] = []
-    fx.node.map_arg((node.args, node.kwargs), operands.append)
+    operands = nodes_in((node.args, node.kwargs))
     values = {n: operator.attrgetter(n.target)(gm) for n in operands if n.op == "get_attr"}
     given = [n for n in operands if not isinstance(values.get(n), fx.GraphModule)]
     found = []

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from micromix_compile._torch_compat import is_static_input
-from micromix_compile.passes.find_linears import Linear, value_of
+from micromix_compile.passes.find_linears import Linear
+from micromix_compile.passes.nodes import value_of
 from micromix_compile.passes.shared_inputs import shared_inputs
 from micromix_compile.plan import LayerPlan
 
