@@ -17,7 +17,7 @@ from .errors import RecipeError, UnmatchedPatternWarning
 from .layers import LayerShape
 from .mx.layout import MixedLayout
 from .plan import LayerPlan, ModelPlan
-from .recipe import OUTPUT_HEADS, Recipe
+from .recipe import BITS, OUTPUT_HEADS, Recipe
 
 if TYPE_CHECKING:
     from .statistics import ChannelStatistics, ModelStatistics
@@ -168,11 +168,16 @@ def _given_counts(names: list[str], channels: int, recipe: Recipe) -> tuple[int,
 
 
 def _uniform_layer(channels: int, recipe: Recipe) -> LayerPlan:
-    padded = _round_up(channels, recipe.multiple)
-    counts = [padded if recipe.format == name else 0 for name in ("mxfp4", "mxfp6", "mxfp8")]
+    layout = MixedLayout.uniform(
+        _round_up(channels, recipe.multiple),
+        BITS[recipe.format],
+        format6=recipe.format6,
+        rules=recipe.rules,
+        hadamard=recipe.hadamard,
+    )
     return LayerPlan(
         in_features=channels,
-        layout=MixedLayout(*counts, recipe.format6, recipe.rules, recipe.hadamard),
+        layout=layout,
         weights=recipe.weights,
         weight_rules=recipe.weight_rules,
         activations=recipe.activations,

@@ -146,8 +146,7 @@ def _structures(plan: Mapping[str, LayerPlan]) -> dict[str, str]:
         order = "none"
         if layer.order is not None:
             order = "padded" if (layer.order[: layer.in_features] < 0).any() else "plain"
-        layout = layer.layout
-        facts = [layout.k4, layout.k6, layout.k8, layer.format_code, layer.in_features, order]
+        facts = [*layer.layout.counts, layer.format_code, layer.in_features, order]
         facts += [layer.activations] if layer.weight_only else []
         structures |= dict.fromkeys(names, json.dumps([*facts, sorted(ends)]))
     return structures

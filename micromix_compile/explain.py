@@ -65,7 +65,7 @@ class LayerReport:
     def lowered(self, plan: LayerPlan, placed: torch.Tensor, kernel: str) -> None:
         """Write down what the layer runs as: its plan, its placed weight, the name of its kernel."""
         layout = plan.layout
-        self.k4, self.k6, self.k8, self.format6 = layout.k4, layout.k6, layout.k8, layout.format6
+        (self.k4, self.k6, self.k8), self.format6 = layout.counts, layout.format6
         self.bits, self.activations = plan.weight_layout.total_bits, plan.activations
         self.bytes_after, self.kernel = placed.nbytes, kernel
 

@@ -22,6 +22,7 @@ from .errors import InvalidPlanError, PlanFileError, PlanMismatchError, PlanVers
 from .files import read_file, write_file
 from .layers import LayerShape
 from .mx.layout import WEIGHT_IS_MXFP4, MixedLayout
+from .recipe import ACTIVATIONS, WEIGHTS
 
 __all__ = [
     "LayerPlan",
@@ -58,11 +59,10 @@ class LayerPlan:
     activations: str = "match"
 
     def __post_init__(self) -> None:
-        if self.activations not in ("match", "bfloat16"):
-            reason = f"activations are {self.activations!r}, not 'match' or 'bfloat16'"
-            raise InvalidPlanError(reason=reason)
-        if self.weights not in ("match", "mxfp4"):
-            raise InvalidPlanError(reason=f"weights are {self.weights!r}, not 'match' or 'mxfp4'")
+        for what, valid in (("activations", ACTIVATIONS), ("weights", WEIGHTS)):
+            if (value := getattr(self, what)) not in valid:
+                expected = " or ".join(map(repr, valid))
+                raise InvalidPlanError(reason=f"{what} are {value!r}, not {expected}")
         if self.in_features < 1 or self.layout.channels < self.in_features:
             raise InvalidPlanError(
                 reason=f"{self.layout.channels} planned channels for K = {self.in_features}"
@@ -126,7 +126,7 @@ class LayerPlan:
         layout = self.layout
         return {
             "in_features": self.in_features,
-            "counts": [layout.k4, layout.k6, layout.k8],
+            "counts": list(layout.counts),
             "format6": layout.format6,
             "rules": list(layout.rules),
             "hadamard": list(layout.hadamard),
@@ -310,9 +310,9 @@ class ModelPlan(Mapping[str, LayerPlan]):
         """One row a layer: layer, K, N, k4, k6, k8, weight_bytes (scales and padding counted)."""
         rows = []
         for name, layer in self.items():
-            layout, weight, shape = layer.layout, layer.weight_layout, self.shapes[name]
+            weight, shape = layer.weight_layout, self.shapes[name]
             row = {"layer": name, "K": shape.in_features, "N": shape.out_features}
-            row |= {"k4": layout.k4, "k6": layout.k6, "k8": layout.k8}
+            row |= zip(("k4", "k6", "k8"), layer.layout.counts)
             weight_bytes = shape.out_features * (weight.row_bytes + weight.blocks)
             rows.append(row | {"weight_bytes": weight_bytes})
         return rows

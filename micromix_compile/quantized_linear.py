@@ -39,7 +39,7 @@ class QuantizedLinear(nn.Module):
         self.transposed = shape.transposed
         self._plan = replace(plan, order=None)
         self._host: tuple[Tensor, Tensor] | None = None
-        self._counts = (plan.layout.k4, plan.layout.k6, plan.layout.k8, plan.format_code)
+        self._counts = (*plan.layout.counts, plan.format_code)
         sizes = (plan.weight_layout.row_bytes, plan.weight_layout.blocks)
         for name, size in zip(("weight", "weight_scales"), sizes):
             self.register_parameter(name, _bytes(torch.empty(0, size, dtype=torch.uint8)))

@@ -16,14 +16,14 @@ from .targets import TARGETS
 
 __all__ = ["Recipe"]
 
-FORMATS = ("mxfp8", "mxfp6", "mxfp4")
+BITS = {"mxfp4": 4, "mxfp6": 6, "mxfp8": 8}
+WEIGHTS = ("match", "mxfp4")
 ACTIVATIONS = ("match", "bfloat16")
 _THRESHOLDS = ("published", "paper")
 _SORTS = ("mean", "max", "hessian")
 _RULES = tuple(rule.label for rule in ScaleRule)
 _SORTED = ("thresholds", "split", "counts")  # the methods that sort by a metric
 _METHODS = ("thresholds", "split", "counts", "format", "bits", "time")
-BITS = {"mxfp4": 4, "mxfp6": 6, "mxfp8": 8}
 
 # The output head under the names that Hugging Face models give it.
 OUTPUT_HEADS = (
@@ -90,7 +90,7 @@ class Recipe:
     time: float | None = None
     target: str | None = None
     rows: int = 1
-    formats: tuple[str, ...] = ("mxfp4", "mxfp6", "mxfp8")
+    formats: tuple[str, ...] = tuple(BITS)
     format6: str = "e2m3"
     rules: tuple[str, str, str] = ("even", "ceil", "ceil")
     weight_rules: tuple[str, str, str] | None = None
@@ -111,9 +111,9 @@ class Recipe:
             object.__setattr__(self, "thresholds", "published")
 
         self._one_of("thresholds", (None, *_THRESHOLDS))
-        self._one_of("format", (None, *FORMATS))
+        self._one_of("format", (None, *BITS))
         self._one_of("format6", ("e2m3", "e3m2"))
-        self._one_of("weights", ("match", "mxfp4"))
+        self._one_of("weights", WEIGHTS)
         self._one_of("activations", ACTIVATIONS)
         self._one_of("rounding", ("nearest", "gptq"))
         self._one_of("sort", _SORTS)

@@ -205,19 +205,14 @@ def _given(x: Tensor, plan: LayerPlan) -> Tensor:
     """float32 `[..., Kp]`: what the product reads of activations `[..., K]`, in the order and the rotation of the layout."""
     if plan.weight_only:
         return _ordered(x, plan).to(torch.bfloat16).float()
-    return dequantize(*_quantize(x, plan), plan.layout)
-
-
-def _quantize(x: Tensor, plan: LayerPlan) -> tuple[Tensor, Tensor]:
-    layout = plan.layout
-    order = None if plan.order is None else plan.order.to(x.device)
-    return torch.ops.micromix.quantize(x, order, layout.k4, layout.k6, layout.k8, layout.code)
+    layout, order = plan.layout, plan.order_on(x.device)
+    packed = torch.ops.micromix.quantize(x, order, *layout.counts, layout.code)
+    return dequantize(*packed, layout)
 
 
 def _ordered(values: Tensor, plan: LayerPlan) -> Tensor:
     """float32 `[..., Kp]` of float `[..., K]`, in the order and the rotation of the layout."""
-    order = None if plan.order is None else plan.order.to(values.device)
-    return rearrange(values, plan.layout, order)
+    return rearrange(values, plan.layout, plan.order_on(values.device))
 
 
 def _is_linear(model: nn.Module, name: str) -> bool:

@@ -98,7 +98,7 @@ def modelled_time(plan: ModelPlan, target: str, rows: int = 1) -> ModelledTime:
     for name, layer in plan.items():
         outputs, layout = plan.shapes[name].out_features, layer.layout
         kind = (layer.weights, layer.activations)
-        for width, channels in zip((4, 6, 8), (layout.k4, layout.k6, layout.k8)):
+        for width, channels in zip((4, 6, 8), layout.counts):
             seconds += channels * device.channel_time(width, outputs, rows, *kind)
         widest += layout.channels * device.channel_time(_WIDEST, outputs, rows)
     return ModelledTime(target, rows, seconds, seconds / widest if widest else 1.0)

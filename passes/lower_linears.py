@@ -185,7 +185,7 @@ def _quantise(
     graph: fx.Graph, linear: Linear, x: fx.Node, order: fx.Node | None, plan: LayerPlan
 ) -> tuple[fx.Node, fx.Node]:
     layout = plan.layout
-    arguments = (x, order, layout.k4, layout.k6, layout.k8, layout.code)
+    arguments = (x, order, *layout.counts, layout.code)
     pair = graph.call_function(torch.ops.micromix.quantize.default, arguments)
     data, scales = (graph.call_function(operator.getitem, (pair, i)) for i in (0, 1))
     for new in (pair, data, scales):
@@ -203,8 +203,7 @@ def _products(
     """The results of one product, a node for each layer."""
     first = product[0]
     code = first.plan.format_code if first.weight is None else first.weight.format_code
-    layout, dtype = first.plan.layout, value_of(first.linear.node).dtype
-    rest = (layout.k4, layout.k6, layout.k8, code, dtype)
+    rest = (*first.plan.layout.counts, code, value_of(first.linear.node).dtype)
     n = [lowering.linear.out_features for lowering in product]
     layers = [argument for layer in zip(weights, biases, n) for argument in layer]
     op = _PRODUCTS[len(product)]
