@@ -69,7 +69,7 @@ def main() -> None:
     ids = tokenizer(builtin_text()[:8000], return_tensors="pt").input_ids
     calibration = calibrate(model).run([ids[:, :512]])
     plans = {
-        "micromix": calibration.plan(Recipe.default()),
+        "micromix": calibration.plan(Recipe()),
         "with head": calibration.plan(Recipe(thresholds="published", include_lm_head=True)),
         "weight-only": calibration.plan(Recipe(thresholds="published", activations="bfloat16")),
     }

@@ -90,7 +90,7 @@ def machine_limits(probe: ctypes.CDLL | None) -> dict[str, float]:
 
 
 def placed_weights(weights: list[torch.Tensor], layout: MixedLayout) -> list[torch.Tensor]:
-    counts = (layout.k4, layout.k6, layout.k8, layout.code)
+    counts = (*layout.counts, layout.code)
     data, scales = torch.ops.micromix.quantize.default(weights[0], None, *counts)
     return [torch.ops.micromix.place_weight(data, scales, *counts) for _ in weights]
 
@@ -112,7 +112,7 @@ def micromix(
     layout: MixedLayout,
     weight_only: bool = False,
 ) -> list[peers.Product]:
-    counts = (layout.k4, layout.k6, layout.k8, layout.code)
+    counts = (*layout.counts, layout.code)
     quantize, linear = torch.ops.micromix.quantize.default, torch.ops.micromix.linear.default
 
     def product(weight: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from micromix_compile import ops
 def measure(k: int, n: int, m: int, name: str, rounds: int) -> tuple[float, float, float]:
     """Microseconds of micromix, of torch's bf16, and the second over the first."""
     layout = mix(name, k)
-    counts = (layout.k4, layout.k6, layout.k8, layout.code)
+    counts = (*layout.counts, layout.code)
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     copies = max(4, -(-3 * cache // (n * k // 2)))
     weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]

@@ -227,7 +227,7 @@ def measure(
         )
         for _ in range(copies)
     ]
-    quantise = (order, layout.k4, layout.k6, layout.k8, layout.code)
+    quantise = (order, *layout.counts, layout.code)
     contenders = {"micromix": lambda *a: form.ours(*a, *quantise)}
     halves = [torch.empty(total // 16, dtype=torch.int64, device="cuda") for _ in range(copies)]
     if peer:

@@ -72,19 +72,14 @@ def mark_static_input(node: fx.Node) -> None:
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
 
-def fake_mode():
-    """The fake-tensor mode of the compilation under way, or None outside of one."""
-    context = torch._guards.TracingContext.try_get()
-    return None if context is None else context.fake_mode
-
-
 def static_fake(tensor: torch.Tensor) -> torch.Tensor:
     """A fake of `tensor` with constant sizes, even under `dynamic=True`; the tensor itself outside a compilation.
 
     A real tensor given to `compile_fx` under `dynamic=True` would get symbolic sizes and guards that no source
     backs.
     """
-    mode = fake_mode()
+    context = torch._guards.TracingContext.try_get()
+    mode = None if context is None else context.fake_mode
     return tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
 
 

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,10 +14,13 @@ from torch import Tensor
 from .banks import spread_over_banks
 from .budget import InputBudget, spend
 from .errors import RecipeError, UnmatchedPatternWarning
+from .layers import LayerShape
 from .mx.layout import MixedLayout
-from .plan import LayerPlan, LayerShape, ModelPlan
-from .recipe import OUTPUT_HEADS, Recipe
-from .statistics import ChannelStatistics, ModelStatistics
+from .plan import LayerPlan, ModelPlan
+from .recipe import BITS, OUTPUT_HEADS, Recipe
+
+if TYPE_CHECKING:
+    from .statistics import ChannelStatistics, ModelStatistics
 
 __all__ = ["allocate", "channel_order", "split_counts", "uniform_plan"]
 
@@ -164,11 +168,16 @@ def _given_counts(names: list[str], channels: int, recipe: Recipe) -> tuple[int,
 
 
 def _uniform_layer(channels: int, recipe: Recipe) -> LayerPlan:
-    padded = _round_up(channels, recipe.multiple)
-    counts = [padded if recipe.format == name else 0 for name in ("mxfp4", "mxfp6", "mxfp8")]
+    layout = MixedLayout.uniform(
+        _round_up(channels, recipe.multiple),
+        BITS[recipe.format],
+        format6=recipe.format6,
+        rules=recipe.rules,
+        hadamard=recipe.hadamard,
+    )
     return LayerPlan(
         in_features=channels,
-        layout=MixedLayout(*counts, recipe.format6, recipe.rules, recipe.hadamard),
+        layout=layout,
         weights=recipe.weights,
         weight_rules=recipe.weight_rules,
         activations=recipe.activations,

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from . import _torch_compat as compat
 from .errors import PlanMismatchError, RecipeError, TiedLayersWarning, UnplannedLayersWarning
+from .layers import linear_shapes, named_weights
+from .recipe import Recipe
 
 if TYPE_CHECKING:
     from .plan import LayerPlan, ModelPlan
@@ -25,7 +26,6 @@ __all__ = [
     "attached",
     "changes",
     "detach",
-    "named_weights",
 ]
 
 _PLAN = "_micromix_plan"
@@ -36,7 +36,7 @@ DIGEST = "_micromix_digest"
 
 def attach(plan: ModelPlan, model: nn.Module) -> None:
     """See :meth:`ModelPlan.attach`."""
-    parameters = _by_name(model)
+    parameters = dict(named_weights(model))
     found, differences = {}, []
     for name, shape in plan.shapes.items():
         weight = parameters.get(f"{name}.weight", parameters.get(name))
@@ -67,14 +67,9 @@ def _warn(
     found: Mapping[str, Tensor],
 ) -> None:
     """Says which layers will not run as one may think."""
-    from .quantized_linear import linear_shapes  # which imports this module, as does the recipe's
-    from .recipe import Recipe
-
     planned = set(map(id, found.values()))
     unplanned = [
-        name
-        for name in map(_plain, linear_shapes(model))
-        if id(parameters.get(f"{name}.weight")) not in planned
+        name for name in linear_shapes(model) if id(parameters.get(f"{name}.weight")) not in planned
     ]
     try:  # a plan of one's own tells nothing of layers that it leaves out
         skips = Recipe.from_dict(plan.recipe).skips if plan.recipe else lambda _: True
@@ -93,7 +88,7 @@ def _warn(
 def attach_rest(plan: ModelPlan, model: nn.Module) -> None:
     """See :meth:`ModelPlan.attach_rest`."""
     _count_change(model)
-    for parameter in _by_name(model).values():
+    for _, parameter in named_weights(model):
         if attached(parameter) is None:
             _mark(parameter, plan, None, "left alone")
 
@@ -109,7 +104,7 @@ def attached(parameter: Tensor) -> tuple[ModelPlan, str | None] | None:
 def detach(model: nn.Module) -> None:
     """Takes off whatever plan is attached to the weights of a model."""
     _count_change(model)
-    for parameter in _by_name(model).values():
+    for _, parameter in named_weights(model):
         if attached(parameter) is not None:
             for mark in (_PLAN, STRUCTURE, DIGEST):
                 delattr(parameter, mark)
@@ -136,22 +131,6 @@ def _mark(parameter: Tensor, plan: ModelPlan, layer: str | None, structure: str)
     setattr(parameter, DIGEST, plan.digest)
 
 
-def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What may be a layer's weight: parameters, and buffers, as filter banks are; by each of its names."""
-    return itertools.chain(
-        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
-    )
-
-
-def _by_name(model: nn.Module) -> dict[str, Tensor]:
-    # torch.compile wraps a module, the whole model or a part of it, in one that holds _orig_mod.
-    return {_plain(name): tensor for name, tensor in named_weights(model)}
-
-
-def _plain(name: str) -> str:
-    return name.replace("_orig_mod.", "")
-
-
 def _structures(plan: Mapping[str, LayerPlan]) -> dict[str, str]:
     """Of each layer all that a compiled graph has as constants; equal parts of a model have equal ones.
 
@@ -167,8 +146,7 @@ def _structures(plan: Mapping[str, LayerPlan]) -> dict[str, str]:
         order = "none"
         if layer.order is not None:
             order = "padded" if (layer.order[: layer.in_features] < 0).any() else "plain"
-        layout = layer.layout
-        facts = [layout.k4, layout.k6, layout.k8, layer.format_code, layer.in_features, order]
+        facts = [*layer.layout.counts, layer.format_code, layer.in_features, order]
         facts += [layer.activations] if layer.weight_only else []
         structures |= dict.fromkeys(names, json.dumps([*facts, sorted(ends)]))
     return structures

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from micromix_compile import _torch_compat as compat
 from micromix_compile.attachment import STRUCTURE
-from micromix_compile.choice import choose, plan_of
+from micromix_compile.choice import Choice, choose
 from micromix_compile.errors import GradientError, MicroMixError, OptionError
 from micromix_compile.explain import GraphReport, record
 from micromix_compile.ops import EMULATED, blackwell_kernel, kernel_name, refuse_weight_only
@@ -30,8 +30,8 @@ from micromix_compile.passes.between_layers import rewrite_between_layers
 from micromix_compile.passes.contiguous_cats import contiguous_cats
 from micromix_compile.passes.find_linears import Linear, find_linears
 from micromix_compile.passes.fold_order import Folds, fold_orders
-from micromix_compile.passes.in_place import value_of
 from micromix_compile.passes.lower_linears import Lowering
+from micromix_compile.passes.nodes import nodes_in, value_of
 from micromix_compile.runner import Runner
 
 _DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"}
@@ -65,7 +65,7 @@ def _compile(
         report.passes |= rewrite_between_layers(gm.graph, nodes, options.inductor)
     gm.recompile()
     chosen = choose(linears, options, report)
-    folds = fold_orders({linear: plan for linear, _, plan, _ in chosen})
+    folds = fold_orders({choice.linear: choice.plan for choice in chosen})
     with one_packs:
         lowerings = _pack(gm, example_inputs, chosen, folds, options)
     runner = Runner(gm, list(example_inputs), report)
@@ -81,54 +81,51 @@ def _compile(
 
 
 def _pack(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], chosen, folds: Folds, options: Options
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    chosen: list[Choice],
+    folds: Folds,
+    options: Options,
 ) -> list[Lowering]:
     """Pack the weights, each once; with `release_weights`, free each float weight as soon as it is packed."""
     lowerings = []
     value = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs))
-    uses = Counter(linear.weight for linear, *_ in chosen)
-    names = {linear: name for linear, name, *_ in chosen}
+    layers = Counter(choice.linear.weight for choice in chosen)
+    unpacked = layers.copy()
+    names = {choice.linear: choice.name for choice in chosen}
     owned = owners() if options.release_weights else Counter()
-    for linear, name, plan, row in tqdm(
-        chosen, "packing weights", delay=2, leave=False, disable=None
-    ):
-        rows = folds.rows.get(linear)
+    for choice in tqdm(chosen, "packing weights", delay=2, leave=False, disable=None):
+        linear, plan, row = choice.linear, choice.plan, choice.row
+        device, rows = linear.parameter.device, folds.rows.get(linear)
         _check_kernel(options.kernel, linear)
         if plan.weight_only:
-            refuse_weight_only(linear.parameter.device)
+            refuse_weight_only(device)
         weight = None
         if linear.quantised is None:
-            model_plan, known = plan_of(linear, options)
-            rounded = None if model_plan is None else model_plan.rounded.get(known)
             weight = placed_weight(
-                name, linear.parameter, plan, linear.transposed, rows, options.kernel, rounded
+                choice.name,
+                linear.parameter,
+                plan,
+                linear.transposed,
+                rows,
+                options.kernel,
+                choice.rounded,
             )
         bias = None
         if rows is not None and linear.bias is not None:
             bias = OrderedBias(value[linear.bias], rows)
-        order = None if linear in folds.into else plan.order
-        if order is not None:
-            order = order.to(linear.parameter.device)
-        lowerings.append(Lowering(name, linear, plan, weight, order, bias))
+        order = None if linear in folds.into else plan.order_on(device)
+        lowerings.append(Lowering(choice.name, linear, plan, weight, order, bias))
         row.gathered = folds.unfolded.get(linear, "")
         row.folded_into = [names[producer] for producer in folds.into.get(linear, ())]
-        uses[linear.weight] -= 1
-        if options.release_weights and weight is not None and not uses[linear.weight]:
-            layers = sum(other.weight is linear.weight for other, *_ in chosen)
-            if len(linear.weight.users) == layers:  # nothing else in the graph reads it
-                weight.release(linear.parameter, layers, owned[id(linear.parameter)])
+        unpacked[linear.weight] -= 1
+        if options.release_weights and weight is not None and not unpacked[linear.weight]:
+            readers = layers[linear.weight]
+            if len(linear.weight.users) == readers:  # nothing else in the graph reads it
+                weight.release(linear.parameter, readers, owned[id(linear.parameter)])
             row.released = weight.released
-        layout = plan.weight_layout
-        row.k4, row.k6, row.k8, row.format6 = (
-            plan.layout.k4,
-            plan.layout.k6,
-            plan.layout.k8,
-            plan.layout.format6,
-        )
-        row.activations = plan.activations
         placed = linear.parameter if weight is None else weight.buffer
-        row.bits, row.bytes_after = layout.total_bits, placed.nbytes
-        row.kernel = kernel_name(linear.parameter.device, format_code(plan, options.kernel))
+        row.lowered(plan, placed, kernel_name(device, format_code(plan, options.kernel)))
     refuse_released()
     return lowerings
 
@@ -181,16 +178,13 @@ def _check_inference(
             training = given.get("training", given.get("train", True))
             if training is True and given.get("p", 0.5) != 0:
                 raise GradientError(reason="the model is in training mode (its dropout is on)")
-        elif node.op == "output":
-            results: list[fx.Node] = []
-            fx.node.map_arg(node.args, results.append)
+        elif node.op == "output" and any(
             # Not of others: a view of a parameter requires them even where they are disabled.
-            if any(
-                getattr(value_of(result), "requires_grad", False)
-                for result in results
-                if result in late
-            ):
-                raise GradientError(reason="gradients are enabled and a result requires them")
+            getattr(value_of(result), "requires_grad", False)
+            for result in nodes_in(node.args)
+            if result in late
+        ):
+            raise GradientError(reason="gradients are enabled and a result requires them")
         if node.op != "output" and late.intersection(node.all_input_nodes):
             late.add(node)
 

@@ -19,6 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,8 +27,10 @@ from torch import Tensor
 from .errors import SensitivityError
 from .mx import BLOCK, MixedLayout, dequantize, hadamard, quantize
 from .recipe import BITS, Recipe
-from .statistics import ChannelStatistics, ModelStatistics
 from .targets import check_time, find_target
+
+if TYPE_CHECKING:
+    from .statistics import ChannelStatistics, ModelStatistics
 
 __all__ = ["InputBudget", "spend"]
 
@@ -226,7 +229,9 @@ def _errors(
     turned = hadamard(x) if rotation else x
     errors = []
     for name in recipe.formats:
-        layout = _uniform(name, len(order), recipe)
+        layout = MixedLayout.uniform(
+            len(order), BITS[name], format6=recipe.format6, rules=recipe.rules
+        )
         rotated = BITS[name] in rotation
         values = turned if rotated else x
         difference = dequantize(*quantize(values, layout), layout) - values
@@ -238,20 +243,14 @@ def _errors(
     return torch.stack(errors, dim=1)
 
 
-def _uniform(
-    name: str, channels: int, recipe: Recipe, rules: Sequence[str] | None = None
-) -> MixedLayout:
-    counts = [channels if name == known else 0 for known in BITS]
-    return MixedLayout(*counts, recipe.format6, tuple(rules or recipe.rules))
-
-
 @lru_cache
 def _weight_noise(name: str, recipe: Recipe) -> float:
     """The relative squared error of a Gaussian weight in a format."""
     generator = torch.Generator().manual_seed(0)
     shape = (256, 16 * BLOCK)
     weight = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-    layout = _uniform(name, weight.shape[1], recipe, recipe.weight_rules)
+    rules = recipe.weight_rules or recipe.rules
+    layout = MixedLayout.uniform(shape[1], BITS[name], format6=recipe.format6, rules=rules)
     difference = dequantize(*quantize(weight, layout), layout) - weight
     return float(difference.double().square().sum() / weight.double().square().sum())
 

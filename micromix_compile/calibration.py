@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from typing import Any
 
-import optree
 import torch
 from torch import fx
 from tqdm import tqdm
@@ -17,19 +14,19 @@ from typing_extensions import Self
 
 from micromix_compile import _torch_compat as compat
 from micromix_compile.allocation import allocate
+from micromix_compile.batches import call, evaluating, first_device, next_token_loss, on_device
 from micromix_compile.errors import CalibrationGradientError, OptionError, RecipeError
-from micromix_compile.passes.find_linears import Linear, choose_name, find_linears, layer_names
+from micromix_compile.layers import LayerShape, choose_name, layer_names, linear_shapes
+from micromix_compile.passes.find_linears import Linear, find_linears
 from micromix_compile.passes.observe_linears import observe_linears
-from micromix_compile.passes.shared_inputs import shared_inputs
-from micromix_compile.plan import LayerShape, ModelPlan
-from micromix_compile.quantized_linear import linear_shapes
+from micromix_compile.plan import ModelPlan
 from micromix_compile.recipe import Recipe
-from micromix_compile.rounding import evaluating, round_weights
+from micromix_compile.rounding import round_weights
 from micromix_compile.statistics import ModelStatistics
 
 
 def calibrate(
-    model: torch.nn.Module, gradients: bool = False, plan: ModelPlan | None = None
+    model: torch.nn.Module, *, gradients: bool = False, plan: ModelPlan | None = None
 ) -> Calibration:
     """Collect statistics of the inputs of `model`'s linear layers, as a context or over batches.
 
@@ -51,7 +48,7 @@ def calibrate(
     must be modules with a weight of their own: raises PlanMismatchError where they are not the model's. There is no
     backward pass through quantised layers: raises CalibrationGradientError where `gradients` is asked for too.
     """
-    return Calibration(model, gradients, plan)
+    return Calibration(model, gradients=gradients, plan=plan)
 
 
 class Calibration:
@@ -63,7 +60,7 @@ class Calibration:
     """
 
     def __init__(
-        self, model: torch.nn.Module, gradients: bool = False, plan: ModelPlan | None = None
+        self, model: torch.nn.Module, *, gradients: bool = False, plan: ModelPlan | None = None
     ) -> None:
         if gradients and plan is not None:
             raise CalibrationGradientError(reason="layers that a plan quantises have none")
@@ -143,7 +140,7 @@ class Calibration:
         EmptyCalibrationError if nothing was observed (with gradients CalibrationGradientError, if no loss was
         differentiated), and RecipeError if there are no batches.
         """
-        recipe = recipe or Recipe.default()
+        recipe = recipe or Recipe()
         unfinished = self.gradients and self.statistics.layers and not self.statistics.tokens
         if unfinished and recipe.method != "format":
             raise CalibrationGradientError(reason="no loss was differentiated")
@@ -159,7 +156,7 @@ class Calibration:
         return round_weights(self.model, plan, self.batches)
 
     def save(self, path: Any) -> None:
-        """Save the statistics; `micromix_compile.load_statistics(path)` reads them."""
+        """Save the statistics; `micromix_compile.load_statistics(path)` reads them, and `.plan(recipe)` plans by them."""
         self.statistics.save(path)
 
     def _observe(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -167,13 +164,7 @@ class Calibration:
         gm = compat.copy_graph_module(gm)
         found = find_linears(gm, example_inputs)
         linears = [l for l in found if l.reason is None and (l.quantised is None or self._floats)]
-        groups = shared_inputs(linears)
         observe_linears(gm.graph, linears, self._observer)
-        if self.gradients:  # the layers read what the observer before the first of them gives
-            for group in groups:
-                observed = group[0].node.prev
-                for linear in group:
-                    linear.node.replace_input_with(linear.input, observed)
         gm.recompile()
         return gm.forward
 
@@ -226,54 +217,3 @@ def _frozen(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-def first_device(model: torch.nn.Module) -> torch.device:
-    """The device of a model's first parameter; where accelerate offloads it, of the first that is on one."""
-    devices = (p.device for p in model.parameters() if p.device.type != "meta")
-    return next(devices, torch.device("cpu"))
-
-
-def on_device(batch: Any, device: torch.device | str) -> Any:
-    """A batch with copies of its tensors on a device: a model may write to what it is given."""
-    if isinstance(
-        batch, UserDict
-    ):  # a tokenizer's, which optree does not know; a loss may read its attributes
-        moved = copy.copy(batch)
-        moved.data = on_device(batch.data, device)
-        return moved
-    return optree.tree_map(
-        lambda leaf: leaf.to(device, copy=True) if isinstance(leaf, torch.Tensor) else leaf, batch
-    )
-
-
-def call(model: torch.nn.Module, batch: Any) -> Any:
-    """The model's output for a batch: keyword arguments, positional ones, or the one argument."""
-    if isinstance(batch, torch.Tensor) or not hasattr(batch, "__iter__"):
-        return model(batch)
-    return model(**batch) if hasattr(batch, "keys") else model(*batch)
-
-
-def next_token_loss(output: Any, batch: Any) -> torch.Tensor:
-    """The model's own loss, or the summed cross-entropy of each token given those before it.
-
-    Tokens that the batch's `attention_mask` leaves out are no part of it. Raises CalibrationGradientError if the
-    output has neither a loss nor logits, or the batch no `input_ids`.
-    """
-    if getattr(output, "loss", None) is not None:
-        return output.loss
-    logits = getattr(output, "logits", None)
-    tokens = batch.get("input_ids") if hasattr(batch, "get") else None
-    if logits is None or tokens is None or logits.dim() != 3:
-        raise CalibrationGradientError(
-            reason="the output has no loss, and no logits for the batch's input_ids"
-        )
-    targets, mask = tokens[:, 1:], batch.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.shape == tokens.shape:
-        text = mask >= 0 if mask.is_floating_point() else mask.bool()
-        targets = targets.masked_fill(~(text[:, 1:] & text[:, :-1]), -100)  # which is not counted
-    return torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(),
-        targets.flatten().to(logits.device),
-        reduction="sum",
-    )

@@ -45,10 +45,11 @@ from micromix_compile.errors import (
     UnsavableLayerError,
 )
 from micromix_compile.files import file_digest, write_tensors, write_text
+from micromix_compile.layers import LayerShape, linear_shapes, named_modules, other_linears
 from micromix_compile.ops import build_id
 from micromix_compile.packing import PackedWeight, is_released, pack_weight, refuse
-from micromix_compile.plan import LayerPlan, LayerShape, ModelPlan, RoundedWeight
-from micromix_compile.quantized_linear import QuantizedLinear, linear_shapes, other_linears
+from micromix_compile.plan import LayerPlan, ModelPlan, RoundedWeight
+from micromix_compile.quantized_linear import QuantizedLinear
 from micromix_compile.recipe import Recipe
 
 __all__ = [
@@ -392,7 +393,7 @@ def _entries(model: nn.Module, plan: ModelPlan) -> list[_Entry]:
     left_out = {name for name in tied if name.removesuffix(".weight") not in plan}
     left_out.update(getattr(model, "_keys_to_ignore_on_save", None) or ())
     entries, owned = [], set()
-    for prefix, module in model.named_modules():
+    for prefix, module in named_modules(model):
         dot = f"{prefix}." if prefix else ""
         own = {
             name: tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from dataclasses import dataclass
 
 import torch
 
@@ -16,29 +17,40 @@ from micromix_compile.errors import (
     StrictError,
 )
 from micromix_compile.explain import GraphReport, LayerReport
+from micromix_compile.layers import LayerShape
 from micromix_compile.options import Options
 from micromix_compile.passes.find_linears import Linear
 from micromix_compile.passes.lower_linears import unsupported
-from micromix_compile.plan import LayerPlan, LayerShape, ModelPlan
+from micromix_compile.plan import LayerPlan, ModelPlan, RoundedWeight
 from micromix_compile.recipe import Recipe
 
 
-def choose(
-    linears: list[Linear], options: Options, report: GraphReport
-) -> list[tuple[Linear, str, LayerPlan, LayerReport]]:
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """A layer that is lowered: its name for the user, its plan, its rounded weight if there is one, its row of the report."""
+
+    linear: Linear
+    name: str
+    plan: LayerPlan
+    rounded: RoundedWeight | None
+    row: LayerReport
+
+
+def choose(linears: list[Linear], options: Options, report: GraphReport) -> list[Choice]:
     """Decide for each layer whether and how it is lowered, and write that down."""
-    chosen: list[tuple[Linear, str, LayerPlan, LayerReport]] = []
+    chosen: list[Choice] = []
     refused: list[str] = []
     missing: list[str] = []  # those of them that a given plan does not have
     planless = 0
     marks = (attached(x.parameter) for x in linears if x.parameter is not None)
     any_plan, _ = next(filter(None, marks), (None, None))
     for linear in linears:
-        plan, name, reason, by_choice = None, linear.name, unsupported(linear), False
+        plan, rounded, name, by_choice = None, None, linear.name, False
+        reason = unsupported(linear)
         if linear.quantised is not None:
             plan = _own_plan(linear, options)
         else:
-            model_plan, name = plan_of(linear, options)
+            model_plan, name = _plan_of(linear, options)
             if linear.parameter is None and options.plan is None and options.recipe is None:
                 model_plan = any_plan  # a computed weight has no mark of its own
             recipe = options.recipe or Recipe(format="mxfp8")
@@ -49,7 +61,7 @@ def choose(
             if reason is not None:
                 pass  # whatever the plan says
             elif model_plan is not None and name in model_plan:
-                plan = _checked(model_plan, name, shape)
+                plan, rounded = _checked(model_plan, name, shape), model_plan.rounded.get(name)
             elif by_choice:
                 reason = "the recipe skips it"
             elif model_plan is None:
@@ -65,7 +77,7 @@ def choose(
             row.bytes_before, row.weight = linear.parameter.nbytes, weakref.ref(linear.parameter)
         report.layers.append(row)
         if plan is not None:
-            chosen.append((linear, name, plan, row))
+            chosen.append(Choice(linear, name, plan, rounded, row))
         elif not by_choice:
             refused.append(f"{name}: {reason}")
     if options.plan is not None and missing and not chosen:
@@ -104,7 +116,7 @@ def _same_order(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return a is b if a is None or b is None else torch.equal(a, b)
 
 
-def plan_of(linear: Linear, options: Options) -> tuple[ModelPlan | None, str]:
+def _plan_of(linear: Linear, options: Options) -> tuple[ModelPlan | None, str]:
     """The plan a layer belongs to, and its name there.
 
     A plan attached to the model knows the layer by its parameter. A plan given as an option knows names only:

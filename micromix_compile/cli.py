@@ -452,7 +452,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     windows = _calibration_windows(arguments, tokenizer)
     gradients = arguments.gradients or (recipe.has_budget and before is None)
     batches = [{"input_ids": window[None]} for window in windows]
-    calibration = micromix.calibrate(model, gradients, before).run(batches)
+    calibration = micromix.calibrate(model, gradients=gradients, plan=before).run(batches)
     print(f"calibrated on {len(windows)} windows of {windows.shape[1]} tokens")
     if arguments.statistics:
         calibration.save(arguments.statistics)
@@ -683,7 +683,7 @@ def _calibrated(model, tokenizer, arguments: argparse.Namespace):
     _check_time(model, recipe)
     windows = _calibration_windows(arguments, tokenizer)
     batches = [{"input_ids": window[None]} for window in windows]
-    plan = micromix.calibrate(model, recipe.has_budget).run(batches).plan(recipe)
+    plan = micromix.calibrate(model, gradients=recipe.has_budget).run(batches).plan(recipe)
     _save_plan(plan, path)
     write_text(note, made_from)
     return plan
@@ -818,7 +818,7 @@ def _float_row(model, text: str, windows, arguments) -> dict:
 def _reference(model, options: dict):
     """The model in the reference arithmetic of a variant."""
     from micromix_compile.allocation import uniform_plan
-    from micromix_compile.quantized_linear import linear_shapes
+    from micromix_compile.layers import linear_shapes
     from micromix_compile.reference import reference_model
 
     plan = options.get("plan") or uniform_plan(linear_shapes(model), options["recipe"])
@@ -898,7 +898,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
 def _check_time(model, *recipes) -> None:
     """Raises RecipeError before the long work where a budget of time is less than the layers can take."""
-    from micromix_compile.quantized_linear import linear_shapes
+    from micromix_compile.layers import linear_shapes
     from micromix_compile.targets import check_time
 
     shapes = linear_shapes(model)

@@ -188,12 +188,12 @@ class EmptyCalibrationError(MicroMixError):
     """Some or all layers saw no token during calibration. Facts: layers (a list; may be empty)."""
 
     template = (
-        "The calibration saw no token in:{layers}\nRun the model on some text inside "
+        "The calibration saw no token in:{layers}\nRun the model on some text, as model(...) itself inside "
         "`with micromix.calibrate(model)`, or name layers that never run in Recipe(skip=...)."
     )
 
     def __init__(self, layers: Sequence[str] = ()) -> None:
-        super().__init__(layers=list(layers) or ["any linear layer"])
+        super().__init__(layers=list(layers) or ["any linear layer that the compiler takes"])
 
 
 class NonFiniteCalibrationError(MicroMixError):
@@ -216,10 +216,10 @@ class CalibrationGradientError(MicroMixError):
 
 
 class SensitivityError(MicroMixError):
-    """Statistics lack what a budget of bits is spent by. Facts: reason."""
+    """Statistics lack what a budget is spent by. Facts: reason."""
 
     template = (
-        "A budget of bits cannot be spent: {reason}. Calibrate again, with calibrate(model, gradients=True) or "
+        "A budget of bits or time cannot be spent: {reason}. Calibrate again, with calibrate(model, gradients=True) or "
         "`micromix calibrate --gradients`."
     )
 
@@ -253,11 +253,11 @@ class GradientError(MicroMixError):
 
 
 class StrictError(MicroMixError):
-    """Under strict, a layer was left alone or a pass matched nothing. Facts: layers (a list of
+    """Under strict, a layer was left alone, or not fused with what comes before it. Facts: layers (a list of
     "name: reason")."""
 
     template = (
-        "strict=True, and these layers were not lowered:{layers}\n"
+        "strict=True, and these layers were left alone, or not fused with what comes before them:{layers}\n"
         "Mend the reasons, name the layers in Recipe(skip=...), or compile without strict."
     )
 

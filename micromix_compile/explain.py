@@ -14,7 +14,8 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from micromix_compile import _torch_compat as compat
-from micromix_compile.passes.find_linears import layer_names
+from micromix_compile.layers import layer_names, named_modules
+from micromix_compile.plan import LayerPlan
 
 _reports: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -60,6 +61,13 @@ class LayerReport:
     def is_gone(self) -> bool:
         """Whether the weight does not live any more."""
         return self.weight is not None and self.weight() is None
+
+    def lowered(self, plan: LayerPlan, placed: torch.Tensor, kernel: str) -> None:
+        """Write down what the layer runs as: its plan, its placed weight, the name of its kernel."""
+        layout = plan.layout
+        (self.k4, self.k6, self.k8), self.format6 = layout.counts, layout.format6
+        self.bits, self.activations = plan.weight_layout.total_bits, plan.activations
+        self.bytes_after, self.kernel = placed.nbytes, kernel
 
     def within(self, names: Iterable[str]) -> LayerReport:
         """The same with the names of the whole model, of which `names` are the weight's.
@@ -213,8 +221,7 @@ def _in_no_graph(
 ) -> dict[str, LayerReport]:
     """The linear layers of a module whose weights are in no compiled graph."""
     rows = {}
-    for name, part in module.named_modules():
-        name = name.replace("_orig_mod.", "")
+    for name, part in named_modules(module):
         # Not the attribute: a parametrization would compute it.
         weight = part._parameters.get("weight") if isinstance(part, torch.nn.Linear) else None
         if weight is not None and name not in known and not _reports.get(weight):

@@ -43,6 +43,16 @@ class Options:
     inductor: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def inductor_settings(self) -> dict[str, Any]:
+        """Settings of Inductor: those of the mode, and those that were given."""
+        return {**compat.inductor_mode_options(self.mode), **self.settings}
+
+    @property
+    def uses_cuda_graphs(self) -> bool:
+        """Whether Inductor records CUDA graphs, whose tensors have fixed addresses."""
+        return bool(self.inductor_settings.get("triton.cudagraphs"))
+
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None) -> Options:
         """Check the options of one `torch.compile` call. Raises OptionError."""

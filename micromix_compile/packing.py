@@ -59,10 +59,8 @@ class PackedWeight:
 
     def place(self, kernel: str = AUTO) -> torch.Tensor:
         """The flat uint8 buffer that `micromix::linear` of the data's device, or of a kernel by name, reads."""
-        layout, code = self.plan.layout, format_code(self.plan, kernel)
-        return torch.ops.micromix.place_weight(
-            self.data, self.scales, layout.k4, layout.k6, layout.k8, code
-        )
+        counts, code = self.plan.layout.counts, format_code(self.plan, kernel)
+        return torch.ops.micromix.place_weight(self.data, self.scales, *counts, code)
 
 
 class PlacedWeight:
@@ -280,10 +278,8 @@ def pack_weight(
         matrix = weight.detach().t() if transposed else weight.detach()
         if rows is not None:
             matrix = matrix[rows.to(matrix.device)]
-        order = None if plan.order is None else plan.order.to(matrix.device)
-        data, scales = torch.ops.micromix.quantize(
-            matrix, order, layout.k4, layout.k6, layout.k8, layout.code
-        )
+        order = plan.order_on(matrix.device)
+        data, scales = torch.ops.micromix.quantize(matrix, order, *layout.counts, layout.code)
     return PackedWeight(data, scales, plan)
 
 

@@ -51,7 +51,7 @@ def kind_of(name: str) -> str:
 def channel_bits(layer: LayerPlan) -> torch.Tensor:
     """int64 `[K]`: 4, 6 or 8 for each channel of the layer's input, in the channels' own order."""
     layout = layer.layout
-    counts = torch.tensor([layout.k4, layout.k6, layout.k8], device="cpu")
+    counts = torch.tensor(layout.counts, device="cpu")
     sorted_bits = torch.tensor([4, 6, 8], device="cpu").repeat_interleave(counts)
     order = layer.order
     order = torch.arange(layout.channels, device="cpu") if order is None else order.long()

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from . import attachment
 from .errors import InvalidPlanError, PlanFileError, PlanMismatchError, PlanVersionError
 from .files import read_file, write_file
+from .layers import LayerShape
 from .mx.layout import WEIGHT_IS_MXFP4, MixedLayout
-from .mx.scales import BLOCK
+from .recipe import ACTIVATIONS, WEIGHTS
 
 __all__ = [
     "LayerPlan",
-    "LayerShape",
     "ModelPlan",
     "RoundedWeight",
     "fingerprint",
@@ -34,27 +34,6 @@ __all__ = [
 
 _KIND = "micromix_plan"
 _VERSION = 3
-
-
-class LayerShape(NamedTuple):
-    """The shape of a linear layer: K inputs, N outputs.
-
-    The weight is [N, K], or [K, N] if ``transposed`` (Conv1D of GPT-2).
-    """
-
-    out_features: int
-    in_features: int
-    transposed: bool = False
-
-    @property
-    def weight_shape(self) -> tuple[int, int]:
-        """The shape of the float weight."""
-        n, k = self.out_features, self.in_features
-        return (k, n) if self.transposed else (n, k)
-
-    def __str__(self) -> str:
-        transposed = ", transposed" if self.transposed else ""
-        return f"K={self.in_features}, N={self.out_features}{transposed}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,11 +59,10 @@ class LayerPlan:
     activations: str = "match"
 
     def __post_init__(self) -> None:
-        if self.activations not in ("match", "bfloat16"):
-            reason = f"activations are {self.activations!r}, not 'match' or 'bfloat16'"
-            raise InvalidPlanError(reason=reason)
-        if self.weights not in ("match", "mxfp4"):
-            raise InvalidPlanError(reason=f"weights are {self.weights!r}, not 'match' or 'mxfp4'")
+        for what, valid in (("activations", ACTIVATIONS), ("weights", WEIGHTS)):
+            if (value := getattr(self, what)) not in valid:
+                expected = " or ".join(map(repr, valid))
+                raise InvalidPlanError(reason=f"{what} are {value!r}, not {expected}")
         if self.in_features < 1 or self.layout.channels < self.in_features:
             raise InvalidPlanError(
                 reason=f"{self.layout.channels} planned channels for K = {self.in_features}"
@@ -130,22 +108,25 @@ class LayerPlan:
         """Whether the activations stay in bfloat16."""
         return self.activations == "bfloat16"
 
-    @property
-    def bits(self) -> float:
-        """Bits stored per channel of an activation, scales (8 per block) and padding counted."""
-        return 16.0 if self.weight_only else _bits(self.layout, self.in_features)
+    def order_on(self, device: torch.device | str) -> Tensor | None:
+        """The order on a device, as the operators take it; None for the channels as they are."""
+        return None if self.order is None else self.order.to(device)
 
-    @property
-    def weight_bits(self) -> float:
-        """Bits stored per element of the float weight, scales and padding counted."""
-        return _bits(self.weight_layout, self.in_features)
+    def row_order(self, out_features: int) -> Tensor:
+        """The order int64 ``[out_features]`` of the rows of a weight whose results are these channels, once or more.
+
+        For a plan with an order that has no padding between its channels.
+        """
+        order = self.order[: self.in_features].to(torch.int64)
+        parts = out_features // self.in_features
+        return torch.cat([order + part * self.in_features for part in range(parts)])
 
     def to_dict(self) -> dict[str, Any]:
         """Every field but the order, as values that JSON can hold."""
         layout = self.layout
         return {
             "in_features": self.in_features,
-            "counts": [layout.k4, layout.k6, layout.k8],
+            "counts": list(layout.counts),
             "format6": layout.format6,
             "rules": list(layout.rules),
             "hadamard": list(layout.hadamard),
@@ -221,10 +202,6 @@ def fingerprint(weight: Tensor) -> int:
     ]
     rows = torch.arange(weight.shape[0], device=weight.device) * 2246822519 + 1
     return int((torch.cat(sums) * rows).sum()) if sums else 0
-
-
-def _bits(layout: MixedLayout, in_features: int) -> float:
-    return 8 * (layout.row_bytes + layout.channels // BLOCK) / in_features
 
 
 class ModelPlan(Mapping[str, LayerPlan]):
@@ -330,16 +307,14 @@ class ModelPlan(Mapping[str, LayerPlan]):
         return 8 * sum(row["weight_bytes"] for row in rows) / elements if elements else 0.0
 
     def summary(self) -> list[dict[str, Any]]:
-        """One row a layer: layer, K, N, k4, k6, k8, bits (see LayerPlan.bits), weight_bytes."""
+        """One row a layer: layer, K, N, k4, k6, k8, weight_bytes (scales and padding counted)."""
         rows = []
         for name, layer in self.items():
-            layout, shape = layer.layout, self.shapes[name]
-            weight_bytes = shape.out_features * (
-                layer.weight_layout.row_bytes + layer.weight_layout.channels // BLOCK
-            )
+            weight, shape = layer.weight_layout, self.shapes[name]
             row = {"layer": name, "K": shape.in_features, "N": shape.out_features}
-            row |= {"k4": layout.k4, "k6": layout.k6, "k8": layout.k8}
-            rows.append(row | {"bits": layer.bits, "weight_bytes": weight_bytes})
+            row |= zip(("k4", "k6", "k8"), layer.layout.counts)
+            weight_bytes = shape.out_features * (weight.row_bytes + weight.blocks)
+            rows.append(row | {"weight_bytes": weight_bytes})
         return rows
 
     def check(self, model_layers: Mapping[str, LayerShape]) -> None:

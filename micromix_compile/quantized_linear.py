@@ -14,16 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import micromix_compile.ops  # noqa: F401  (registers torch.ops.micromix)
-from micromix_compile import _torch_compat as compat
 from micromix_compile.errors import GradientError
+from micromix_compile.layers import LayerShape
 from micromix_compile.mx.layout import WEIGHT_IS_MXFP4
 from micromix_compile.packing import PackedWeight
-from micromix_compile.plan import LayerPlan, LayerShape
+from micromix_compile.plan import LayerPlan
 
-# Classes of transformers that spell nn.Linear's forward in their own way.
-_SAME_FORWARD = {"FalconLinear"}
-
-__all__ = ["QuantizedLinear", "linear_shape", "linear_shapes", "other_linears"]
+__all__ = ["QuantizedLinear"]
 
 
 class QuantizedLinear(nn.Module):
@@ -36,18 +33,18 @@ class QuantizedLinear(nn.Module):
     the device is no CPU.
     """
 
-    def __init__(self, shape: LayerShape, plan: LayerPlan, *, owns_order: bool = True) -> None:
+    def __init__(self, shape: LayerShape, plan: LayerPlan) -> None:
         super().__init__()
         self.in_features, self.out_features = shape.in_features, shape.out_features
         self.transposed = shape.transposed
         self._plan = replace(plan, order=None)
         self._host: tuple[Tensor, Tensor] | None = None
-        self._counts = (plan.layout.k4, plan.layout.k6, plan.layout.k8, plan.format_code)
+        self._counts = (*plan.layout.counts, plan.format_code)
         sizes = (plan.weight_layout.row_bytes, plan.weight_layout.blocks)
         for name, size in zip(("weight", "weight_scales"), sizes):
             self.register_parameter(name, _bytes(torch.empty(0, size, dtype=torch.uint8)))
         self.register_parameter("bias", None)
-        self.set_order(plan.order, owns_order and plan.order is not None)
+        self.set_order(plan.order, plan.order is not None)
         self.register_buffer("placed", None, persistent=False)
 
     @classmethod
@@ -73,11 +70,11 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def from_packed(
-        cls, packed: PackedWeight, bias: Tensor | None, transposed: bool = False, owns_order=True
+        cls, packed: PackedWeight, bias: Tensor | None, transposed: bool = False
     ) -> QuantizedLinear:
         """The layer of a packed weight `[N, row bytes]`, placed on the device of its data."""
         shape = LayerShape(len(packed.data), packed.plan.in_features, transposed)
-        result = cls(shape, packed.plan, owns_order=owns_order)
+        result = cls(shape, packed.plan)
         result.weight, result.weight_scales = _bytes(packed.data), _bytes(packed.scales)
         result.set_order(packed.plan.order, result.owns_order)
         if bias is not None:
@@ -187,35 +184,6 @@ class QuantizedLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if placed:
             self.place()
-
-
-def linear_shape(module: nn.Module) -> LayerShape | None:
-    """The shape of a float linear module: `nn.Linear`, or GPT-2's `Conv1D`; None for any other.
-
-    A subclass of `nn.Linear` counts where its forward is that of `nn.Linear`, or known to be the same: a
-    QuantizedLinear computes no other. The output projection of `nn.MultiheadAttention` has it, and is never called.
-    """
-    if isinstance(module, nn.Linear):
-        own = type(module).forward is not nn.Linear.forward
-        other = own and type(module).__name__ not in _SAME_FORWARD
-        if other or isinstance(module, compat.UncalledLinear):
-            return None
-        return LayerShape(module.out_features, module.in_features)
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        return LayerShape(module.nf, module.weight.shape[0], transposed=True)
-    return None
-
-
-def linear_shapes(model: nn.Module) -> dict[str, LayerShape]:
-    """The float linear modules of a model, by name."""
-    shapes = ((name, linear_shape(module)) for name, module in model.named_modules())
-    return {name: shape for name, shape in shapes if shape is not None}
-
-
-def other_linears(model: nn.Module) -> list[str]:
-    """The modules that derive from `nn.Linear` and are none of `linear_shapes`: no QuantizedLinear can replace them."""
-    modules = model.named_modules()
-    return [n for n, m in modules if isinstance(m, nn.Linear) and linear_shape(m) is None]
 
 
 def _bytes(tensor: Tensor) -> nn.Parameter:

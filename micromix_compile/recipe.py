@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -17,14 +16,14 @@ from .targets import TARGETS
 
 __all__ = ["Recipe"]
 
-FORMATS = ("mxfp8", "mxfp6", "mxfp4")
+BITS = {"mxfp4": 4, "mxfp6": 6, "mxfp8": 8}
+WEIGHTS = ("match", "mxfp4")
 ACTIVATIONS = ("match", "bfloat16")
 _THRESHOLDS = ("published", "paper")
 _SORTS = ("mean", "max", "hessian")
 _RULES = tuple(rule.label for rule in ScaleRule)
 _SORTED = ("thresholds", "split", "counts")  # the methods that sort by a metric
 _METHODS = ("thresholds", "split", "counts", "format", "bits", "time")
-BITS = {"mxfp4": 4, "mxfp6": 6, "mxfp8": 8}
 
 # The output head under the names that Hugging Face models give it.
 OUTPUT_HEADS = (
@@ -62,9 +61,9 @@ class Recipe:
 
     The other choices:
 
-    * ``format6``: "e2m3" or "e3m2", the element of MXFP6.
+    * ``format6``: "e2m3" or "e3m2", the element of MXFP6; "e2m3" has the lower error.
     * ``rules``: scale rules ("floor", "ceil", "even") of the activations in the 4-, 6- and 8-bit
-      segment; ``weight_rules`` those of the weights, None for the same ones.
+      segment ("even" has the lower error for MXFP4); ``weight_rules`` those of the weights, None for the same ones.
     * ``weights``: "match", the weight of a channel in the format of the channel, or "mxfp4".
     * ``activations``: "match", quantised in the format of the channel when the model runs, or "bfloat16": not
       quantised. Then formats and ``rules`` are those of the weights alone.
@@ -91,7 +90,7 @@ class Recipe:
     time: float | None = None
     target: str | None = None
     rows: int = 1
-    formats: tuple[str, ...] = ("mxfp4", "mxfp6", "mxfp8")
+    formats: tuple[str, ...] = tuple(BITS)
     format6: str = "e2m3"
     rules: tuple[str, str, str] = ("even", "ceil", "ceil")
     weight_rules: tuple[str, str, str] | None = None
@@ -112,9 +111,9 @@ class Recipe:
             object.__setattr__(self, "thresholds", "published")
 
         self._one_of("thresholds", (None, *_THRESHOLDS))
-        self._one_of("format", (None, *FORMATS))
+        self._one_of("format", (None, *BITS))
         self._one_of("format6", ("e2m3", "e3m2"))
-        self._one_of("weights", ("match", "mxfp4"))
+        self._one_of("weights", WEIGHTS)
         self._one_of("activations", ACTIVATIONS)
         self._one_of("rounding", ("nearest", "gptq"))
         self._one_of("sort", _SORTS)
@@ -142,11 +141,6 @@ class Recipe:
             _reject("sort", self.sort, "left out: bits, time and format sort by no metric")
         if self.activations == "bfloat16":
             self._check_weight_only()
-
-    @classmethod
-    def default(cls) -> Recipe:
-        """MicroMix thresholds, λ = 1, with MXFP6 E2M3 and the even rule for MXFP4 (lower error)."""
-        return cls(thresholds="published")
 
     @classmethod
     def micromix(cls) -> Recipe:
@@ -185,12 +179,6 @@ class Recipe:
     def has_budget(self) -> bool:
         """Whether one budget is spent over all layers, by measured error."""
         return self.method in ("bits", "time")
-
-    @property
-    def digest(self) -> str:
-        """A hash of all fields, the same in every process: 64 hexadecimal digits."""
-        text = json.dumps(self.to_dict())  # in order: the order of counts has a meaning
-        return hashlib.sha256(text.encode()).hexdigest()
 
     def skips(self, layer: str) -> bool:
         """Whether the layer of this full name is to be left alone."""

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from micromix_compile import mx
+from micromix_compile.layers import linear_shape, linear_shapes
 from micromix_compile.plan import LayerPlan, ModelPlan
-from micromix_compile.quantized_linear import linear_shape, linear_shapes
 
 __all__ = ["reference_model"]
 
@@ -34,7 +34,7 @@ def reference_model(model: nn.Module, plan: ModelPlan) -> nn.Module:
 def _packed(module: nn.Module, layer: LayerPlan) -> tuple[Tensor, Tensor]:
     weight = module.weight.detach()
     weight = weight.t() if linear_shape(module).transposed else weight
-    return mx.quantize(weight, layer.weight_layout, _order(layer, weight))
+    return mx.quantize(weight, layer.weight_layout, layer.order_on(weight.device))
 
 
 def _forward(
@@ -43,14 +43,10 @@ def _forward(
     layouts = (layer.layout, layer.weight_layout)
 
     def weight_only(x: Tensor) -> Tensor:
-        return mx.weight_only_linear(x, *packed, *layouts, _order(layer, x), bias, x.dtype)
+        return mx.weight_only_linear(x, *packed, *layouts, layer.order_on(x.device), bias, x.dtype)
 
     def forward(x: Tensor) -> Tensor:
-        operands = mx.quantize(x, layer.layout, _order(layer, x))
+        operands = mx.quantize(x, layer.layout, layer.order_on(x.device))
         return mx.linear(*operands, *packed, *layouts, bias, x.dtype)
 
     return weight_only if layer.weight_only else forward
-
-
-def _order(layer: LayerPlan, x: Tensor) -> Tensor | None:
-    return None if layer.order is None else layer.order.to(x.device)

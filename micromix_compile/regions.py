@@ -16,10 +16,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import fx
 from torch.utils.weak import WeakIdKeyDictionary
 
+from micromix_compile import _torch_compat as compat
 from micromix_compile import attachment
 from micromix_compile.explain import GraphReport, LayerReport, record
+from micromix_compile.options import Options
 from micromix_compile.packing import (
     AUTO,
     OrderedBias,
@@ -31,7 +34,8 @@ from micromix_compile.packing import (
     refuse_released,
     states,
 )
-from micromix_compile.passes.fold_order import row_order
+from micromix_compile.passes.fold_order import Folds
+from micromix_compile.passes.lower_linears import Lowering
 from micromix_compile.plan import LayerPlan, RoundedWeight
 
 
@@ -102,8 +106,7 @@ class Region:
     ) -> None:
         self.slots = list(slots)
         self.kinds = list(kinds)
-        self.positions = [slot.weight for slot in self.slots]
-        self.positions += [slot.bias for slot in self.slots if slot.bias is not None]
+        self.positions = _positions(self.slots)
         self.last = first or Placed([], [], [])
         self.shared = shared
         self.follows = follows
@@ -149,7 +152,7 @@ class Region:
             rows = None
             if slot.consumer is not None:
                 out_features = weights[i].shape[1 if slot.transposed else 0]
-                rows = row_order(plans[slot.consumer], out_features)
+                rows = plans[slot.consumer].row_order(out_features)
             placed = placed_weight(
                 names[i], weights[i], plans[i], slot.transposed, rows, slot.kernel, rounded[i]
             )
@@ -163,7 +166,7 @@ class Region:
                 held["weight", i].release(parameter, layers[slot.weight], owned[id(parameter)])
         refuse_released()
         tensors = [
-            plans[i].order.to(weights[i].device) if kind == "order" else held[kind, i].buffer
+            plans[i].order_on(weights[i].device) if kind == "order" else held[kind, i].buffer
             for kind, i in self.kinds
         ]
         self._report(report, dict(zip((slot.name for slot in self.slots), names)), weights)
@@ -198,3 +201,62 @@ class Region:
                         released=is_released(weight),
                     )
                 )
+
+
+def region_of(
+    lowerings: Sequence[Lowering],
+    folds: Folds,
+    options: Options,
+    placeholders: Sequence[fx.Node],
+    values: Sequence[Any],
+    packed: Sequence[torch.Tensor],
+) -> Region:
+    """The region of a graph that is lowered; the graph gets the guards that it needs.
+
+    `values` are what the `placeholders` of Dynamo's graph stand for, `packed` the tensors that take the weights' place.
+    """
+    position = {node: i for i, node in enumerate(placeholders)}
+    own = [x for x in lowerings if x.weight is not None and x.linear.weight in position]
+    number = {lowering.linear: i for i, lowering in enumerate(own)}
+    slots = [
+        Slot(
+            lowering.name,
+            lowering.plan,
+            lowering.linear.transposed,
+            position[lowering.linear.weight],
+            None if lowering.bias is None else position[lowering.linear.bias],
+            number.get(folds.consumers.get(lowering.linear)),
+            lowering.weight.released,
+            lowering.weight.kernel,
+            lowering.weight.rounded,
+        )
+        for lowering in own
+    ]
+    kinds: dict[int, tuple[str, int]] = {}  # by the packed tensor's identity
+    for i, lowering in enumerate(own):
+        kinds.setdefault(id(lowering.weight.buffer), ("weight", i))
+        if lowering.bias is not None:
+            kinds.setdefault(id(lowering.bias.buffer), ("bias", i))
+        if lowering.order is not None:
+            kinds.setdefault(id(lowering.order), ("order", i))
+    found = [kinds.get(id(tensor)) for tensor in packed]
+    held = [lowering.weight for lowering in own]
+    held += [lowering.bias for lowering in own if lowering.bias is not None]
+    # A plan given as an option knows layers by name, which a call does not bring; the addresses of a
+    # CUDA graph's tensors are fixed.
+    shared = bool(own) and options.plan is None and None not in found
+    shared = shared and not options.uses_cuda_graphs
+    follows = options.plan is None and options.recipe is None
+    positions = _positions(slots)
+    parameters = [values[i] for i in positions]
+    for i, parameter in zip(positions, parameters) if not shared else ():
+        compat.guard_identity(placeholders[i])
+        if follows:
+            compat.guard_attribute(placeholders[i], parameter, attachment.DIGEST)
+    first = Placed(list(map(weakref.ref, parameters)), held, list(packed))
+    return Region(slots, found, first, shared, follows)
+
+
+def _positions(slots: Sequence[Slot]) -> list[int]:
+    """Where the weights, and then the biases, are among the graph's arguments."""
+    return [slot.weight for slot in slots] + [s.bias for s in slots if s.bias is not None]

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import micromix_compile.ops  # noqa: F401  (registers torch.ops.micromix)
+from micromix_compile.batches import call, evaluating, first_device, on_device
 from micromix_compile.errors import EmptyCalibrationError, NotRoundedWarning, RecipeError
+from micromix_compile.layers import linear_shape, named_modules
 from micromix_compile.mx import (
     BLOCK,
     MixedLayout,
@@ -38,30 +40,26 @@ from micromix_compile.mx import (
 )
 from micromix_compile.packing import PackedWeight
 from micromix_compile.plan import LayerPlan, ModelPlan, RoundedWeight, fingerprint
-from micromix_compile.quantized_linear import QuantizedLinear, linear_shape
+from micromix_compile.quantized_linear import QuantizedLinear
 
-__all__ = ["compensate", "evaluating", "gptq", "round_weights"]
+__all__ = ["compensate", "gptq", "round_weights"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def round_weights(
-    model: nn.Module,
-    plan: ModelPlan,
-    batches: Sequence[Any],
-    *,
-    damping: float = 0.01,
-    drift: float = 0.25,
-    drift_damping: float = 0.1,
-) -> ModelPlan:
+_DAMPING = 0.01  # a part of the Hessian's mean diagonal
+_DRIFT = 0.25  # the part of the drift that weights make up for, and its damping
+_DRIFT_DAMPING = 0.1
+
+
+def round_weights(model: nn.Module, plan: ModelPlan, batches: Sequence[Any]) -> ModelPlan:
     """The plan with the weights of its layers rounded by GPTQ, on what `batches` (as for `Calibration.run`) bring.
 
     Blocks of a decoder (the entries of the `ModuleList` that holds most of the planned weights, where each reads
     what the one before it gives) are taken one after the other, each with those before it quantised; a model without
     such a list is one block. Layers in a float linear module are rounded, all others stay with nearest.
-    `damping` is a part of the Hessian's mean diagonal; `drift` the part of the drift that weights make up for (0:
-    none), with `drift_damping`. The model is changed while this runs and left as it was; it runs uncompiled. What
-    blocks hand on beside their first value (a residual of its own) is that of the float model.
+    The model is changed while this runs and left as it was; it runs uncompiled. What blocks hand on beside their first
+    value (a residual of its own) is that of the float model.
 
     Layers that are no float linear module, or do not run once for each batch (experts), keep nearest rounding: a
     NotRoundedWarning names them. Raises EmptyCalibrationError if there are no batches, and RecipeError if a weight is
@@ -96,13 +94,12 @@ def round_weights(
                 statistics = _drift(stage, layers[names[0]], layer, given.pop(names[0]), actual)
                 if statistics is None:
                     continue
-                moved = statistics.movement(drift_damping) if drift else None
+                moved = statistics.movement()
                 for name in names:
                     weight = _matrix(layers[name])
                     ordered = _ordered(weight, layer)
-                    if moved is not None:
-                        ordered = ordered + drift * (ordered @ moved)
-                    data, scales = gptq(ordered, statistics.hessian, layer.weight_layout, damping)
+                    ordered = ordered + _DRIFT * (ordered @ moved)
+                    data, scales = gptq(ordered, statistics.hessian, layer.weight_layout)
                     rounded[name] = RoundedWeight(
                         data.cpu(), scales.cpu(), fingerprint(layers[name].weight)
                     )
@@ -116,7 +113,7 @@ def round_weights(
 
 
 def gptq(
-    weight: Tensor, hessian: Tensor, layout: MixedLayout, damping: float = 0.01
+    weight: Tensor, hessian: Tensor, layout: MixedLayout, damping: float = _DAMPING
 ) -> tuple[Tensor, Tensor]:
     """Rounds a weight `[N, Kp]`, float32, in the layout's order and rotation; returns packed `data` and `scales`.
 
@@ -187,8 +184,8 @@ class _Drift:
             self.hessian += moments[0]
             self.cross += moments[1]
 
-    def movement(self, damping: float) -> Tensor:
-        return compensate(self.hessian, self.cross, damping)
+    def movement(self) -> Tensor:
+        return compensate(self.hessian, self.cross, _DRIFT_DAMPING)
 
 
 def _drift(
@@ -208,19 +205,14 @@ def _given(x: Tensor, plan: LayerPlan) -> Tensor:
     """float32 `[..., Kp]`: what the product reads of activations `[..., K]`, in the order and the rotation of the layout."""
     if plan.weight_only:
         return _ordered(x, plan).to(torch.bfloat16).float()
-    return dequantize(*_quantize(x, plan), plan.layout)
-
-
-def _quantize(x: Tensor, plan: LayerPlan) -> tuple[Tensor, Tensor]:
-    layout = plan.layout
-    order = None if plan.order is None else plan.order.to(x.device)
-    return torch.ops.micromix.quantize(x, order, layout.k4, layout.k6, layout.k8, layout.code)
+    layout, order = plan.layout, plan.order_on(x.device)
+    packed = torch.ops.micromix.quantize(x, order, *layout.counts, layout.code)
+    return dequantize(*packed, layout)
 
 
 def _ordered(values: Tensor, plan: LayerPlan) -> Tensor:
     """float32 `[..., Kp]` of float `[..., K]`, in the order and the rotation of the layout."""
-    order = None if plan.order is None else plan.order.to(values.device)
-    return rearrange(values, plan.layout, order)
+    return rearrange(values, plan.layout, plan.order_on(values.device))
 
 
 def _is_linear(model: nn.Module, name: str) -> bool:
@@ -260,19 +252,6 @@ def _tensors_with_versions(model: nn.Module) -> contextlib.AbstractContextManage
     return torch.inference_mode(
         torch.is_inference_mode_enabled() and any(map(torch.is_inference, own))
     )
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and each in the mode that it had afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()  # modules may do more then
-        yield
-    finally:
-        model.train(modes[model])
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextlib.contextmanager
@@ -339,8 +318,6 @@ class _Model(_Stage):
         self.block, self.inputs = model, list(batches)
 
     def whole(self, i: int, x: Any) -> Any:
-        from micromix_compile.calibration import call, first_device, on_device
-
         batch = on_device(x, first_device(self.block))
         if hasattr(batch, "keys") and "use_cache" in batch:
             batch["use_cache"] = False
@@ -383,7 +360,7 @@ def _stages(
 def _decoder(model: nn.Module, layers: dict[str, nn.Module]) -> tuple[str, list[nn.Module]]:
     """The ModuleList with most of the weights, and its name; among equals the outermost."""
     best, most = ("", []), 0
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, nn.ModuleList):
             size = sum(m.weight.numel() for n, m in layers.items() if n.startswith(f"{name}."))
             if size > most:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import pickle
-import weakref
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
 from micromix_compile import _torch_compat as compat
-from micromix_compile.attachment import DIGEST
 from micromix_compile.errors import ExportError, StrictError
 from micromix_compile.explain import GraphReport
 from micromix_compile.options import Options
 from micromix_compile.passes.fold_order import Folds
 from micromix_compile.passes.lower_linears import Lowering, lower_linears
 from micromix_compile.passes.specialise_floats import specialise_floats
-from micromix_compile.regions import Placed, Region, Slot
+from micromix_compile.regions import Region, region_of
 
 _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator)
 
@@ -41,7 +38,6 @@ class Runner(compat.serializable_callable()):
         """Rewrite the graph, with the packed weights as new inputs in place of the float ones."""
         graph = self.gm.graph
         placeholders = list(graph.find_nodes(op="placeholder"))
-        position = {node: i for i, node in enumerate(placeholders)}
         values = list(self.inputs)
         constants = specialise_floats(graph, self.inputs, compat.guard_value)
         packed: list[torch.Tensor] = []
@@ -69,10 +65,10 @@ class Runner(compat.serializable_callable()):
                 for order in orders:
                     compat.guard_identity(order)
 
-        floats = self._make_region(lowerings, folds, options, position, values, packed)
+        self.region = region_of(lowerings, folds, options, placeholders, values, packed)
         # A weight or a float that nothing reads any more is no input of the lowered graph.
-        floats |= dict.fromkeys(constants)
-        unread = {i for i, node in enumerate(placeholders) if node in floats and not node.users}
+        floats = {*self.region.positions, *map(placeholders.index, constants)}
+        unread = {i for i in floats if not placeholders[i].users}
         self.kept = [i for i in self.kept if i not in unread]
         self.inputs = [value for i, value in enumerate(self.inputs) if i not in unread]
         for i in unread:
@@ -80,76 +76,24 @@ class Runner(compat.serializable_callable()):
         graph.lint()
         self.gm.recompile()
 
-    def _make_region(
-        self,
-        lowerings: list[Lowering],
-        folds: Folds,
-        options: Options,
-        position: Mapping[fx.Node, int],
-        values: list[Any],
-        packed: list[torch.Tensor],
-    ) -> dict[fx.Node, None]:
-        """Give the runner its region, and the graph the guards that it needs; returns the float parameters' nodes."""
-        own = [x for x in lowerings if x.weight is not None and x.linear.weight in position]
-        number = {lowering.linear: i for i, lowering in enumerate(own)}
-        slots = [
-            Slot(
-                lowering.name,
-                lowering.plan,
-                lowering.linear.transposed,
-                position[lowering.linear.weight],
-                None if lowering.bias is None else position[lowering.linear.bias],
-                number.get(folds.consumers.get(lowering.linear)),
-                lowering.weight.released,
-                lowering.weight.kernel,
-                lowering.weight.rounded,
-            )
-            for lowering in own
-        ]
-        kinds: dict[int, tuple[str, int]] = {}  # by the packed tensor's identity
-        for i, lowering in enumerate(own):
-            kinds.setdefault(id(lowering.weight.buffer), ("weight", i))
-            if lowering.bias is not None:
-                kinds.setdefault(id(lowering.bias.buffer), ("bias", i))
-            if lowering.order is not None:
-                kinds.setdefault(id(lowering.order), ("order", i))
-        found = [kinds.get(id(tensor)) for tensor in packed]
-        nodes = [lowering.linear.weight for lowering in own]
-        nodes += [lowering.linear.bias for lowering in own if lowering.bias is not None]
-        held = [lowering.weight for lowering in own]
-        held += [lowering.bias for lowering in own if lowering.bias is not None]
-        # A plan given as an option knows layers by name, which a call does not bring; the addresses of a
-        # CUDA graph's tensors are fixed.
-        shared = bool(own) and options.plan is None and None not in found
-        shared = shared and not _uses_cuda_graphs(options)
-        follows = options.plan is None and options.recipe is None
-        for node in nodes if not shared else ():
-            compat.guard_identity(node)
-            if follows:
-                compat.guard_attribute(node, values[position[node]], DIGEST)
-        first = Placed([weakref.ref(values[position[node]]) for node in nodes], held, packed)
-        self.region = Region(slots, found, first, shared, follows)
-        return dict.fromkeys(nodes)
-
     def compile(self, options: Options) -> None:
         self.run = self.gm.forward
         if options.inductor:
-            settings = {**compat.inductor_mode_options(options.mode), **options.settings}
-            self._compile_with_inductor(settings, options.strict)
+            self._compile_with_inductor(options)
         # Nothing of the compilation stays alive with the compiled function: not the fake tensors, not the graph.
         del self.gm, self.inputs
 
-    def _compile_with_inductor(self, settings: dict[str, Any], strict: bool) -> None:
+    def _compile_with_inductor(self, options: Options) -> None:
         from micromix_compile.passes.manager import counted, pass_manager  # imports Inductor
 
         settings = {
             **_defaults(self.gm.graph),
             "post_grad_custom_pre_pass": pass_manager(),
-            **settings,
+            **options.inductor_settings,
         }
         self.run, fused, missed = counted(lambda: compat.inductor(self.gm, self.inputs, settings))
         self.report.add_fusions(fused)
-        if strict and missed:
+        if options.strict and missed:
             layers = [
                 f"{', '.join(self.report.readers[quantise])}: {what} comes before, in a form that no pattern matches"
                 for quantise, what in missed.items()
@@ -193,8 +137,3 @@ def _defaults(graph: fx.Graph) -> dict[str, Any]:
     if all(str(operator).startswith(("aten.", "micromix.")) for operator in operators):
         settings["size_asserts"] = False
     return settings
-
-
-def _uses_cuda_graphs(options: Options) -> bool:
-    settings = {**compat.inductor_mode_options(options.mode), **options.settings}
-    return bool(settings.get("triton.cudagraphs"))

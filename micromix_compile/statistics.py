@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .allocation import allocate
 from .errors import (
     EmptyCalibrationError,
     NonFiniteCalibrationError,
@@ -21,8 +22,12 @@ from .errors import (
     StatisticsVersionError,
 )
 from .files import read_file, write_file
-from .plan import LayerShape
+from .layers import LayerShape
+from .recipe import Recipe
 from .row_sample import RowSample
+
+if TYPE_CHECKING:
+    from .plan import ModelPlan
 
 __all__ = ["ChannelStatistics", "ModelStatistics", "load_statistics", "thresholds"]
 
@@ -310,11 +315,16 @@ class ModelStatistics:
         """Raises EmptyCalibrationError if one of these layers (None: any layer) saw no token."""
         names = self.layers if layers is None else layers
         empty = [name for name in names if not self._statistics[name].tokens]
-        if not self.layers:
-            unseen = "any linear layer: it has none that the compiler takes, or was not called as model(...) itself"
-            raise EmptyCalibrationError([unseen])
-        if empty:
+        if empty or not self.layers:
             raise EmptyCalibrationError(empty)
+
+    def plan(self, recipe: Recipe | None = None) -> ModelPlan:
+        """Allocates formats to channels, as ``Calibration.plan`` does, without a model: weights are rounded to nearest.
+
+        Raises EmptyCalibrationError if a layer saw no token, and RecipeError for a recipe that does not fit the
+        layers, or rounds by GPTQ.
+        """
+        return allocate(self, recipe or Recipe())
 
     def merge(self, other: ModelStatistics) -> None:
         """Adds what another run of the same model has seen.

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 from .errors import OptionError, RecipeError
 from .mx.scales import BLOCK
-from .plan import LayerShape, ModelPlan
 
 if TYPE_CHECKING:
+    from .layers import LayerShape
+    from .plan import ModelPlan
     from .recipe import Recipe
 
 __all__ = ["TARGETS", "ModelledTime", "Target", "check_time", "find_target", "modelled_time"]
@@ -97,7 +98,7 @@ def modelled_time(plan: ModelPlan, target: str, rows: int = 1) -> ModelledTime:
     for name, layer in plan.items():
         outputs, layout = plan.shapes[name].out_features, layer.layout
         kind = (layer.weights, layer.activations)
-        for width, channels in zip((4, 6, 8), (layout.k4, layout.k6, layout.k8)):
+        for width, channels in zip((4, 6, 8), layout.counts):
             seconds += channels * device.channel_time(width, outputs, rows, *kind)
         widest += layout.channels * device.channel_time(_WIDEST, outputs, rows)
     return ModelledTime(target, rows, seconds, seconds / widest if widest else 1.0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from micromix_compile.passes.find_linears import value_of
+from micromix_compile.passes.nodes import value_of
 
 
 def contiguous_cats(graph: fx.Graph) -> int:

@@ -10,20 +10,19 @@ from __future__ import annotations
 import itertools
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
-from torch.utils.weak import WeakIdKeyDictionary
 
 import micromix_compile.ops  # noqa: F401  (registers torch.ops.micromix)
 from micromix_compile._torch_compat import FUSED_LAYERS, is_static_input, source_name
-from micromix_compile.attachment import named_weights
 from micromix_compile.mx import MixedLayout
 from micromix_compile.mx.layout import WEIGHT_IS_MXFP4
-from micromix_compile.passes.in_place import same_memory, value_of, written
+from micromix_compile.passes.in_place import same_memory, written
+from micromix_compile.passes.nodes import nodes_in, value_of
 from micromix_compile.plan import LayerPlan
 
 aten = torch.ops.aten
@@ -115,38 +114,6 @@ def find_linears(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> list
     return _told_apart(found)
 
 
-def layer_names(model: torch.nn.Module) -> Mapping[torch.Tensor, list[str]]:
-    """Each parameter and buffer -> the names of the layers it may be the weight of.
-
-    A weight called `x.weight` (`x.placed` in a QuantizedLinear) belongs to layer `x`; any other keeps its own name (`attn.in_proj_weight`). A
-    tied or shared parameter has several names. Keyed by identity; holds no parameter alive.
-    """
-    names: WeakIdKeyDictionary = WeakIdKeyDictionary()
-    for name, tensor in named_weights(model):
-        layer = name.removesuffix(".weight").removesuffix(".placed")
-        names.setdefault(tensor, []).append(layer)
-    return names
-
-
-def choose_name(name: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that a graph's own `name` for a layer means; None where there is no candidate.
-
-    A graph that starts inside the model (after a graph break, or where only a part is compiled) knows a layer by
-    the end of its name, hence the longest common ending, in whole parts.
-    """
-    parts = name.split(".")[::-1]
-
-    def common(candidate: str) -> int:
-        count = 0
-        for mine, theirs in zip(parts, candidate.split(".")[::-1]):
-            if mine != theirs:
-                break
-            count += 1
-        return count
-
-    return max(candidates, key=common, default=None)
-
-
 def _constants(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[fx.Node, torch.Tensor]:
     """Nodes whose value is the same tensor at every call: parameters and buffers."""
     constants = {}
@@ -218,8 +185,7 @@ def _inside(
     """The layers in a graph that a node runs: torch.utils.checkpoint's, a branch of torch.cond. None of them is lowered."""
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return []
-    operands: list[fx.Node] = []
-    fx.node.map_arg((node.args, node.kwargs), operands.append)
+    operands = nodes_in((node.args, node.kwargs))
     values = {n: operator.attrgetter(n.target)(gm) for n in operands if n.op == "get_attr"}
     given = [n for n in operands if not isinstance(values.get(n), fx.GraphModule)]
     found = []

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from micromix_compile._torch_compat import is_static_input
-from micromix_compile.passes.find_linears import Linear, value_of
+from micromix_compile.passes.find_linears import Linear
+from micromix_compile.passes.nodes import value_of
 from micromix_compile.passes.shared_inputs import shared_inputs
 from micromix_compile.plan import LayerPlan
 
@@ -67,7 +68,7 @@ def fold_orders(plans: Mapping[Linear, LayerPlan]) -> Folds:
             folds.unfolded |= dict.fromkeys(group, reason)
             continue
         for producer in producers:
-            folds.rows[producer] = row_order(plan, producer.out_features)
+            folds.rows[producer] = plan.row_order(producer.out_features)
             folds.consumers[producer] = group[0]
         folds.into |= {linear: list(producers) for linear in group}
     return folds
@@ -96,13 +97,6 @@ def _unfoldable(
         if not _has_constant_bias(producer):
             return f"the bias of {producer.name} is computed"
     return None
-
-
-def row_order(plan: LayerPlan, out_features: int) -> torch.Tensor:
-    """The order int64 `[out_features]` of the rows of a producer, which holds the channels of `plan` once or more."""
-    order = plan.order[: plan.in_features].to(torch.int64)
-    parts = out_features // plan.in_features
-    return torch.cat([order + part * plan.in_features for part in range(parts)])
 
 
 def _producers(group: list[Linear], of_node: Mapping[fx.Node, Linear]) -> list[Linear] | None:

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from micromix_compile._torch_compat import same_storage
+from micromix_compile.passes.nodes import nodes_in, value_of
 
 _FUNCTIONS = {
     operator.setitem,
@@ -26,11 +27,6 @@ _FUNCTIONS = {
     operator.imatmul,
 }
 _METHODS = {"__setitem__", *(f"__{function.__name__}__" for function in _FUNCTIONS)}
-
-
-def value_of(node: fx.Node) -> torch.Tensor | None:
-    """The fake tensor that Dynamo or export kept of a node's value."""
-    return node.meta.get("example_value", node.meta.get("val"))
 
 
 def writes_to(node: fx.Node, value: fx.Node) -> bool:
@@ -60,7 +56,7 @@ def _bytes(x: torch.Tensor) -> tuple[int, int]:
 def written(node: fx.Node) -> list[fx.Node]:
     """The operands that a node writes to."""
     if node.op == "call_method":
-        return _nodes(node.args[:1]) if _is_in_place_name(node.target) else []
+        return nodes_in(node.args[:1]) if _is_in_place_name(node.target) else []
     if node.op != "call_function":
         return []
     if isinstance(node.target, torch._ops.OpOverload):
@@ -72,9 +68,9 @@ def written(node: fx.Node) -> list[fx.Node]:
     if node.target is torch.nn.functional.embedding:
         # With max_norm it scales rows of the weight.
         norm = node.args[3] if len(node.args) > 3 else node.kwargs.get("max_norm")
-        return [] if norm is None else _nodes([node.args[1:2], node.kwargs.get("weight")])
+        return [] if norm is None else nodes_in([node.args[1:2], node.kwargs.get("weight")])
     if node.kwargs.get("out") is not None:
-        return _nodes(node.kwargs["out"])
+        return nodes_in(node.kwargs["out"])
     if (
         node.target in _FUNCTIONS
         or _is_in_place_name(getattr(node.target, "__name__", ""))
@@ -86,7 +82,7 @@ def written(node: fx.Node) -> list[fx.Node]:
             and node.args[-1] is True
         )
     ):
-        return _nodes(node.args[:1]) or node.all_input_nodes
+        return nodes_in(node.args[:1]) or node.all_input_nodes
     return []
 
 
@@ -94,14 +90,8 @@ def _written_by(node: fx.Node, overload: torch._ops.OpOverload) -> list[fx.Node]
     arguments = overload._schema.arguments
     writes = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
     by_name = [node.kwargs.get(a.name) for a, w in zip(arguments, writes) if w]
-    return _nodes([*(a for a, w in zip(node.args, writes) if w), *by_name])
+    return nodes_in([*(a for a, w in zip(node.args, writes) if w), *by_name])
 
 
 def _is_in_place_name(name: str) -> bool:
     return name in _METHODS or (name.endswith("_") and not name.endswith("__"))
-
-
-def _nodes(arguments: object) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.node.map_arg(arguments, found.append)
-    return found

@@ -12,14 +12,8 @@ import torch
 from torch import fx
 
 from micromix_compile.ops import cpu_isa
-from micromix_compile.passes.find_linears import value_of
-from micromix_compile.passes.group_queries import (
-    arguments_of,
-    become,
-    call,
-    is_attention,
-    unrepeated,
-)
+from micromix_compile.passes.attention_nodes import arguments_of, is_attention, unrepeated
+from micromix_compile.passes.nodes import become, call, value_of
 
 aten = torch.ops.aten
 

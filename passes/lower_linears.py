@@ -16,7 +16,8 @@ from torch import fx
 
 import micromix_compile.ops  # noqa: F401  (registers torch.ops.micromix)
 from micromix_compile.packing import OrderedBias, PlacedWeight
-from micromix_compile.passes.find_linears import Linear, value_of
+from micromix_compile.passes.find_linears import Linear
+from micromix_compile.passes.nodes import meta_without_value, value_of
 from micromix_compile.passes.shared_inputs import shared_inputs
 from micromix_compile.plan import LayerPlan
 
@@ -184,11 +185,11 @@ def _quantise(
     graph: fx.Graph, linear: Linear, x: fx.Node, order: fx.Node | None, plan: LayerPlan
 ) -> tuple[fx.Node, fx.Node]:
     layout = plan.layout
-    arguments = (x, order, layout.k4, layout.k6, layout.k8, layout.code)
+    arguments = (x, order, *layout.counts, layout.code)
     pair = graph.call_function(torch.ops.micromix.quantize.default, arguments)
     data, scales = (graph.call_function(operator.getitem, (pair, i)) for i in (0, 1))
     for new in (pair, data, scales):
-        new.meta = _meta_without_value(linear)
+        new.meta = meta_without_value(linear.node)
     return data, scales
 
 
@@ -201,9 +202,8 @@ def _products(
 ) -> list[fx.Node]:
     """The results of one product, a node for each layer."""
     first = product[0]
-    layout, dtype = first.plan.layout, value_of(first.linear.node).dtype
     code = first.plan.format_code if first.weight is None else first.weight.format_code
-    rest = (layout.k4, layout.k6, layout.k8, code, dtype)
+    rest = (*first.plan.layout.counts, code, value_of(first.linear.node).dtype)
     n = [lowering.linear.out_features for lowering in product]
     layers = [argument for layer in zip(weights, biases, n) for argument in layer]
     op = _PRODUCTS[len(product)]
@@ -212,7 +212,7 @@ def _products(
     both = graph.call_function(op, (*operands, *layers, *rest))
     results = [both]
     if len(product) > 1:
-        both.meta = _meta_without_value(first.linear)
+        both.meta = meta_without_value(first.linear.node)
         results = [graph.call_function(operator.getitem, (both, i)) for i in range(len(product))]
     for lowering, result in zip(product, results):
         # The value's meta stays: AOTAutograd's cache takes only graphs whose method calls are on known tensors.
@@ -226,7 +226,3 @@ def _erase_unread(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
     for node in (*nodes, quantize):
         if not node.users:
             graph.erase_node(node)
-
-
-def _meta_without_value(linear: Linear) -> dict:
-    return {k: v for k, v in linear.node.meta.items() if k not in ("example_value", "val")}

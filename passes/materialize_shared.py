@@ -12,8 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from micromix_compile.passes.find_linears import value_of
 from micromix_compile.passes.in_place import same_memory
+from micromix_compile.passes.nodes import value_of
 from micromix_compile.passes.shared_inputs import written_between
 
 FEWEST_READERS = 4

@@ -12,8 +12,8 @@ from micromix_compile.errors import (
     RecipeError,
     UnmatchedPatternWarning,
 )
+from micromix_compile.layers import LayerShape
 from micromix_compile.mx.mixed import dequantize, quantize
-from micromix_compile.plan import LayerShape
 from micromix_compile.recipe import Recipe
 from micromix_compile.statistics import ModelStatistics
 
@@ -103,7 +103,7 @@ def test_thresholds_allocate_what_the_statistics_say():
     plan = allocate(statistics, Recipe(thresholds="paper", lam=0.5))
     layout = plan["attn.a"].layout
     expected = split_counts(640, statistics["attn.a"].fractions("paper", 0.5), 32)
-    assert (layout.k4, layout.k6, layout.k8) == expected
+    assert layout.counts == expected
     assert all(expected)
     assert plan["attn.a"].order[-1] == 0  # the largest channel is in the widest segment
     assert plan.recipe == Recipe(thresholds="paper", lam=0.5).to_dict()
@@ -111,7 +111,8 @@ def test_thresholds_allocate_what_the_statistics_say():
 
 def test_a_smaller_lam_gives_more_bits():
     statistics = outlier_statistics(attn=(8, 640))
-    bits = [allocate(statistics, Recipe(lam=lam))["attn.a"].bits for lam in (0.01, 0.1, 1, 20)]
+    plans = [allocate(statistics, Recipe(lam=lam))["attn.a"] for lam in (0.01, 0.1, 1, 20)]
+    bits = [plan.layout.total_bits for plan in plans]
     assert bits == sorted(bits, reverse=True)
     assert len(set(bits)) > 2
     assert bits[-1] == 4.25  # every threshold is above the largest element
@@ -149,7 +150,7 @@ def test_recipe_reaches_the_layers():
         multiple=128,
     )
     layer = allocate(outlier_statistics(fc=(8, 512)), recipe)["fc.a"]
-    assert (layer.layout.k4, layer.layout.k6, layer.layout.k8) == (256, 128, 128)
+    assert layer.layout.counts == (256, 128, 128)
     assert layer.layout.format6 == "e3m2"
     assert layer.layout.rules == ("floor", "even", "ceil")
     assert layer.weight_layout.rules == ("ceil", "ceil", "ceil")

@@ -16,7 +16,7 @@ from architectures import build, token_ids
 from torch import nn
 from torch._inductor.utils import run_and_get_code
 
-from micromix_compile import Recipe, calibrate, explain, regions, runner
+from micromix_compile import Recipe, calibrate, explain, regions
 from micromix_compile.errors import (
     GradientError,
     NoPlanWarning,
@@ -26,6 +26,7 @@ from micromix_compile.errors import (
     ReleasedWeightError,
     StrictError,
 )
+from micromix_compile.options import Options
 from micromix_compile.packing import PlacedWeight, packings
 from micromix_compile.reference import reference_model
 
@@ -785,7 +786,7 @@ def test_an_attachment_is_no_concern_of_a_plan_or_a_recipe_given_as_an_option(bl
 
 
 def test_where_addresses_are_fixed_another_plan_is_another_graph(block, monkeypatch):
-    monkeypatch.setattr(runner, "_uses_cuda_graphs", lambda options: True)
+    monkeypatch.setattr(Options, "uses_cuda_graphs", True)
     x = torch.randn(4, 96)
     planned(block, x).attach(block)
     first, compiled = run(block, x)

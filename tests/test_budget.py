@@ -13,7 +13,7 @@ from tiny_llama import VOCABULARY, tiny_llama
 from micromix_compile import Recipe, calibrate, load_statistics
 from micromix_compile.allocation import allocate
 from micromix_compile.errors import CalibrationGradientError, RecipeError, SensitivityError
-from micromix_compile.plan import LayerShape
+from micromix_compile.layers import LayerShape
 from micromix_compile.statistics import ModelStatistics
 
 
@@ -51,7 +51,7 @@ def test_the_budget_is_held_for_every_width(k, bits, multiple, hadamard):
     plan = allocate(one_input(x), Recipe(bits=bits, multiple=multiple, hadamard=hadamard))
     layout, order = plan["layer"].layout, plan["layer"].order
     assert plan.element_bits <= bits + 1e-9
-    assert all(count % multiple == 0 for count in (layout.k4, layout.k6, layout.k8))
+    assert all(count % multiple == 0 for count in layout.counts)
     assert layout.channels == -(-k // multiple) * multiple
     if order is not None:
         assert torch.equal(order[order >= 0].long().sort().values, torch.arange(k))
@@ -113,7 +113,7 @@ def test_equal_statistics_give_equal_plans(calibrated, tmp_path):
 @pytest.mark.parametrize("gradients", [False, True])
 def test_merged_halves_are_one_pass(gradients):
     model, own = tiny_llama(torch.float32), batches()
-    runs = [calibrate(model, gradients).run(part) for part in (own, own[:3], own[3:])]
+    runs = [calibrate(model, gradients=gradients).run(part) for part in (own, own[:3], own[3:])]
     whole, merged, other = (run.statistics for run in runs)
     merged.merge(other)
     for (_, one), (_, two) in zip(whole.groups(), merged.groups(), strict=True):

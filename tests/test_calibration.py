@@ -13,7 +13,7 @@ from torch import nn
 from transformers import BatchEncoding
 
 from micromix_compile import Recipe, calibrate, explain, load_statistics
-from micromix_compile.calibration import next_token_loss, on_device
+from micromix_compile.batches import next_token_loss, on_device
 from micromix_compile.errors import (
     CalibrationGradientError,
     EmptyCalibrationError,
@@ -115,6 +115,7 @@ def test_statistics_add_up_over_contexts_and_files(tmp_path):
     parts[0].statistics.merge(load_statistics(tmp_path / "part.safetensors"))
     assert_same(parts[0].statistics, {n: whole.statistics[n] for n in whole.statistics.layers})
     recipe = Recipe(split=(0.4, 0.3, 0.3))
+    assert parts[0].statistics.plan(recipe) == whole.plan(recipe)
     twice = calibrate(model).run(arguments[:2]).run(arguments[2:])
     assert twice.plan(recipe) == whole.plan(recipe)
 
@@ -332,7 +333,7 @@ def test_a_context_that_cannot_begin_leaves_the_model(sequential, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(RuntimeError, match="no compiler"):
-        calibrate(model, not sequential, plan).run(arguments)
+        calibrate(model, gradients=not sequential, plan=plan).run(arguments)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(module.training for module in model.modules())
     assert type(model.a) is nn.Linear
@@ -376,7 +377,7 @@ def test_what_was_meant_is_said():
     compiled = torch.compile(model, backend="eager")
     with calibrate(compiled) as calibration, torch.no_grad():
         compiled(x)
-    with pytest.raises(EmptyCalibrationError, match=r"not called as model\(\.\.\.\)"):
+    with pytest.raises(EmptyCalibrationError, match=r"as model\(\.\.\.\) itself"):
         calibration.plan()
     with pytest.raises(OptionError, match=r"one batch.*run\(\[batch\]\)"):
         calibrate(model).run({"input": x})
@@ -395,3 +396,14 @@ def test_a_default_device_and_dtype_are_not_the_statistics(bits):
             assert calibrate(model).run(xs).plan(Recipe(bits=bits)) == expected
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_names_are_those_without_compile():
+    model = nn.Sequential(nn.Sequential(nn.Linear(64, 64), nn.ReLU()), nn.Linear(64, 64)).eval()
+    model[0], model[1] = (torch.compile(part, backend="micromix") for part in model)
+    plan = calibrate(model).run([torch.randn(4, 64)]).plan(Recipe(format="mxfp6"))
+    assert list(plan) == ["0.0", "1"]
+    plan.attach(model)
+    with torch.no_grad():
+        model(torch.randn(4, 64))
+    assert {name: row.k6 for name, row in explain(model).layers.items()} == {"0.0": 64, "1": 64}

@@ -43,9 +43,10 @@ from micromix_compile.errors import (
 )
 from micromix_compile.export import quantised
 from micromix_compile.integrations.transformers import MicroMixConfig
+from micromix_compile.layers import LayerShape, linear_shapes
 from micromix_compile.packing import pack_weight
-from micromix_compile.plan import LayerShape, ModelPlan
-from micromix_compile.quantized_linear import QuantizedLinear, linear_shapes
+from micromix_compile.plan import ModelPlan
+from micromix_compile.quantized_linear import QuantizedLinear
 
 MIX = Recipe(split=(0.5, 0.25, 0.25))
 SHARD = 40_000  # bytes: the tiny model makes several files

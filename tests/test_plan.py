@@ -25,10 +25,10 @@ from micromix_compile.errors import (
     TiedLayersWarning,
     UnplannedLayersWarning,
 )
+from micromix_compile.layers import LayerShape
 from micromix_compile.mx.layout import WEIGHT_IS_MXFP4, MixedLayout
 from micromix_compile.plan import (
     LayerPlan,
-    LayerShape,
     ModelPlan,
     load_plan,
 )
@@ -92,13 +92,6 @@ def test_weight_layout():
     narrow = layer_plan(weights="mxfp4", weight_rules=("ceil", "floor", "even"))
     assert narrow.weight_layout == MixedLayout(96, 0, 0, "e2m3", ("ceil", "floor", "even"))
     assert narrow.format_code == layer.layout.code | WEIGHT_IS_MXFP4
-
-
-def test_bits_count_scales_and_padding():
-    assert layer_plan(96).bits == (4 + 6 + 8) / 3 + 0.25
-    assert layer_plan(96, weights="mxfp4").weight_bits == 4.25
-    one = LayerPlan(1, MixedLayout(0, 0, 32))
-    assert one.bits == 8 * 33
 
 
 def test_equal_by_what_changes_a_number():
@@ -192,7 +185,6 @@ def test_summary_and_weight_bits():
         "k4": 32,
         "k6": 32,
         "k8": 32,
-        "bits": (32 * (4 + 6 + 8) + 3 * 8) / 70,
         "weight_bytes": 96 * (48 + 3),
     }
     elements = (8 + 4) * 96 + 96 * 70 + 16 * 64

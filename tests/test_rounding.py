@@ -35,7 +35,7 @@ def inputs(tokens: int = 512, channels: int = 96) -> torch.Tensor:
 def test_independent_inputs_are_rounded_to_nearest(layout):
     """With a diagonal Hessian no column can make up for another: the bits are those of quantize."""
     weight = torch.randn(24, 96)
-    rotated = MixedLayout(layout.k4, layout.k6, layout.k8, layout.format6)
+    rotated = MixedLayout(*layout.counts, layout.format6)
     data, scales = gptq(weight, torch.diag(torch.rand(96) + 0.1), rotated, damping=0.0)
     expected = quantize(weight, rotated)
     assert torch.equal(data, expected[0])
@@ -45,7 +45,7 @@ def test_independent_inputs_are_rounded_to_nearest(layout):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_lowers_the_error_of_the_output(layout):
     x, weight = inputs(), torch.randn(40, 96)
-    plain = MixedLayout(layout.k4, layout.k6, layout.k8, layout.format6)
+    plain = MixedLayout(*layout.counts, layout.format6)
     errors = []
     for packed in (quantize(weight, plain), gptq(weight, x.T @ x, plain)):
         errors.append(float((x @ (dequantize(*packed, plain) - weight).T).norm()))

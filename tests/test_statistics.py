@@ -13,7 +13,7 @@ from micromix_compile.errors import (
     StatisticsMismatchError,
     StatisticsVersionError,
 )
-from micromix_compile.plan import LayerShape
+from micromix_compile.layers import LayerShape
 from micromix_compile.statistics import (
     ChannelStatistics,
     ModelStatistics,

@@ -12,7 +12,7 @@ from tiny_llama import tiny_llama
 from micromix_compile import Recipe, calibrate, load_plan, load_statistics, modelled_time
 from micromix_compile.allocation import allocate, uniform_plan
 from micromix_compile.errors import OptionError, RecipeError
-from micromix_compile.plan import LayerShape
+from micromix_compile.layers import LayerShape
 from micromix_compile.statistics import ModelStatistics
 from micromix_compile.targets import TARGETS
 

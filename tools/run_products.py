@@ -18,7 +18,7 @@ micromix = torch.ops.micromix
 
 def run(rows: int, columns: int, layout: MixedLayout) -> None:
     """One layer, and three that share a launch."""
-    counts = (layout.k4, layout.k6, layout.k8, layout.code)
+    counts = (*layout.counts, layout.code)
 
     def quantized(n: int) -> tuple[torch.Tensor, ...]:
         values = torch.randn(n, layout.channels, device="cuda", dtype=torch.bfloat16)

@@ -30,7 +30,7 @@ def run(rows: int, k: int, dtype: torch.dtype) -> None:
     x, other = (torch.randn(rows, k, device="cuda").to(dtype) for _ in range(2))
     weight = torch.randn(k, device="cuda").to(dtype)
     for order, layout in (padded_order(k), (None, MixedLayout(k // 32 * 32 - 64, 32, 32))):
-        rest = (order, layout.k4, layout.k6, layout.k8, layout.code)
+        rest = (order, *layout.counts, layout.code)
         result = (dtype, False, *rest)
         micromix.quantize(x, *rest)
         for residual in (None, other):

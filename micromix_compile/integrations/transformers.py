@@ -23,8 +23,9 @@ from micromix_compile.checkpoint import (
     warn_of_others,
 )
 from micromix_compile.errors import CheckpointClassError, CheckpointError, OptionError
+from micromix_compile.layers import linear_shape, linear_shapes
 from micromix_compile.plan import ModelPlan, load_plan
-from micromix_compile.quantized_linear import QuantizedLinear, linear_shape, linear_shapes
+from micromix_compile.quantized_linear import QuantizedLinear
 from micromix_compile.recipe import Recipe
 
 __all__ = ["MicroMixConfig", "MicroMixQuantizer"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .bits import packed_bytes
 from .elements import E2M1, E2M3, E3M2, E4M3, ElementFormat
@@ -70,21 +70,14 @@ class MixedLayout:
             raise ValueError(f"hadamard must name segments out of 4, 6, 8; got {self.hadamard}")
 
     @classmethod
-    def uniform(cls, channels: int, fmt: ElementFormat | str) -> MixedLayout:
-        """``channels`` channels, all in one format, given as such or by its name ("mxfp6_e2m3").
+    def uniform(cls, channels: int, width: int, **choices: Any) -> MixedLayout:
+        """``channels`` channels, all in the format of ``width`` bits; ``choices`` are the other fields of a layout.
 
-        Raises ValueError for an unknown name, or channels that are not whole blocks.
+        Raises ValueError for another width than 4, 6 or 8, or channels that are not whole blocks.
         """
-        name = fmt if isinstance(fmt, str) else fmt.name
-        uniform = {
-            E2M1.name: lambda: cls(channels, 0, 0),
-            E2M3.name: lambda: cls(0, channels, 0, format6="e2m3"),
-            E3M2.name: lambda: cls(0, channels, 0, format6="e3m2"),
-            E4M3.name: lambda: cls(0, 0, channels),
-        }
-        if name not in uniform:
-            raise ValueError(f"unknown format {name!r}; known formats: {', '.join(uniform)}")
-        return uniform[name]()
+        if width not in _WIDTHS:
+            raise ValueError(f"no format has {width} bits; there are 4, 6 and 8")
+        return cls(*(channels if width == own else 0 for own in _WIDTHS), **choices)
 
     @classmethod
     def from_code(cls, k4: int, k6: int, k8: int, code: int) -> MixedLayout:
@@ -118,7 +111,7 @@ class MixedLayout:
     @property
     def rotates_all(self) -> bool:
         """Whether the blocks of every segment that has channels are rotated."""
-        counts = zip(_WIDTHS, (self.k4, self.k6, self.k8), strict=True)
+        counts = zip(_WIDTHS, self.counts, strict=True)
         return all(width in self.hadamard for width, count in counts if count)
 
     @property
@@ -140,9 +133,14 @@ class MixedLayout:
         return code | sum(rule << shift for rule, shift in zip(rules, (2, 4, 6), strict=True))
 
     @property
+    def counts(self) -> tuple[int, int, int]:
+        """(k4, k6, k8), as the operators take them."""
+        return self.k4, self.k6, self.k8
+
+    @property
     def channels(self) -> int:
         """The channels of a row, padding included (Kp)."""
-        return self.k4 + self.k6 + self.k8
+        return sum(self.counts)
 
     @property
     def blocks(self) -> int:
@@ -168,8 +166,7 @@ class MixedLayout:
         """The segments of a row that have channels, in order."""
         formats = (E2M1, _FORMATS6[self.format6], E4M3)
         start = byte_start = 0
-        counts = (self.k4, self.k6, self.k8)
-        for width, count, fmt, name in zip(_WIDTHS, counts, formats, self.rules, strict=True):
+        for width, count, fmt, name in zip(_WIDTHS, self.counts, formats, self.rules, strict=True):
             if not count:
                 continue
             stop, byte_stop = start + count, byte_start + packed_bytes(count, fmt.bits)

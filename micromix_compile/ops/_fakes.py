@@ -84,11 +84,9 @@ def _blackwell_bytes(n: int, counts: tuple[int, int, int], weight: MixedLayout) 
     return -(-n // _PANEL_ROWS) * _PANEL_ROWS * (weight.row_bytes + words * _SCALE_WORD)
 
 
-def _quantize(
-    x: Tensor, order: Tensor | None, k4: int, k6: int, k8: int, format: int
-) -> tuple[Tensor, Tensor]:
-    layout = MixedLayout.from_code(k4, k6, k8, format)
-    sizes = (layout.row_bytes, layout.blocks)
+def _quantize(x: Tensor, order: Tensor | None, *layout: int) -> tuple[Tensor, Tensor]:
+    row = MixedLayout.from_code(*layout)
+    sizes = (row.row_bytes, row.blocks)
     data, scales = (x.new_empty((*x.shape[:-1], size), dtype=torch.uint8) for size in sizes)
     return data, scales
 
@@ -99,13 +97,9 @@ def _linear(
     weight: Tensor,
     bias: Tensor | None,
     n: int,
-    k4: int,
-    k6: int,
-    k8: int,
-    format: int,
-    dtype: torch.dtype,
+    *layout_and_dtype: int | torch.dtype,
 ) -> Tensor:
-    return data.new_empty((*data.shape[:-1], n), dtype=dtype)
+    return data.new_empty((*data.shape[:-1], n), dtype=layout_and_dtype[-1])
 
 
 def _linears(
@@ -121,13 +115,9 @@ def _weight_only_linear(
     weight: Tensor,
     bias: Tensor | None,
     n: int,
-    k4: int,
-    k6: int,
-    k8: int,
-    format: int,
-    dtype: torch.dtype,
+    *layout_and_dtype: int | torch.dtype,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], n), dtype=dtype)
+    return x.new_empty((*x.shape[:-1], n), dtype=layout_and_dtype[-1])
 
 
 def _attention(
@@ -137,15 +127,13 @@ def _attention(
     return query.new_empty(batch, queries, heads, value.shape[3])
 
 
-def _place_weight(data: Tensor, scales: Tensor, k4: int, k6: int, k8: int, format: int) -> Tensor:
-    return data.new_empty(placed_bytes(data.shape[0], k4, k6, k8, format, data.device))
+def _place_weight(data: Tensor, scales: Tensor, *layout: int) -> Tensor:
+    return data.new_empty(placed_bytes(data.shape[0], *layout, data.device))
 
 
-def _unplace_weight(
-    weight: Tensor, n: int, k4: int, k6: int, k8: int, format: int
-) -> tuple[Tensor, Tensor]:
-    layout = MixedLayout.weight_from_code(k4, k6, k8, format)
-    return weight.new_empty((n, layout.row_bytes)), weight.new_empty((n, layout.blocks))
+def _unplace_weight(weight: Tensor, n: int, *layout: int) -> tuple[Tensor, Tensor]:
+    row = MixedLayout.weight_from_code(*layout)
+    return weight.new_empty((n, row.row_bytes)), weight.new_empty((n, row.blocks))
 
 
 def _batched(name: str, count: int) -> Callable:

@@ -41,27 +41,23 @@ def register() -> None:
         _library.impl(f"{name}_reference", function, "CompositeExplicitAutograd")
 
 
-def quantize(
-    x: Tensor, order: Tensor | None, k4: int, k6: int, k8: int, format: int
-) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, order: Tensor | None, *layout: int) -> tuple[Tensor, Tensor]:
     _warn(x.device)
-    return mx.quantize(x, mx.MixedLayout.from_code(k4, k6, k8, format), order)
+    return mx.quantize(x, mx.MixedLayout.from_code(*layout), order)
 
 
-def place_weight(data: Tensor, scales: Tensor, k4: int, k6: int, k8: int, format: int) -> Tensor:
-    layout = mx.MixedLayout.weight_from_code(k4, k6, k8, format)
-    if data.dim() != 2 or data.shape[1] != layout.row_bytes:
-        raise ValueError(f"data must be [N, {layout.row_bytes}], got {tuple(data.shape)}")
-    if scales.shape != (len(data), layout.blocks):
-        expected = (len(data), layout.blocks)
+def place_weight(data: Tensor, scales: Tensor, *layout: int) -> Tensor:
+    row = mx.MixedLayout.weight_from_code(*layout)
+    if data.dim() != 2 or data.shape[1] != row.row_bytes:
+        raise ValueError(f"data must be [N, {row.row_bytes}], got {tuple(data.shape)}")
+    if scales.shape != (len(data), row.blocks):
+        expected = (len(data), row.blocks)
         raise ValueError(f"scales must be {expected}, got {tuple(scales.shape)}")
     return torch.cat((data.flatten(), scales.flatten()))
 
 
-def unplace_weight(
-    weight: Tensor, n: int, k4: int, k6: int, k8: int, format: int
-) -> tuple[Tensor, Tensor]:
-    data, scales = _rows(weight, n, mx.MixedLayout.weight_from_code(k4, k6, k8, format))
+def unplace_weight(weight: Tensor, n: int, *layout: int) -> tuple[Tensor, Tensor]:
+    data, scales = _rows(weight, n, mx.MixedLayout.weight_from_code(*layout))
     return data.clone(), scales.clone()
 
 
@@ -83,15 +79,12 @@ def linear(
     weight: Tensor,
     bias: Tensor | None,
     n: int,
-    k4: int,
-    k6: int,
-    k8: int,
-    format: int,
-    dtype: torch.dtype,
+    *layout_and_dtype: int | torch.dtype,
 ) -> Tensor:
     _warn(data.device)
-    layout = mx.MixedLayout.from_code(k4, k6, k8, format)
-    weight_layout = mx.MixedLayout.weight_from_code(k4, k6, k8, format)
+    *arguments, dtype = layout_and_dtype
+    layout = mx.MixedLayout.from_code(*arguments)
+    weight_layout = mx.MixedLayout.weight_from_code(*arguments)
     rows = _rows(weight, n, weight_layout)
     return mx.linear(data, scales, *rows, layout, weight_layout, bias, dtype)
 
@@ -111,16 +104,13 @@ def weight_only_linear(
     weight: Tensor,
     bias: Tensor | None,
     n: int,
-    k4: int,
-    k6: int,
-    k8: int,
-    format: int,
-    dtype: torch.dtype,
+    *layout_and_dtype: int | torch.dtype,
 ) -> Tensor:
     refuse_weight_only(x.device)
     _warn(x.device)
-    layout = mx.MixedLayout.from_code(k4, k6, k8, format)
-    weight_layout = mx.MixedLayout.weight_from_code(k4, k6, k8, format)
+    *arguments, dtype = layout_and_dtype
+    layout = mx.MixedLayout.from_code(*arguments)
+    weight_layout = mx.MixedLayout.weight_from_code(*arguments)
     rows = _rows(weight, n, weight_layout)
     return mx.weight_only_linear(x, *rows, layout, weight_layout, order, bias, dtype)
 

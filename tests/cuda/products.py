@@ -45,7 +45,7 @@ class Product:
         self.m, self.n, self.layout, self.exact = m, n, layout, exact
         self.weight_layout = layout.as_mxfp4() if weights == "mxfp4" else layout
         code = layout.code | (WEIGHT_IS_MXFP4 if weights == "mxfp4" else 0)
-        self.arguments = (layout.k4, layout.k6, layout.k8, code)
+        self.arguments = (*layout.counts, code)
         self.data, self.scales = self._rows(m, layout)
         self.weights = [self._rows(size, self.weight_layout) for size in n]
         self.biases = [self._integers(size, 8).float() if bias else None for size in n]

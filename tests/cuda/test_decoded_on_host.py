@@ -60,7 +60,7 @@ def test_a_weight_is_placed_and_decoded(library, n, mix, format6, weights):
     product = Product(1, [n], MixedLayout(*mix, format6=format6), weights, exact=False)
     layout, (data, scales) = product.weight_layout, product.weights[0]
     scales[0, 0], scales[-1, -1] = 0xFF, 1
-    counts = (layout.k4, layout.k6, layout.k8, layout.code)
+    counts = (*layout.counts, layout.code)
     size = library.placed_bytes(n, *counts)
     assert size == _decoded_bytes(n, layout)
     placed, largest = torch.zeros(size, dtype=torch.uint8), largest_of(scales)

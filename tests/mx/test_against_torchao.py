@@ -63,8 +63,8 @@ def random_blocks(count: int, fmt, seed: int) -> torch.Tensor:
 
 
 def ours(x: torch.Tensor, fmt, rule: str) -> tuple[torch.Tensor, torch.Tensor]:
-    uniform = MixedLayout.uniform(BLOCK, fmt)
-    layout = MixedLayout(uniform.k4, uniform.k6, uniform.k8, uniform.format6, (rule,) * 3)
+    format6 = "e3m2" if fmt is E3M2 else "e2m3"
+    layout = MixedLayout.uniform(BLOCK, fmt.bits, format6=format6, rules=(rule,) * 3)
     data, scales = quantize(x, layout)
     return (unpack_codes(data, 6) if fmt.bits == 6 else data), scales[:, 0]
 

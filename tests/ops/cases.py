@@ -29,7 +29,7 @@ def mix_name(layout: MixedLayout) -> str:
 def arguments(layout: MixedLayout, weights: str = "match") -> tuple[int, int, int, int]:
     """The operators' (k4, k6, k8, format)."""
     code = layout.code | (WEIGHT_IS_MXFP4 if weights == "mxfp4" else 0)
-    return layout.k4, layout.k6, layout.k8, code
+    return *layout.counts, code
 
 
 def weight_layout(layout: MixedLayout, weights: str) -> MixedLayout:

@@ -35,7 +35,7 @@ def check(x: torch.Tensor, layout: MixedLayout, order: torch.Tensor | None = Non
 @pytest.mark.parametrize("layout", UNIFORM, ids=mix_name)
 def test_random_bits(isa, layout, rule, dtype):
     """Random bit patterns: every exponent, subnormals, NaN and Inf among them."""
-    layout = MixedLayout(layout.k4, layout.k6, layout.k8, layout.format6, (rule,) * 3)
+    layout = MixedLayout(*layout.counts, layout.format6, (rule,) * 3)
     width = 16 if dtype.itemsize == 2 else 32
     generator = torch.Generator().manual_seed(1)
     bits = torch.randint(-(2 ** (width - 1)), 2 ** (width - 1), (4096, 64), generator=generator)
@@ -49,7 +49,7 @@ def test_random_bits(isa, layout, rule, dtype):
 @pytest.mark.parametrize("layout", UNIFORM, ids=mix_name)
 def test_every_bfloat16_as_amax(isa, layout, rule):
     """A block whose largest element is each bfloat16, the others fractions of it with ties."""
-    layout = MixedLayout(layout.k4, layout.k6, layout.k8, layout.format6, (rule,) * 3)
+    layout = MixedLayout(*layout.counts, layout.format6, (rule,) * 3)
     amax = torch.arange(0x7F80, dtype=torch.int16).view(torch.bfloat16)
     fractions = torch.linspace(-1, 1, 64)
     check((amax[:, None].float() * fractions).to(torch.bfloat16), layout)
