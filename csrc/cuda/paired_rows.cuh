@@ -318,12 +318,18 @@ struct PairedRows {
                 widen_pair(kLayerNorm ? vectors.bias.word[j] : 0u, kBFloat16));
     }
   }
+  // A row's number, for this thread: 0 beyond K, where the zeros are to stay zeros, as padding and
+  // as part of the next rows' sums.
+  __device__ __forceinline__ float of_row(float x, int lane_of_row) const {
+    const float y = __shfl_sync(kWarp, x, lane_of_row);
+    return rows_of_x > 0 ? y : 0.0f;
+  }
   __device__ __forceinline__ void rms_norm(Words& x, float inverse_k) const {
     const Vectors vectors = load_vectors();
     const float of_lane = inverse_root(sum_of_warps() * inverse_k, task.eps);
     float factor[kRows];
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) factor[i] = __shfl_sync(kWarp, of_lane, 8 * i);
+    for (int i = 0; i < kRows; ++i) factor[i] = of_row(of_lane, 8 * i);
     if (task.form == RmsForm::kWeightAfterCast) {
       each(x, vectors, [&](float v, float, float, int i) { return v * factor[i]; });
 #pragma unroll
@@ -352,8 +358,8 @@ struct PairedRows {
     float factor[kRows], plus[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      factor[i] = __shfl_sync(kWarp, of_lane.factor, 16 * i);
-      plus[i] = __shfl_sync(kWarp, of_lane.plus, 16 * i);
+      factor[i] = of_row(of_lane.factor, 16 * i);
+      plus[i] = of_row(of_lane.plus, 16 * i);
     }
     Vectors vectors{};
     if constexpr (!kWideVectors) vectors = load_vectors();
@@ -364,20 +370,11 @@ struct PairedRows {
     } else {
       float from[kRows];
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) from[i] = __shfl_sync(kWarp, of_lane.from, 16 * i);
+      for (int i = 0; i < kRows; ++i) from[i] = of_row(of_lane.from, 16 * i);
       each(x, vectors, [&](float v, float w, float b, int i) {
         return fmaf(fmaf(v - from[i], factor[i], plus[i]), w, b);
       });
     }
-  }
-  // A norm of nothing may be something, or NaN: it is no padding, nor part of the next rows' sums.
-  __device__ __forceinline__ void clear_beyond(Words& x) const {
-    if (rows_of_x > 0) [[likely]]
-      return;
-#pragma unroll
-    for (int i = 0; i < kRows; ++i)
-#pragma unroll
-      for (int j = 0; j < kWords; ++j) x[i][j] = 0;
   }
   __device__ __forceinline__ void compute(Words& x, const Words& second) const {
     const auto each = [&](auto f) {
@@ -499,7 +496,6 @@ struct PairedRows {
         } else {
           rms_norm(x, rows.inverse_k);
         }
-        clear_beyond(x);
         if constexpr (!kOrdered) part ^= kPartsOfTurn, parts ^= kPartsOfTurn;
       } else {
         compute(x, second);
