@@ -611,7 +611,7 @@ def test_a_plan_of_other_samples_is_not_used_again(source, tmp_path, capsys):
 
 
 def test_a_package_without_a_tokenizer_generates_no_text(capsys, monkeypatch):
-    monkeypatch.setattr("micromix_compile.package.load", lambda path: object())
+    monkeypatch.setattr("micromix_compile.package.load_package", lambda path: object())
     assert main(["generate", "some.pt2", "--prompt", "x"]) == 1
     assert "generates no text" in capsys.readouterr().err
 
@@ -667,8 +667,8 @@ def calibrated_otherwise(source):
 
 
 def test_a_rounded_plan_is_that_of_its_checkpoint(source, ids, tmp_path):
-    from micromix_compile.export import target
-    from micromix_compile.package import _check_target
+    from micromix_compile.archive import this_machine
+    from micromix_compile.package import _check_machine
 
     model = load(source)
     calibration = calibrate(model).run([ids])
@@ -679,7 +679,7 @@ def test_a_rounded_plan_is_that_of_its_checkpoint(source, ids, tmp_path):
     with pytest.raises(QuantizedAlreadyError):
         plan_to_use(load(tmp_path / "nearest"), plan)
     made = plan_to_use(load(tmp_path / "rounded"), None)
-    _check_target("x.pt2", target(torch.device("cpu")) | {"plan_digest": made.digest}, plan)
+    _check_machine("x.pt2", this_machine(torch.device("cpu")) | {"plan_digest": made.digest}, plan)
 
 
 def test_hooks_of_planned_layers_are_not_dropped(source, tmp_path):

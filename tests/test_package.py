@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM
 import micromix_compile as micromix
 from micromix_compile import Recipe, calibrate
 from micromix_compile import _torch_compat as compat
+from micromix_compile.archive import MANIFEST
 from micromix_compile.cli import main
-from micromix_compile.decoder import _choose, export_decoder
+from micromix_compile.decoder import export_decoder
 from micromix_compile.errors import (
     ExportError,
     GenerationSettingsWarning,
@@ -32,8 +33,9 @@ from micromix_compile.errors import (
     PackageInputError,
     PackageMismatchError,
 )
-from micromix_compile.export import MANIFEST, quantised, trace
+from micromix_compile.export import quantised, trace
 from micromix_compile.ops import _extension
+from micromix_compile.package import _choose
 
 pytestmark = pytest.mark.skipif(not compat.runs_packages(), reason="torch 2.11 runs none")
 RUNNER = _extension.LIBRARY.with_name("micromix_runner")
@@ -98,7 +100,7 @@ def decoder(tmp_path_factory):
 def test_a_package_gives_what_torch_compile_gives(gated):
     model, plan, path, more = gated
     assert isinstance(model.gate, nn.Linear), "the model is float again"
-    package = micromix.load(path, plan=plan)
+    package = micromix.load_package(path, plan=plan)
     plan.attach(model)
     compiled = torch.compile(model, backend="micromix", dynamic=True)
     for rows in (1, 2, 17):
@@ -123,13 +125,13 @@ def test_the_archive_is_close_to_the_packed_bytes(gated, decoder):
     assert not [name for name in names if name.endswith((".pkl", ".pt"))]
     model, path = decoder
     state = sum(t.nbytes for t in model.state_dict().values())
-    bytes_ = micromix.load(path).weight_bytes
+    bytes_ = micromix.load_package(path).weight_bytes
     assert state < bytes_ < 1.05 * state, "both graphs share the weights"
 
 
 def test_prefill_and_decode_are_the_compiled_model(decoder):
     model, path = decoder
-    package = micromix.load(path)
+    package = micromix.load_package(path)
     compiled = torch.compile(model, backend="micromix", dynamic=True)
     ids = torch.randint(0, 128, (1, 30))
     with torch.no_grad():
@@ -144,7 +146,7 @@ def test_prefill_and_decode_are_the_compiled_model(decoder):
 
 def test_generate(decoder):
     _, path = decoder
-    package = micromix.load(path)
+    package = micromix.load_package(path)
     prompt = torch.randint(0, 128, (1, 9))
     tokens = package.generate(prompt, 20, eos_token_id=[])
     assert tokens.shape == (1, 29) and torch.equal(tokens[:, :9], prompt)
@@ -168,7 +170,7 @@ def test_the_runner_gives_the_same_tokens_without_python(decoder):
         pytest.skip("the runner was not built")
     _, path = decoder
     prompt = torch.randint(0, 128, (1, 9))
-    expected = micromix.load(path).generate(prompt, 20, eos_token_id=[])[0, 9:]
+    expected = micromix.load_package(path).generate(prompt, 20, eos_token_id=[])[0, 9:]
     ids = " ".join(map(str, prompt[0].tolist()))
     result = run(RUNNER, path, "--tokens", ids, "--new", 20, "--ignore-eos")
     assert result.returncode == 0, result.stderr
@@ -189,7 +191,7 @@ def test_the_runner_on_raw_tensors(gated, tmp_path):
     flags = ["--input", inputs[0], "--input", inputs[1], "--output", tmp_path / "out"]
     result = run(RUNNER, path, *flags)
     assert result.returncode == 0, result.stderr
-    expected = micromix.load(path)(x, more, scale=2.0).y
+    expected = micromix.load_package(path)(x, more, scale=2.0).y
     given = torch.frombuffer(bytearray((tmp_path / "out0.bin").read_bytes()), dtype=torch.float32)
     assert torch.equal(given.view(3, 64), expected)
     short = run(RUNNER, path, "--input", f"float32:4x64:{tmp_path}/x.bin", "--input", inputs[1])
@@ -202,10 +204,10 @@ def test_a_fresh_process(decoder):
     prompt = torch.randint(0, 128, (1, 9))
     program = (
         "import sys, torch, micromix_compile as m; from pathlib import Path;"
-        f"p = m.load({str(path)!r}); print(*p.generate(torch.tensor({prompt.tolist()}), 8)[0].tolist())"
+        f"p = m.load_package({str(path)!r}); print(*p.generate(torch.tensor({prompt.tolist()}), 8)[0].tolist())"
     )
     result = run(sys.executable, "-c", program)
-    expected = micromix.load(path).generate(prompt, 8)
+    expected = micromix.load_package(path).generate(prompt, 8)
     assert list(map(int, result.stdout.split())) == expected[0].tolist(), result.stderr
 
 
@@ -220,7 +222,7 @@ def test_the_command_generates_from_both(decoder, capsys):
 
 def test_wrong_arguments_are_named(gated):
     *_, path, more = gated
-    package = micromix.load(path)
+    package = micromix.load_package(path)
     x = torch.randn(2, 64)
     cases = [
         ((x, more), {}, "argument scale is missing"),
@@ -284,7 +286,7 @@ def related(tmp_path_factory):
 
 
 def test_sizes_that_depend_on_another_one(related):
-    package = micromix.load(related)
+    package = micromix.load_package(related)
     assert package(torch.randn(5, 64), torch.randn(11, 64)).shape == (10, 32)
     assert package(torch.randn(500, 64), torch.randn(1001, 64)).shape == (1000, 32)
     for rows in (9, 10, 12):
@@ -438,7 +440,7 @@ def test_the_default_length_fits_the_model(tmp_path, not_compiled):
 
 
 def test_tokens_and_places_that_a_decoder_does_not_have(decoder):
-    package = micromix.load(decoder[1])
+    package = micromix.load_package(decoder[1])
     cache, two = package.new_cache(), torch.tensor([[1, 2]])
     for ids, start, message in (
         (two, -1, "start and input_ids"),
@@ -461,8 +463,7 @@ def test_the_smallest_temperature_is_the_likeliest_token():
 
 
 def test_named_chat_templates_are_in_the_package(gated, tmp_path):
-    from micromix_compile.export import Entry, write_package
-    from micromix_compile.package import _Archive
+    from micromix_compile.archive import Archive, Entry, write_package
 
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = {"default": "a", "tool_use": "b"}
@@ -474,7 +475,7 @@ def test_named_chat_templates_are_in_the_package(gated, tmp_path):
     for name in ("x", "y"):
         write_package(tmp_path / f"{name}.pt2", {"model": entry}, gated[1], None, tokenizer)
     assert (tmp_path / "x.pt2").read_bytes() == (tmp_path / "y.pt2").read_bytes()
-    given = _Archive(tmp_path / "x.pt2").tokenizer()
+    given = Archive(tmp_path / "x.pt2").tokenizer()
     assert given.chat_template == {"default": "a", "tool_use": "b"}
 
 
@@ -515,19 +516,19 @@ def test_packages_made_for_something_else(name, gated, tmp_path):
     edit, message = FOREIGN[name]
     path = with_manifest(gated[2], tmp_path / "foreign.pt2", edit)
     with pytest.raises(PackageMismatchError, match=message):
-        micromix.load(path)
+        micromix.load_package(path)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_package_for_cuda(gated, tmp_path):
     edit = lambda m: m.update(device="cuda", cuda_capability=[9, 0])
     with pytest.raises(PackageMismatchError, match="CUDA device, and there is none"):
-        micromix.load(with_manifest(gated[2], tmp_path / "cuda.pt2", edit))
+        micromix.load_package(with_manifest(gated[2], tmp_path / "cuda.pt2", edit))
 
 
 def test_another_plan(gated, decoder):
     with pytest.raises(PackageMismatchError, match="another plan"):
-        micromix.load(decoder[1], plan=gated[1])
+        micromix.load_package(decoder[1], plan=gated[1])
 
 
 def weight(m, **facts):
@@ -574,7 +575,7 @@ FORGED = {
 def test_forged_manifests(name, gated, tmp_path):
     path = with_manifest(gated[2], tmp_path / "forged.pt2", FORGED[name])
     with pytest.raises(PackageError):
-        micromix.load(path)
+        micromix.load_package(path)
 
 
 HOSTILE = ["{root}/../../evil", "/etc/evil", "{root}/data/weights/evil.pkl", "evil",
@@ -599,7 +600,7 @@ def test_path_tricks_and_foreign_members(name, gated, tmp_path):
 
     path = rewritten(gated[2], tmp_path / "hostile.pt2", change)
     with pytest.raises(PackageError, match="which no package has"):
-        micromix.load(path)
+        micromix.load_package(path)
 
 
 def test_compressed_doubled_and_foreign_archives(gated, tmp_path):
@@ -608,17 +609,17 @@ def test_compressed_doubled_and_foreign_archives(gated, tmp_path):
         for name in source.namelist():
             bomb.writestr(name, source.read(name))
     with pytest.raises(PackageError, match="not stored as it is"):
-        micromix.load(tmp_path / "bomb.pt2")
+        micromix.load_package(tmp_path / "bomb.pt2")
     with zipfile.ZipFile(tmp_path / "plain.pt2", "w") as archive:
         archive.writestr("a/b", "c")
     with pytest.raises(PackageError, match="not written by micromix"):
-        micromix.load(tmp_path / "plain.pt2")
+        micromix.load_package(tmp_path / "plain.pt2")
     for content in (b"", b"PK", b"\x80\x04not a pickle to be read"):
         (tmp_path / "other.pt2").write_bytes(content)
         with pytest.raises(PackageError):
-            micromix.load(tmp_path / "other.pt2")
+            micromix.load_package(tmp_path / "other.pt2")
     with pytest.raises(PackageError, match="No such file"):
-        micromix.load(tmp_path / "none.pt2")
+        micromix.load_package(tmp_path / "none.pt2")
 
 
 def test_damaged_packages(gated, tmp_path):
@@ -636,7 +637,7 @@ def test_damaged_packages(gated, tmp_path):
                 data[:at] + bytes([data[at] ^ (1 << chance.randrange(8))]) + data[at + 1 :]
             )
         try:
-            micromix.load(target)
+            micromix.load_package(target)
         except MicroMixError as error:
             assert isinstance(error, (PackageError, PackageMismatchError)), error
             refused += 1

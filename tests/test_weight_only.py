@@ -328,7 +328,7 @@ def test_a_package(block, tmp_path):
     micromix.export(block, (x,), {}, tmp_path / "block.pt2", plan=plan)
     with torch.no_grad():
         expected = reference_model(block, plan)(x)
-    assert distance(micromix.load(tmp_path / "block.pt2")(x), expected) <= 0.01
+    assert distance(micromix.load_package(tmp_path / "block.pt2")(x), expected) <= 0.01
 
 
 def test_other_devices_are_refused_at_compile_time(block):
