@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,27 +27,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from micromix_compile import _torch_compat as compat
-from micromix_compile.allocation import uniform_plan
-from micromix_compile.attachment import attached
 from micromix_compile.errors import (
     CheckpointError,
     CheckpointExistsError,
     CheckpointVersionError,
-    HookedLayerError,
     InvalidPlanError,
-    LeftAloneWarning,
-    NoPlanWarning,
     OptionError,
     OutputError,
-    QuantizedAlreadyError,
-    ReleasedWeightError,
-    UnsavableLayerError,
 )
 from micromix_compile.files import file_digest, write_tensors, write_text
 from micromix_compile.ops import build_id
-from micromix_compile.packing import PackedWeight, is_released, pack_weight, refuse
-from micromix_compile.plan import LayerPlan, LayerShape, ModelPlan, RoundedWeight
-from micromix_compile.quantized_linear import QuantizedLinear, linear_shapes, other_linears
+from micromix_compile.packing import is_released
+from micromix_compile.plan import LayerPlan, LayerShape, ModelPlan
+from micromix_compile.planned import loaded, pack_layer, plan_to_use
+from micromix_compile.quantized_linear import QuantizedLinear
 from micromix_compile.recipe import Recipe
 
 __all__ = [
@@ -57,13 +49,9 @@ __all__ = [
     "bytes_of",
     "check_directory",
     "files_fingerprint",
-    "loaded",
-    "pack_layer",
-    "plan_to_use",
     "restore",
     "save_pretrained",
     "verify_files",
-    "warn_of_others",
 ]
 
 METHOD = "micromix"
@@ -296,87 +284,6 @@ def check_directory(directory: Path) -> None:
         raise OutputError(path=directory, reason=reason, mend="Give a new folder within it")
 
 
-def plan_to_use(model: nn.Module, plan: ModelPlan | Recipe | None) -> ModelPlan:
-    """The plan that a model is to be saved or exported with; its own where it is quantised already.
-
-    Without one, that attached to the model, or MXFP8 with a NoPlanWarning. Raises PlanMismatchError,
-    QuantizedAlreadyError, UnsavableLayerError, HookedLayerError, and ReleasedWeightError.
-    """
-    for name, parameter in model.named_parameters():
-        if is_released(parameter):
-            raise ReleasedWeightError(layer=name.removesuffix(".weight"))
-    quantised = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    if quantised:
-        own = next((a for p in model.parameters() if (a := attached(p))), None)
-        recipe = own[0].recipe if own else {}
-        result = ModelPlan(
-            {name: module.plan for name, module in quantised.items()},
-            {name: module.shape for name, module in quantised.items()},
-            recipe,
-        )
-        if isinstance(plan, Recipe) and plan.to_dict() != recipe:
-            # A copy of a model has lost what was attached; a recipe for one format tells its plan by itself.
-            uniform = plan.method == "format" and uniform_plan(result.shapes, plan)
-            if not uniform or uniform.layers_digest != result.layers_digest:
-                raise QuantizedAlreadyError(given="recipe")
-        if isinstance(plan, ModelPlan) and not _is_plan_of(plan, result, quantised):
-            raise QuantizedAlreadyError(given="plan")
-        return plan if isinstance(plan, ModelPlan) else result
-    plan = _plan_of_floats(model, plan)
-    hooked = [name for name in plan if _runs_more(model.get_submodule(name))]
-    if hooked:
-        raise HookedLayerError(layers=hooked)
-    return plan
-
-
-def _is_plan_of(plan: ModelPlan, own: ModelPlan, layers: Mapping[str, QuantizedLinear]) -> bool:
-    """Whether quantised layers, whose own plan is without rounded weights, were made by `plan`."""
-
-    def holds(layer: QuantizedLinear, rounded: RoundedWeight) -> bool:
-        with loaded(layer):
-            packed = layer.packed().to("cpu")
-        return torch.equal(packed.data, rounded.data) and torch.equal(packed.scales, rounded.scales)
-
-    return plan.layers_digest == own.layers_digest and all(
-        holds(layers[name], rounded) for name, rounded in plan.rounded.items()
-    )
-
-
-def _runs_more(module: nn.Module) -> bool:
-    """Whether a call of a module runs more than its class's forward, accelerate's hook and our own apart."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    own_forward = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
-    return own_forward or any(hook is not refuse for hook in hooks)
-
-
-def _plan_of_floats(model: nn.Module, plan: ModelPlan | Recipe | None) -> ModelPlan:
-    shapes = linear_shapes(model)
-    if plan is None:
-        found = next((a for p in model.parameters() if (a := attached(p))), None)
-        plan = found[0] if found else Recipe(format="mxfp8")
-        if not found:
-            warnings.warn(NoPlanWarning(layers=len(shapes)), stacklevel=4)
-    if isinstance(plan, Recipe):
-        warn_of_others(model)
-        return uniform_plan(shapes, plan)
-    unsavable = [name for name in plan if name not in shapes and _has_weight(model, name)]
-    if unsavable:
-        raise UnsavableLayerError(layers=unsavable)
-    plan.check(shapes)
-    return plan
-
-
-def warn_of_others(model: nn.Module) -> None:
-    """Name the modules that a recipe for all linear layers does not reach."""
-    if others := other_linears(model):
-        warnings.warn(LeftAloneWarning(layers=others), stacklevel=5)
-
-
-def _has_weight(model: nn.Module, name: str) -> bool:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return name in parameters or f"{name}.weight" in parameters
-
-
 @dataclass(eq=False)
 class _Entry:
     """Tensors that are made together: those of a planned layer, or one that is saved as it is."""
@@ -410,12 +317,6 @@ def _entries(model: nn.Module, plan: ModelPlan) -> list[_Entry]:
         for name, tensor in own.items():
             entries.append(_float_entry(module, dot, name, tensor))
     return entries
-
-
-def pack_layer(plan: ModelPlan, name: str, weight: Tensor) -> PackedWeight:
-    """The packed form of a planned layer's float weight."""
-    shape, rounded = plan.shapes[name], plan.rounded.get(name)
-    return pack_weight(weight, plan[name], shape.transposed, rounded=rounded, name=name)
 
 
 def _layer_entry(module: nn.Module, name: str, plan: ModelPlan, owner: bool) -> _Entry:
@@ -455,15 +356,6 @@ def _own_memory(tensor: Tensor) -> Tensor:
     tensor = tensor.cpu()
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
-
-
-def loaded(module: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """The module's own tensors are there within it, if accelerate offloaded them."""
-    if not hasattr(module, "_hf_hook"):
-        return contextlib.nullcontext()
-    from accelerate.utils import align_module_device
-
-    return align_module_device(module)
 
 
 def _shards(entries: list[_Entry], limit: int) -> dict[str, list[_Entry]]:

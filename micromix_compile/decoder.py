@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from micromix_compile import _torch_compat as compat
 from micromix_compile.archive import dtype_name, write_package
 from micromix_compile.errors import ExportError, GenerationSettingsWarning, MicroMixError
-from micromix_compile.export import check_path, quantised, trace
+from micromix_compile.export import check_path, trace
 from micromix_compile.plan import ModelPlan
+from micromix_compile.planned import quantised
 from micromix_compile.quantized_linear import QuantizedLinear
 from micromix_compile.recipe import Recipe
 

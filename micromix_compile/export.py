@@ -9,7 +9,7 @@ import contextlib
 import inspect
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,16 @@ from torch import Tensor, fx, nn
 
 from micromix_compile import _torch_compat as compat
 from micromix_compile.archive import Entry, dtype_name, write_package
-from micromix_compile.checkpoint import loaded, pack_layer, plan_to_use
 from micromix_compile.errors import ExportError, GradientError
 from micromix_compile.files import check_output
 from micromix_compile.passes.between_layers import rewrite_between_layers
 from micromix_compile.passes.find_linears import find_linears
 from micromix_compile.passes.lower_linears import Lowering, lower_linears
 from micromix_compile.plan import ModelPlan
-from micromix_compile.quantized_linear import QuantizedLinear
+from micromix_compile.planned import quantised
 from micromix_compile.recipe import Recipe
 
-__all__ = ["check_path", "export", "quantised", "trace"]
+__all__ = ["check_path", "export", "trace"]
 
 _TRIED = 64  # sizes of an argument, in a search for one that its graph is wrong for
 
@@ -73,29 +72,6 @@ def check_path(path: str | os.PathLike) -> None:
     if not path.parent.is_dir():
         raise ExportError(reason=f"there is no folder {path.parent}", mend="Make it first")
     check_output(path)
-
-
-@contextlib.contextmanager
-def quantised(model: nn.Module, plan: ModelPlan | Recipe | None) -> Iterator[ModelPlan]:
-    """The model with its planned layers packed; they are float again afterwards. Gives the plan."""
-    plan = plan_to_use(model, plan)
-    floats = {}
-    try:
-        for name in plan:
-            module = model.get_submodule(name)
-            if isinstance(module, QuantizedLinear):
-                continue
-            with loaded(module):
-                packed = pack_layer(plan, name, module.weight)
-                layer = QuantizedLinear.from_packed(
-                    packed, module.bias, plan.shapes[name].transposed
-                )
-            floats[name] = module
-            model.set_submodule(name, layer)
-        yield plan
-    finally:
-        for name, module in floats.items():
-            model.set_submodule(name, module)
 
 
 def trace(

@@ -23,7 +23,6 @@ from transformers import AutoModel, AutoModelForCausalLM
 import micromix_compile as micromix
 from micromix_compile import Recipe, calibrate, explain, save_pretrained
 from micromix_compile.allocation import uniform_plan
-from micromix_compile.checkpoint import plan_to_use
 from micromix_compile.cli import main
 from micromix_compile.errors import (
     CheckpointClassError,
@@ -41,10 +40,10 @@ from micromix_compile.errors import (
     ReleasedWeightError,
     UnsavableLayerError,
 )
-from micromix_compile.export import quantised
 from micromix_compile.integrations.transformers import MicroMixConfig
 from micromix_compile.packing import pack_weight
 from micromix_compile.plan import LayerShape, ModelPlan
+from micromix_compile.planned import plan_to_use, quantised
 from micromix_compile.quantized_linear import QuantizedLinear, linear_shapes
 
 MIX = Recipe(split=(0.5, 0.25, 0.25))

@@ -33,9 +33,10 @@ from micromix_compile.errors import (
     PackageInputError,
     PackageMismatchError,
 )
-from micromix_compile.export import quantised, trace
+from micromix_compile.export import trace
 from micromix_compile.ops import _extension
 from micromix_compile.package import _choose
+from micromix_compile.planned import quantised
 
 pytestmark = pytest.mark.skipif(not compat.runs_packages(), reason="torch 2.11 runs none")
 RUNNER = _extension.LIBRARY.with_name("micromix_runner")

@@ -14,16 +14,10 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from micromix_compile.allocation import uniform_plan
-from micromix_compile.checkpoint import (
-    METHOD,
-    Description,
-    pack_layer,
-    read_tensor,
-    verify_files,
-    warn_of_others,
-)
+from micromix_compile.checkpoint import METHOD, Description, read_tensor, verify_files
 from micromix_compile.errors import CheckpointClassError, CheckpointError, OptionError
 from micromix_compile.plan import ModelPlan, load_plan
+from micromix_compile.planned import pack_layer, warn_of_others
 from micromix_compile.quantized_linear import QuantizedLinear, linear_shape, linear_shapes
 from micromix_compile.recipe import Recipe
 
