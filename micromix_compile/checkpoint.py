@@ -35,13 +35,12 @@ from micromix_compile.errors import (
     OptionError,
     OutputError,
 )
-from micromix_compile.files import file_digest, write_tensors, write_text
+from micromix_compile.files import as_path, file_digest, write_tensors, write_text
 from micromix_compile.ops import build_id
 from micromix_compile.packing import is_released
 from micromix_compile.plan import LayerPlan, LayerShape, ModelPlan
-from micromix_compile.planned import loaded, pack_layer, plan_to_use
+from micromix_compile.planned import AnyPlan, loaded, pack_layer, plan_to_use
 from micromix_compile.quantized_linear import QuantizedLinear
-from micromix_compile.recipe import Recipe
 
 __all__ = [
     "METHOD",
@@ -213,7 +212,7 @@ def read_tensor(file: Path, name: str) -> Tensor:
 def save_pretrained(
     model: nn.Module,
     directory: str | os.PathLike,
-    plan: ModelPlan | Recipe | None = None,
+    plan: AnyPlan | None = None,
     *,
     max_shard_size: int | str = "2GB",
     tokenizer: Any = None,
@@ -224,18 +223,19 @@ def save_pretrained(
     Args:
         model: a float model, which may be offloaded by accelerate, or one that is quantised already.
         directory: where to; must not exist, or be empty. Nothing is there before everything is.
-        plan: which layers, and how; by default the plan that is attached to the model. A Recipe will do if it needs
-            no calibration.
+        plan: which layers, and how: a ModelPlan, the path of a saved one, or a Recipe that needs no calibration. By
+            default the plan that is attached to the model, and MXFP8, with a NoPlanWarning, where there is none.
         max_shard_size: bytes of one file, or "500MB". About one file is held in memory.
         tokenizer: saved beside the model.
         source: the directory that the model was loaded from. What an earlier call wrote from the same source
             with the same plan, and did not finish, is then kept.
 
     Raises CheckpointExistsError, OutputError, PlanMismatchError, QuantizedAlreadyError, UnsavableLayerError,
-    HookedLayerError, ReleasedWeightError, OptionError for `max_shard_size`, and OSError.
+    HookedLayerError, ReleasedWeightError, RecipeError for a recipe that needs calibration, PlanFileError and
+    FileVersionError for a plan's file, OptionError for `directory`, `plan` and `max_shard_size`, and OSError.
     """
     # Where a link leads to: the link itself cannot be replaced by a directory.
-    directory = Path(directory).resolve()
+    directory = as_path(directory, "directory", "save_pretrained(model, directory, plan)").resolve()
     check_directory(directory)
     model = compat.original_module(model)
     plan = plan_to_use(model, plan)

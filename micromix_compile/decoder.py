@@ -16,10 +16,9 @@ from micromix_compile import _torch_compat as compat
 from micromix_compile.archive import dtype_name, write_package
 from micromix_compile.errors import ExportError, GenerationSettingsWarning, MicroMixError
 from micromix_compile.export import check_path, trace
-from micromix_compile.plan import ModelPlan
-from micromix_compile.planned import quantised
+from micromix_compile.files import as_path
+from micromix_compile.planned import AnyPlan, quantised
 from micromix_compile.quantized_linear import QuantizedLinear
-from micromix_compile.recipe import Recipe
 
 __all__ = ["check_length", "export_decoder"]
 
@@ -33,7 +32,7 @@ def export_decoder(
     model: nn.Module,
     path: str | os.PathLike,
     *,
-    plan: ModelPlan | Recipe | None = None,
+    plan: AnyPlan | None = None,
     batch_size: int = 1,
     max_length: int | None = None,
     tokenizer: Any = None,
@@ -41,12 +40,22 @@ def export_decoder(
     """Compile a causal language model of transformers into a package that generates.
 
     The package has two graphs, `prefill` for prompts of 2 to `max_length` tokens and `decode` for one token, which
-    share the weights. Keys and values are arguments, `[batch, heads, max_length, head size]` each, written in place.
-    `max_length` is by default 2048, or the model's longest text where that is less.
+    share the weights. Keys and values are arguments, `[batch, heads, max_length, head size]` each in the model's
+    dtype, written in place.
+
+    Args:
+        model: in evaluation mode; float, or quantised already.
+        path: where to, ending in ".pt2"; replaced whole, or not at all.
+        plan: as for `save_pretrained`.
+        batch_size: rows of each call, of one length.
+        max_length: tokens that the cache holds; by default 2048, or the model's longest text where that is less.
+        tokenizer: kept in the package, for `package.tokenizer()`.
 
     Raises as `export` does, and ExportError for a model that does not give the same logits with a static cache, which
     is tried first, or whose graph torch.export cannot make. Warns of generation settings that the package leaves out.
     """
+    call = "export_decoder(model, path, *, plan=, batch_size=, max_length=, tokenizer=)"
+    path = as_path(path, "path", call)
     check_path(path)
     max_length = check_length(model, max_length)
     model = compat.original_module(model)

@@ -21,14 +21,12 @@ from torch import Tensor, fx, nn
 
 from micromix_compile import _torch_compat as compat
 from micromix_compile.archive import Entry, dtype_name, write_package
-from micromix_compile.errors import ExportError, GradientError
-from micromix_compile.files import check_output
+from micromix_compile.errors import ExportError, GradientError, OptionError
+from micromix_compile.files import as_path, check_output
 from micromix_compile.passes.between_layers import rewrite_between_layers
 from micromix_compile.passes.find_linears import find_linears
 from micromix_compile.passes.lower_linears import Lowering, lower_linears
-from micromix_compile.plan import ModelPlan
-from micromix_compile.planned import quantised
-from micromix_compile.recipe import Recipe
+from micromix_compile.planned import AnyPlan, quantised
 
 __all__ = ["check_path", "export", "trace"]
 
@@ -37,26 +35,32 @@ _TRIED = 64  # sizes of an argument, in a search for one that its graph is wrong
 
 def export(
     model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
     path: str | os.PathLike,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
     *,
-    plan: ModelPlan | Recipe | None = None,
+    plan: AnyPlan | None = None,
     dynamic_shapes: Any = None,
 ) -> None:
     """Compile a model into a package that `micromix_compile.load_package(path)` calls like the model.
 
     Args:
         model: in evaluation mode; float, or quantised already.
-        args, kwargs: example arguments: tensors, numbers, strings and None, nested in tuples, lists and dicts. All but
-            tensors are constants of the package.
         path: where to, ending in ".pt2"; replaced whole, or not at all.
+        args, kwargs: example arguments: tensors of any dtype and shape, numbers, strings and None, nested in tuples,
+            lists and dicts. All but tensors are constants of the package.
         plan: as for `save_pretrained`.
         dynamic_shapes: as for `torch.export.export`: the sizes that vary.
 
-    Raises ExportError, OutputError, GradientError, PlanMismatchError, QuantizedAlreadyError, UnsavableLayerError,
-    HookedLayerError, ReleasedWeightError, and what torch.export raises.
+    Raises ExportError, OutputError, GradientError, OptionError for a path or arguments that are none, what
+    `save_pretrained` raises for a plan and its layers, and what torch.export raises.
     """
+    path = as_path(
+        path, "path", "export(model, path, args, kwargs=None, *, plan=, dynamic_shapes=)"
+    )
+    if not isinstance(args, (tuple, list)):
+        reason = f"cannot be a {type(args).__name__}"
+        raise OptionError(option="args", reason=reason, valid="a tuple of the arguments, as (x,)")
     check_path(path)
     model = compat.original_module(model)
     with quantised(model, plan) as used:

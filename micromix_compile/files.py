@@ -21,9 +21,18 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from micromix_compile.errors import OutputError
+from micromix_compile.errors import OptionError, OutputError
 
-__all__ = ["check_output", "file_digest", "read_file", "write_file", "write_tensors", "write_text"]
+__all__ = [
+    "as_path",
+    "atomically",
+    "check_output",
+    "file_digest",
+    "read_file",
+    "write_file",
+    "write_tensors",
+    "write_text",
+]
 
 
 def write_file(
@@ -34,6 +43,13 @@ def write_file(
     Raises OSError if the file cannot be written.
     """
     write_tensors(path, tensors, {kind: str(version), "content": json.dumps(content)})
+
+
+def as_path(value: str | os.PathLike, option: str, call: str) -> Path:
+    """The path that a call was given. Raises OptionError, which shows the order of `call`, for what is no path."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise OptionError(option=option, reason=f"cannot be a {type(value).__name__}", valid=call)
+    return Path(value)
 
 
 def check_output(path: str | os.PathLike) -> None:

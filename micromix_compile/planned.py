@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 
@@ -15,24 +16,54 @@ from micromix_compile.errors import (
     HookedLayerError,
     LeftAloneWarning,
     NoPlanWarning,
+    OptionError,
     QuantizedAlreadyError,
     ReleasedWeightError,
     UnsavableLayerError,
 )
 from micromix_compile.packing import PackedWeight, is_released, pack_weight, refuse
-from micromix_compile.plan import ModelPlan, RoundedWeight
+from micromix_compile.plan import ModelPlan, RoundedWeight, load_plan
 from micromix_compile.quantized_linear import QuantizedLinear, linear_shapes, other_linears
 from micromix_compile.recipe import Recipe
 
-__all__ = ["loaded", "pack_layer", "plan_to_use", "quantised", "warn_of_others"]
+__all__ = [
+    "AnyPlan",
+    "as_plan",
+    "loaded",
+    "pack_layer",
+    "plan_to_use",
+    "quantised",
+    "warn_of_others",
+]
+
+AnyPlan = ModelPlan | Recipe | str | os.PathLike
+"""What the calls that quantise a model take as its plan."""
 
 
-def plan_to_use(model: nn.Module, plan: ModelPlan | Recipe | None) -> ModelPlan:
+def as_plan(plan: AnyPlan | None) -> ModelPlan | Recipe | None:
+    """A plan, read where its path is given; a Recipe, and None, as they are.
+
+    Raises PlanFileError and FileVersionError for a file, and OptionError for anything else.
+    """
+    if isinstance(plan, (str, os.PathLike)):
+        return load_plan(plan)
+    if plan is not None and not isinstance(plan, (ModelPlan, Recipe)):
+        raise OptionError(
+            option="plan",
+            reason=f"cannot be a {type(plan).__name__}",
+            valid="a ModelPlan, the path of a saved one, or a Recipe that needs no calibration",
+        )
+    return plan
+
+
+def plan_to_use(model: nn.Module, plan: AnyPlan | None) -> ModelPlan:
     """The plan that a model is to be saved or exported with; its own where it is quantised already.
 
     Without one, that attached to the model, or MXFP8 with a NoPlanWarning. Raises PlanMismatchError,
-    QuantizedAlreadyError, UnsavableLayerError, HookedLayerError, and ReleasedWeightError.
+    QuantizedAlreadyError, UnsavableLayerError, HookedLayerError, ReleasedWeightError, RecipeError for a recipe that
+    needs calibration, and what as_plan raises.
     """
+    plan = as_plan(plan)
     for name, parameter in model.named_parameters():
         if is_released(parameter):
             raise ReleasedWeightError(layer=name.removesuffix(".weight"))
@@ -109,8 +140,11 @@ def _has_weight(model: nn.Module, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def quantised(model: nn.Module, plan: ModelPlan | Recipe | None) -> Iterator[ModelPlan]:
-    """The model with its planned layers packed; they are float again afterwards. Gives the plan."""
+def quantised(model: nn.Module, plan: AnyPlan | None) -> Iterator[ModelPlan]:
+    """The model with its planned layers packed; they are float again afterwards. Gives the plan.
+
+    Raises what plan_to_use raises.
+    """
     plan = plan_to_use(model, plan)
     floats = {}
     try:

@@ -35,6 +35,7 @@ from micromix_compile.errors import (
     MicroMixError,
     OptionError,
     OutputError,
+    PlanFileError,
     PlanMismatchError,
     QuantizedAlreadyError,
     ReleasedWeightError,
@@ -137,7 +138,7 @@ def test_quantising_while_loading(source, saved, plan, ids, tmp_path):
         assert torch.equal(logits(model, ids), expected)
     save_pretrained(model, tmp_path / "again", max_shard_size=SHARD)
     assert contents(tmp_path / "again") == contents(saved)
-    model = load(source, quantization_config=MicroMixConfig(recipe=Recipe(format="mxfp4")))
+    model = load(source, quantization_config=MicroMixConfig(plan=Recipe(format="mxfp4")))
     assert {m.plan.layout.k8 for m in model.modules() if isinstance(m, QuantizedLinear)} == {0}
 
 
@@ -624,7 +625,7 @@ def test_a_tied_head_that_is_quantised_while_loading(saver, ids, tmp_path):
     recipe = Recipe(format="mxfp8", include_lm_head=True)
     save_pretrained(load(tmp_path / "float"), tmp_path / "packed", recipe)
     expected = logits(load(tmp_path / "packed"), ids)
-    model = load(tmp_path / "float", quantization_config=MicroMixConfig(recipe=recipe))
+    model = load(tmp_path / "float", quantization_config=MicroMixConfig(plan=recipe))
     assert isinstance(model.lm_head, QuantizedLinear) and not model.config.tie_word_embeddings
     assert torch.equal(logits(model, ids), expected)
     saver(model, tmp_path / "again")
@@ -638,14 +639,14 @@ def test_a_planned_layer_that_the_files_lack(tmp_path):
     del tensors[f"{LAYER}.weight"]
     safetensors.torch.save_file(tensors, file, {"format": "pt"})
     with pytest.raises(CheckpointError, match=f"{LAYER}.weight is missing"):
-        load(source, quantization_config=MicroMixConfig(recipe=Recipe(format="mxfp8")))
+        load(source, quantization_config=MicroMixConfig(plan=Recipe(format="mxfp8")))
 
 
 def test_quantising_while_loading_is_not_for_disks(source, tmp_path):
     with pytest.raises(OptionError, match="micromix quantize --offload"):
         load(
             source,
-            quantization_config=MicroMixConfig(recipe=Recipe(format="mxfp8")),
+            quantization_config=MicroMixConfig(plan=Recipe(format="mxfp8")),
             device_map={"": "disk"},
             offload_folder=tmp_path,
         )
@@ -659,6 +660,29 @@ def test_a_model_that_is_quantised_takes_no_other_recipe(source, saved, plan, tm
     assert not list(tmp_path.iterdir())
     assert plan_to_use(model, plan) == plan
     assert plan_to_use(model, Recipe(split=MIX.split)) == plan
+
+
+def test_what_a_plan_may_be_given_as(source, saved, plan, tmp_path):
+    """The same for every call that quantises a model; the errors too."""
+    plan.save(tmp_path / "plan.safetensors")
+    for given in (plan, tmp_path / "plan.safetensors", str(tmp_path / "plan.safetensors")):
+        assert plan_to_use(load(source), given) == plan
+        assert MicroMixConfig(plan=given).plan == plan
+        assert plan_to_use(load(saved), given) == plan
+    recipe = Recipe(format="mxfp6")
+    assert plan_to_use(load(source), recipe) == MicroMixConfig(recipe).plan_for(load(source))
+    for wrong in ({"format": "mxfp6"}, 8, object()):
+        for call in (
+            functools.partial(save_pretrained, load(source), tmp_path / "m"),
+            MicroMixConfig,
+        ):
+            with pytest.raises(OptionError, match="'plan' cannot be a .*the path of a saved one"):
+                call(plan=wrong)
+    with pytest.raises(PlanFileError, match="No such file"):
+        save_pretrained(load(source), tmp_path / "m", tmp_path / "none.safetensors")
+    with pytest.raises(OptionError, match="'recipe' is not one. Valid: plan"):
+        MicroMixConfig(recipe=recipe)
+    assert not (tmp_path / "m").exists()
 
 
 def calibrated_otherwise(source):

@@ -29,6 +29,7 @@ from micromix_compile.errors import (
     GradientError,
     HookedLayerError,
     MicroMixError,
+    OptionError,
     PackageError,
     PackageInputError,
     PackageMismatchError,
@@ -81,7 +82,7 @@ def gated(tmp_path_factory):
     path = tmp_path_factory.mktemp("package") / "gated.pt2"
     batch = torch.export.Dim("batch", min=1, max=64)
     shapes = {"x": {0: batch}, "more": {"shift": [None]}, "scale": None}
-    micromix.export(model, (x, more), {"scale": 2.0}, path, plan=plan, dynamic_shapes=shapes)
+    micromix.export(model, path, (x, more), {"scale": 2.0}, plan=plan, dynamic_shapes=shapes)
     return model, plan, path, more
 
 
@@ -245,9 +246,8 @@ def test_a_torch_that_runs_no_packages_makes_none(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="Use torch 2.12 or newer"):
         micromix.export(
             Gated().eval(),
-            (torch.randn(2, 64),),
-            {},
             tmp_path / "x.pt2",
+            (torch.randn(2, 64),),
             plan=Recipe(format="mxfp8"),
         )
     assert not list(tmp_path.iterdir())
@@ -257,11 +257,28 @@ def test_what_cannot_be_exported_says_so(gated, tmp_path):
     model, plan, _, more = gated
     x = torch.randn(4, 64)
     with pytest.raises(ExportError, match="does not end in .pt2"):
-        micromix.export(model, (x, more), None, tmp_path / "a.so", plan=plan)
+        micromix.export(model, tmp_path / "a.so", (x, more), plan=plan)
     with pytest.raises(ExportError, match="holds a slice"):
-        micromix.export(model, (x, slice(3)), None, tmp_path / "a.pt2", plan=plan)
+        micromix.export(model, tmp_path / "a.pt2", (x, slice(3)), plan=plan)
     with pytest.raises(GradientError):
-        micromix.export(Gated(), (x, more), None, tmp_path / "a.pt2", plan=Recipe(format="mxfp8"))
+        micromix.export(Gated(), tmp_path / "a.pt2", (x, more), plan=Recipe(format="mxfp8"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments_in_another_order_say_the_right_one(gated, tmp_path):
+    model, plan, _, more = gated
+    args, path = (torch.randn(4, 64), more), tmp_path / "a.pt2"
+    for wrong in (
+        lambda: micromix.export(model, args, {}, path, plan=plan),  # as it was before 1.0
+        lambda: export_decoder(model, plan),
+        lambda: micromix.save_pretrained(model, plan, tmp_path / "checkpoint"),
+    ):
+        with pytest.raises(
+            OptionError, match=r"cannot be a .*Valid: .*\(model, (path|directory), "
+        ):
+            wrong()
+    with pytest.raises(OptionError, match=r"'args' cannot be a Tensor.* as \(x,\)"):
+        micromix.export(model, path, args[0], plan=plan)
     assert not list(tmp_path.iterdir())
 
 
@@ -282,7 +299,7 @@ def related(tmp_path_factory):
     arguments = (torch.randn(8, 64), torch.randn(17, 64))
     shapes = ({0: rows}, {0: 2 * rows + 1})
     recipe = Recipe(format="mxfp8")
-    micromix.export(Related().eval(), arguments, None, path, plan=recipe, dynamic_shapes=shapes)
+    micromix.export(Related().eval(), path, arguments, plan=recipe, dynamic_shapes=shapes)
     return path
 
 
@@ -369,7 +386,7 @@ def test_hooks_are_not_dropped(gated, tmp_path):
     model, *_, more = gated
     hook = model.up.register_forward_hook(lambda module, arguments, output: None)
     with pytest.raises(HookedLayerError, match="up"):
-        micromix.export(model, (torch.randn(4, 64), more), None, tmp_path / "x.pt2", plan=gated[1])
+        micromix.export(model, tmp_path / "x.pt2", (torch.randn(4, 64), more), plan=gated[1])
     hook.remove()
 
 

@@ -325,7 +325,7 @@ def test_a_package(block, tmp_path):
     x = torch.randn(4, 96, dtype=torch.bfloat16)
     block.to(torch.bfloat16)
     plan = planned(block, x, recipe=MIX)
-    micromix.export(block, (x,), {}, tmp_path / "block.pt2", plan=plan)
+    micromix.export(block, tmp_path / "block.pt2", (x,), plan=plan)
     with torch.no_grad():
         expected = reference_model(block, plan)(x)
     assert distance(micromix.load_package(tmp_path / "block.pt2")(x), expected) <= 0.01
