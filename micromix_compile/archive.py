@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from micromix_compile import _torch_compat as compat
-from micromix_compile.errors import PackageError, PackageMismatchError
+from micromix_compile.errors import FileVersionError, MicroMixError, PackageError
 from micromix_compile.files import atomically
 from micromix_compile.ops import ABI, build_id
 from micromix_compile.plan import ModelPlan
@@ -256,21 +256,24 @@ def _for_the_runner_size(size: Any) -> str:
 
 
 class Archive:
-    """The file: its manifest, and its weights in memory. Every member is there and has its digest."""
+    """The file: its manifest, and its weights in memory. Every member is there and has its digest.
+
+    Raises PackageError and FileVersionError.
+    """
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         try:
             with zipfile.ZipFile(self.path) as archive:
                 self._read(archive)
+        except MicroMixError:
+            raise
         except OSError as error:
             raise PackageError(path=path, reason=error.strerror or str(error)) from error
         except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
             reason = f"it is truncated or damaged, or no archive ({error})"
             raise PackageError(path=path, reason=reason) from error
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            if isinstance(error, PackageError):
-                raise
             reason = f"its manifest is damaged ({type(error).__name__}: {error})"
             raise PackageError(path=path, reason=reason) from error
 
@@ -291,8 +294,9 @@ class Archive:
             self._refuse("it holds a part twice")
         manifest = json.loads(archive.read(f"{root}/{MANIFEST}"))
         if int(manifest["format"]) > FORMAT:
-            newer = f"its format is {manifest['format']}, and this library reads up to {FORMAT}"
-            raise PackageMismatchError(path=self.path, differences=[newer])
+            raise FileVersionError(
+                path=self.path, kind="package", version=manifest["format"], supported=FORMAT
+            )
         digests = manifest["members"]
         if digests.keys() != set(names) - {f"{root}/{MANIFEST}"}:
             self._refuse("its parts are not those that its manifest names")

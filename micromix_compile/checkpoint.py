@@ -30,7 +30,7 @@ from micromix_compile import _torch_compat as compat
 from micromix_compile.errors import (
     CheckpointError,
     CheckpointExistsError,
-    CheckpointVersionError,
+    FileVersionError,
     InvalidPlanError,
     OptionError,
     OutputError,
@@ -109,10 +109,15 @@ class Description:
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any], path: str = "config.json") -> Description:
-        """The inverse of to_dict. Raises CheckpointError and CheckpointVersionError, which name `path`."""
+        """The inverse of to_dict. Raises CheckpointError and FileVersionError, which name `path`."""
         try:
             if int(facts["version"]) > VERSION:
-                raise CheckpointVersionError(path=path, version=facts["version"], supported=VERSION)
+                raise FileVersionError(
+                    path=path,
+                    kind="quantised checkpoint",
+                    version=facts["version"],
+                    supported=VERSION,
+                )
             groups = [LayerPlan.from_dict(group) for group in facts["groups"]]
             owners = [group["order"] for group in facts["groups"]]
             layers = {}
@@ -124,9 +129,9 @@ class Description:
                 raise ValueError("an order belongs to another group")
             files = {str(name): str(digest) for name, digest in (facts["files"] or {}).items()}
             return cls(groups, layers, owners, facts["plan_digest"], dict(facts["recipe"]), files)
+        except FileVersionError:
+            raise
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
             reason = f"its quantization_config is damaged ({type(error).__name__}: {error})"
             raise CheckpointError(path=path, reason=reason) from error
 

@@ -21,7 +21,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from micromix_compile.errors import OptionError, OutputError
+from micromix_compile.errors import FileVersionError, MicroMixError, OptionError, OutputError
 
 __all__ = [
     "as_path",
@@ -121,13 +121,12 @@ def read_file(
     path: str | os.PathLike,
     kind: str,
     version: int,
-    file_error: Callable[..., Exception],
-    version_error: Callable[..., Exception],
+    file_error: type[MicroMixError],
 ) -> tuple[Any, dict[str, Tensor]]:
     """The content and the tensors of a file of this kind, on the CPU.
 
-    Raises ``file_error(path=, reason=)`` if the file is missing, truncated or of another kind, and
-    ``version_error(path=, version=, supported=)`` if its version is above ``version``.
+    Raises ``file_error(path=, reason=)`` if the file is missing, truncated or of another kind, and FileVersionError
+    if its version is above ``version``.
     """
     path = os.fspath(path)
     try:
@@ -136,9 +135,16 @@ def read_file(
             if kind not in metadata:
                 raise file_error(path=path, reason=f"it is a safetensors file without {kind!r}")
             if int(metadata[kind]) > version:
-                raise version_error(path=path, version=metadata[kind], supported=version)
+                raise FileVersionError(
+                    path=path,
+                    kind=f"{kind.removeprefix('micromix_')} file",
+                    version=metadata[kind],
+                    supported=version,
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return json.loads(metadata["content"]), tensors
+    except MicroMixError:
+        raise
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
         raise file_error(path=path, reason=reason) from error

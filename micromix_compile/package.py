@@ -31,7 +31,7 @@ def load_package(path: str | os.PathLike, *, plan: ModelPlan | None = None) -> P
     the code was made for; the plan's digest with that of `plan`, if one is given. The result is called like the model
     that was exported. A causal language model that `export_decoder` wrote has `generate` too.
 
-    Raises PackageError and PackageMismatchError.
+    Raises PackageError, FileVersionError and PackageMismatchError.
     """
     archive = Archive(path)
     _check_machine(path, archive.manifest, plan)

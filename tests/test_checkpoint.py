@@ -28,7 +28,7 @@ from micromix_compile.errors import (
     CheckpointClassError,
     CheckpointError,
     CheckpointExistsError,
-    CheckpointVersionError,
+    FileVersionError,
     GradientError,
     HookedLayerError,
     LeftAloneWarning,
@@ -305,7 +305,7 @@ def test_forged_descriptions(name, digests, saved, tmp_path):
 def test_a_newer_version(saved, tmp_path):
     directory = copy_of(saved, tmp_path / "newer")
     edit(directory, lambda q: q.update(version=99))
-    with pytest.raises(CheckpointVersionError, match="Upgrade"):
+    with pytest.raises(FileVersionError, match="Upgrade"):
         load(directory)
 
 

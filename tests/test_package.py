@@ -25,6 +25,7 @@ from micromix_compile.cli import main
 from micromix_compile.decoder import export_decoder
 from micromix_compile.errors import (
     ExportError,
+    FileVersionError,
     GenerationSettingsWarning,
     GradientError,
     HookedLayerError,
@@ -525,7 +526,6 @@ FOREIGN = {
     "library": (lambda m: m.update(abi=999), "operators 999"),
     "device": (lambda m: m.update(device="xpu"), "device xpu"),
     "cpu": (lambda m: m["cpu_flags"].append("avx9000"), "a CPU with avx9000"),
-    "format": (lambda m: m.update(format=99), "its format is 99"),
 }
 
 
@@ -534,6 +534,12 @@ def test_packages_made_for_something_else(name, gated, tmp_path):
     edit, message = FOREIGN[name]
     path = with_manifest(gated[2], tmp_path / "foreign.pt2", edit)
     with pytest.raises(PackageMismatchError, match=message):
+        micromix.load_package(path)
+
+
+def test_a_newer_format(gated, tmp_path):
+    path = with_manifest(gated[2], tmp_path / "newer.pt2", lambda m: m.update(format=99))
+    with pytest.raises(FileVersionError, match=r"is a package of version 99; .* reads up to 2"):
         micromix.load_package(path)
 
 
@@ -657,7 +663,7 @@ def test_damaged_packages(gated, tmp_path):
         try:
             micromix.load_package(target)
         except MicroMixError as error:
-            assert isinstance(error, (PackageError, PackageMismatchError)), error
+            assert isinstance(error, (PackageError, PackageMismatchError, FileVersionError))
             refused += 1
     assert refused >= 55  # a bit of a zip header that nothing reads may flip
 
