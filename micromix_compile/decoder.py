@@ -57,6 +57,8 @@ def export_decoder(
     call = "export_decoder(model, path, *, plan=, batch_size=, max_length=, tokenizer=)"
     path = as_path(path, "path", call)
     check_path(path)
+    if type(batch_size) is not int or batch_size < 1:
+        raise ExportError(reason=f"batch_size cannot be {batch_size!r}", mend="Give 1 or more")
     max_length = check_length(model, max_length)
     model = compat.original_module(model)
     step = _Step(model, max_length).eval()

@@ -101,6 +101,10 @@ def trace(
                 reason=f"an example argument holds a {type(leaf).__name__}",
                 mend="Wrap the model in a module that takes tensors, in tuples, lists and dicts",
             )
+    # The code is for the strides of its examples, and a package gives it contiguous tensors.
+    args, kwargs = optree.tree_map(
+        lambda leaf: leaf.contiguous() if isinstance(leaf, Tensor) else leaf, (args, kwargs)
+    )
     with torch.no_grad(), tracing():
         program = torch.export.export(
             model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False

@@ -117,8 +117,11 @@ class DecoderPackage(Package):
         entry = self.entries["decode" if input_ids.shape[1] == 1 else "prefill"]
         return entry(input_ids, torch.tensor(start, device=self._device), cache)
 
+    def _fits(self, input_ids: Tensor) -> bool:
+        return input_ids.dim() == 2 and len(input_ids) == self.batch_size
+
     def _check_tokens(self, input_ids: Tensor) -> None:
-        if input_ids.dim() != 2 or not input_ids.shape[1]:
+        if not self._fits(input_ids) or not input_ids.shape[1]:
             reason = f"input_ids is {list(input_ids.shape)}, not [{self.batch_size}, 1 or more]"
             raise PackageInputError(differences=[reason])
         low, high = input_ids.min().item(), input_ids.max().item()
@@ -138,7 +141,7 @@ class DecoderPackage(Package):
         """int64 `[batch, length]` -> `[batch, length + new]`, the prompt and what follows.
 
         Prompts of one batch have one length. With `temperature` 0 each token is the likeliest. It ends where every
-        row has had an end token, or the cache is full. Raises PackageInputError.
+        row has had an end token, which a row then repeats, or the cache is full. Raises PackageInputError.
         """
         tokens = [input_ids]
         for token in self.stream(
@@ -158,7 +161,7 @@ class DecoderPackage(Package):
         eos_token_id: list[int] | None = None,
     ) -> Iterator[Tensor]:
         """The new tokens one by one, int64 `[batch]`; see generate."""
-        if input_ids.dim() != 2 or not 1 <= input_ids.shape[1] < self.max_length:
+        if not self._fits(input_ids) or not 1 <= input_ids.shape[1] < self.max_length:
             reason = f"input_ids is {list(input_ids.shape)}, not [{self.batch_size}, 1 to {self.max_length - 1}]"
             raise PackageInputError(differences=[reason])
         ends = torch.tensor(
@@ -166,11 +169,11 @@ class DecoderPackage(Package):
         )
         ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         cache, length = self.new_cache(), input_ids.shape[1]
-        logits = self(input_ids, 0, cache)
+        logits, token = self(input_ids, 0, cache), input_ids[:, -1]
         start = torch.tensor(length, device=self._device)
         decode = self.entries["decode"]
         for left in reversed(range(min(max_new_tokens, self.max_length - length + 1))):
-            token = _choose(logits, temperature, generator)
+            token = torch.where(ended, token, _choose(logits, temperature, generator))
             yield token
             ended |= torch.isin(token, ends)
             if ended.all() or not left:
@@ -237,7 +240,7 @@ class _Entry:
                 )
         if differences:
             raise PackageInputError(differences=sorted(differences))
-        # The graph reads dense tensors as it was traced with them.
+        # The graph was traced with contiguous tensors.
         return [given[path].contiguous() for path, *_ in self.inputs]
 
 

@@ -76,7 +76,8 @@ def gated(tmp_path_factory):
     """A model, its plan, its package with a dynamic batch, and example arguments."""
     torch.manual_seed(0)
     model = Gated().eval()
-    x, more = torch.randn(4, 64), {"shift": [torch.randn(64)]}
+    # An example of other strides than the package gets.
+    x, more = torch.randn(64, 4).T, {"shift": [torch.randn(64)]}
     with micromix.calibrate(model) as calibration, torch.no_grad():
         model(x, more)
     plan = calibration.plan(MIX)
@@ -166,6 +167,29 @@ def test_generate(decoder):
     assert torch.equal(sampled[0], sampled[1]) and not torch.equal(sampled[0], sampled[2])
     with pytest.raises(PackageInputError, match="1 to 47"):
         package.generate(torch.zeros(1, LENGTH, dtype=torch.int64))
+
+
+def test_rows_of_a_batch_are_those_of_single_prompts(decoder, tmp_path):
+    model, path = decoder
+    micromix.export_decoder(model, tmp_path / "two.pt2", batch_size=2, max_length=LENGTH)
+    one, two = micromix.load_package(path), micromix.load_package(tmp_path / "two.pt2")
+    for length in (1, 9):
+        prompts = torch.randint(0, 128, (2, length))
+        rows = [one.generate(prompt[None], 20, eos_token_id=[]) for prompt in prompts]
+        tokens = two.generate(prompts, 20, eos_token_id=[])
+        assert torch.equal(tokens, torch.cat(rows))
+    ends = [tokens[0, 12].item(), tokens[1, 16].item()]
+    stopped = two.generate(prompts, 20, eos_token_id=ends)
+    rows = [one.generate(prompt[None], 20, eos_token_id=ends)[0].tolist() for prompt in prompts]
+    longest = max(map(len, rows))
+    repeated = [row + row[-1:] * (longest - len(row)) for row in rows]
+    assert stopped.tolist() == repeated
+    for rows in (prompts[:1], prompts.repeat(2, 1)):
+        with pytest.raises(PackageInputError, match=r"input_ids is .*, not \[2, 1"):
+            two.generate(rows)
+    for size in (0, 1.5, True):
+        with pytest.raises(ExportError, match=f"batch_size cannot be {size}. Give 1 or more"):
+            micromix.export_decoder(model, tmp_path / "x.pt2", batch_size=size)
 
 
 def test_the_runner_gives_the_same_tokens_without_python(decoder):
