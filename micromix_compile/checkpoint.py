@@ -308,10 +308,8 @@ def _entries(model: nn.Module, plan: ModelPlan) -> list[_Entry]:
         dot = f"{prefix}." if prefix else ""
         own = {
             name: tensor
-            for name, tensor in [*module._parameters.items(), *module._buffers.items()]
-            if tensor is not None
-            and name not in module._non_persistent_buffers_set
-            and dot + name not in left_out
+            for name, tensor in compat.saved_tensors(module).items()
+            if dot + name not in left_out
         }
         if prefix in plan:
             layer = plan[prefix]

@@ -156,7 +156,7 @@ def _inputs(
 ) -> dict[str, Any]:
     """The tensors and the constants among the arguments, by their paths, tensors in the order of the graph."""
     numbered = optree.tree_unflatten(structure, range(structure.num_leaves))
-    order = torch.utils._pytree.tree_leaves(numbered)
+    order = compat.leaves_in_order(numbered)
     paths, leaves, _ = optree.tree_flatten_with_path((args, kwargs))
     placeholders = list(gm.graph.find_nodes(op="placeholder"))
     symbols: dict[str, int] = {}
@@ -250,23 +250,15 @@ def _flatten_output(gm: fx.GraphModule) -> Any:
 
     The form is nested {"tuple": [...]}, {"list": [...]}, {"dict": {...}}, {"constant": value}, {"tensor": i}.
     """
-    node = gm.graph.output_node()
-    spec = gm._out_spec
-    flat = list(node.args[0])
     tensors: dict[fx.Node, int] = {}
     forms = [
         {"tensor": tensors.setdefault(value, len(tensors))}
         if isinstance(value, fx.Node)
         else {"constant": value}
-        for value in flat
+        for value in gm.graph.output_node().args[0]
     ]
-    form = _form(torch.utils._pytree.tree_unflatten([_Leaf(f) for f in forms], spec))
-    node.args = (tuple(tensors),)
-    gm.graph._codegen.pytree_info = gm.graph._codegen.pytree_info._replace(
-        out_spec=torch.utils._pytree.tree_structure(tuple(range(len(tensors))))
-    )
-    gm._out_spec = gm.graph._codegen.pytree_info.out_spec
-    gm.recompile()
+    form = _form(compat.output_of(gm, [_Leaf(f) for f in forms]))
+    compat.return_flat(gm, list(tensors))
     return form
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from micromix_compile import _torch_compat as compat
 from micromix_compile.allocation import uniform_plan
 from micromix_compile.attachment import attached
 from micromix_compile.errors import (
@@ -106,9 +107,8 @@ def _is_plan_of(plan: ModelPlan, own: ModelPlan, layers: Mapping[str, QuantizedL
 
 def _runs_more(module: nn.Module) -> bool:
     """Whether a call of a module runs more than its class's forward, accelerate's hook and our own apart."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     own_forward = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
-    return own_forward or any(hook is not refuse for hook in hooks)
+    return own_forward or any(hook is not refuse for hook in compat.hooks(module))
 
 
 def _plan_of_floats(model: nn.Module, plan: ModelPlan | Recipe | None) -> ModelPlan:
