@@ -33,7 +33,7 @@ import json, sys, time, torch, micromix_compile
 path, tokens, new, threads = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 torch.set_num_threads(threads)
 began = time.perf_counter()
-package = micromix_compile.load(path)
+package = micromix_compile.load_package(path)
 load = time.perf_counter() - began
 stream = package.stream(torch.tensor([tokens]), max_new_tokens=new, eos_token_id=[-1])
 found = [int(next(stream))]

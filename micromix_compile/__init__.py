@@ -7,7 +7,7 @@ from micromix_compile.decoder import export_decoder
 from micromix_compile.errors import MicroMixError
 from micromix_compile.explain import explain
 from micromix_compile.export import export
-from micromix_compile.package import load
+from micromix_compile.package import load_package
 from micromix_compile.plan import LayerPlan, ModelPlan, load_plan
 from micromix_compile.recipe import Recipe
 from micromix_compile.statistics import load_statistics
@@ -23,7 +23,7 @@ __all__ = [
     "explain",
     "export",
     "export_decoder",
-    "load",
+    "load_package",
     "load_plan",
     "load_statistics",
     "modelled_time",

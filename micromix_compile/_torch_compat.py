@@ -331,6 +331,37 @@ def readable(graph: fx.Graph) -> str:
     return fx.GraphModule(module, graph).print_readable(print_output=False)
 
 
+def leaves_in_order(value: Any) -> list[Any]:
+    """The leaves of nested arguments, None too, in the order of an exported graph's placeholders."""
+    return torch.utils._pytree.tree_leaves(value)
+
+
+def output_of(gm: fx.GraphModule, leaves: Sequence[Any]) -> Any:
+    """What an exported graph returns, with these leaves in the places of its flat results."""
+    return torch.utils._pytree.tree_unflatten(leaves, gm._out_spec)
+
+
+def return_flat(gm: fx.GraphModule, values: Sequence[fx.Node]) -> None:
+    """Make an exported graph return these nodes, as one tuple."""
+    gm.graph.output_node().args = (tuple(values),)
+    spec = torch.utils._pytree.tree_structure(tuple(range(len(values))))
+    gm.graph._codegen.pytree_info = gm.graph._codegen.pytree_info._replace(out_spec=spec)
+    gm._out_spec = spec
+    gm.recompile()
+
+
+def hooks(module: torch.nn.Module) -> list[Callable[..., Any]]:
+    """What a call of a module runs before and after its forward."""
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+
+
+def saved_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A module's own parameters and buffers that its state_dict has, by their names in it."""
+    own = [*module._parameters.items(), *module._buffers.items()]
+    left_out = module._non_persistent_buffers_set
+    return {name: t for name, t in own if t is not None and name not in left_out}
+
+
 def aot_compile(
     gm: fx.GraphModule, args: Sequence[Any], kwargs: dict[str, Any], settings: dict[str, Any]
 ) -> tuple[list[str], dict[str, torch.Tensor]]:

@@ -80,7 +80,7 @@ class Calibration:
         with contextlib.ExitStack() as stack:
             self._floats: dict[str, torch.Tensor] = {}  # of the layers that run quantised
             if self.upstream is not None:
-                from micromix_compile.export import quantised
+                from micromix_compile.planned import quantised
 
                 self._floats = {n: self.model.get_submodule(n).weight for n in self.upstream}
                 stack.enter_context(quantised(self.model, self.upstream))

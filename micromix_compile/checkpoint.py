@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,29 +27,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from micromix_compile import _torch_compat as compat
-from micromix_compile.allocation import uniform_plan
-from micromix_compile.attachment import attached
 from micromix_compile.errors import (
     CheckpointError,
     CheckpointExistsError,
-    CheckpointVersionError,
-    HookedLayerError,
+    FileVersionError,
     InvalidPlanError,
-    LeftAloneWarning,
-    NoPlanWarning,
     OptionError,
     OutputError,
-    QuantizedAlreadyError,
-    ReleasedWeightError,
-    UnsavableLayerError,
 )
-from micromix_compile.files import file_digest, write_tensors, write_text
-from micromix_compile.layers import LayerShape, linear_shapes, named_modules, other_linears
+from micromix_compile.files import as_path, file_digest, write_tensors, write_text
+from micromix_compile.layers import LayerShape, named_modules
 from micromix_compile.ops import build_id
-from micromix_compile.packing import PackedWeight, is_released, pack_weight, refuse
-from micromix_compile.plan import LayerPlan, ModelPlan, RoundedWeight
+from micromix_compile.packing import is_released
+from micromix_compile.plan import LayerPlan, ModelPlan
+from micromix_compile.planned import AnyPlan, loaded, pack_layer, plan_to_use
 from micromix_compile.quantized_linear import QuantizedLinear
-from micromix_compile.recipe import Recipe
 
 __all__ = [
     "METHOD",
@@ -58,13 +49,9 @@ __all__ = [
     "bytes_of",
     "check_directory",
     "files_fingerprint",
-    "loaded",
-    "pack_layer",
-    "plan_to_use",
     "restore",
     "save_pretrained",
     "verify_files",
-    "warn_of_others",
 ]
 
 METHOD = "micromix"
@@ -123,10 +110,15 @@ class Description:
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any], path: str = "config.json") -> Description:
-        """The inverse of to_dict. Raises CheckpointError and CheckpointVersionError, which name `path`."""
+        """The inverse of to_dict. Raises CheckpointError and FileVersionError, which name `path`."""
         try:
             if int(facts["version"]) > VERSION:
-                raise CheckpointVersionError(path=path, version=facts["version"], supported=VERSION)
+                raise FileVersionError(
+                    path=path,
+                    kind="quantised checkpoint",
+                    version=facts["version"],
+                    supported=VERSION,
+                )
             groups = [LayerPlan.from_dict(group) for group in facts["groups"]]
             owners = [group["order"] for group in facts["groups"]]
             layers = {}
@@ -138,9 +130,9 @@ class Description:
                 raise ValueError("an order belongs to another group")
             files = {str(name): str(digest) for name, digest in (facts["files"] or {}).items()}
             return cls(groups, layers, owners, facts["plan_digest"], dict(facts["recipe"]), files)
+        except FileVersionError:
+            raise
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
             reason = f"its quantization_config is damaged ({type(error).__name__}: {error})"
             raise CheckpointError(path=path, reason=reason) from error
 
@@ -226,7 +218,7 @@ def read_tensor(file: Path, name: str) -> Tensor:
 def save_pretrained(
     model: nn.Module,
     directory: str | os.PathLike,
-    plan: ModelPlan | Recipe | None = None,
+    plan: AnyPlan | None = None,
     *,
     max_shard_size: int | str = "2GB",
     tokenizer: Any = None,
@@ -237,18 +229,19 @@ def save_pretrained(
     Args:
         model: a float model, which may be offloaded by accelerate, or one that is quantised already.
         directory: where to; must not exist, or be empty. Nothing is there before everything is.
-        plan: which layers, and how; by default the plan that is attached to the model. A Recipe will do if it needs
-            no calibration.
+        plan: which layers, and how: a ModelPlan, the path of a saved one, or a Recipe that needs no calibration. By
+            default the plan that is attached to the model, and MXFP8, with a NoPlanWarning, where there is none.
         max_shard_size: bytes of one file, or "500MB". About one file is held in memory.
         tokenizer: saved beside the model.
         source: the directory that the model was loaded from. What an earlier call wrote from the same source
             with the same plan, and did not finish, is then kept.
 
     Raises CheckpointExistsError, OutputError, PlanMismatchError, QuantizedAlreadyError, UnsavableLayerError,
-    HookedLayerError, ReleasedWeightError, OptionError for `max_shard_size`, and OSError.
+    HookedLayerError, ReleasedWeightError, RecipeError for a recipe that needs calibration, PlanFileError and
+    FileVersionError for a plan's file, OptionError for `directory`, `plan` and `max_shard_size`, and OSError.
     """
     # Where a link leads to: the link itself cannot be replaced by a directory.
-    directory = Path(directory).resolve()
+    directory = as_path(directory, "directory", "save_pretrained(model, directory, plan)").resolve()
     check_directory(directory)
     model = compat.original_module(model)
     plan = plan_to_use(model, plan)
@@ -297,87 +290,6 @@ def check_directory(directory: Path) -> None:
         raise OutputError(path=directory, reason=reason, mend="Give a new folder within it")
 
 
-def plan_to_use(model: nn.Module, plan: ModelPlan | Recipe | None) -> ModelPlan:
-    """The plan that a model is to be saved or exported with; its own where it is quantised already.
-
-    Without one, that attached to the model, or MXFP8 with a NoPlanWarning. Raises PlanMismatchError,
-    QuantizedAlreadyError, UnsavableLayerError, HookedLayerError, and ReleasedWeightError.
-    """
-    for name, parameter in model.named_parameters():
-        if is_released(parameter):
-            raise ReleasedWeightError(layer=name.removesuffix(".weight"))
-    quantised = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    if quantised:
-        own = next((a for p in model.parameters() if (a := attached(p))), None)
-        recipe = own[0].recipe if own else {}
-        result = ModelPlan(
-            {name: module.plan for name, module in quantised.items()},
-            {name: module.shape for name, module in quantised.items()},
-            recipe,
-        )
-        if isinstance(plan, Recipe) and plan.to_dict() != recipe:
-            # A copy of a model has lost what was attached; a recipe for one format tells its plan by itself.
-            uniform = plan.method == "format" and uniform_plan(result.shapes, plan)
-            if not uniform or uniform.layers_digest != result.layers_digest:
-                raise QuantizedAlreadyError(given="recipe")
-        if isinstance(plan, ModelPlan) and not _is_plan_of(plan, result, quantised):
-            raise QuantizedAlreadyError(given="plan")
-        return plan if isinstance(plan, ModelPlan) else result
-    plan = _plan_of_floats(model, plan)
-    hooked = [name for name in plan if _runs_more(model.get_submodule(name))]
-    if hooked:
-        raise HookedLayerError(layers=hooked)
-    return plan
-
-
-def _is_plan_of(plan: ModelPlan, own: ModelPlan, layers: Mapping[str, QuantizedLinear]) -> bool:
-    """Whether quantised layers, whose own plan is without rounded weights, were made by `plan`."""
-
-    def holds(layer: QuantizedLinear, rounded: RoundedWeight) -> bool:
-        with loaded(layer):
-            packed = layer.packed().to("cpu")
-        return torch.equal(packed.data, rounded.data) and torch.equal(packed.scales, rounded.scales)
-
-    return plan.layers_digest == own.layers_digest and all(
-        holds(layers[name], rounded) for name, rounded in plan.rounded.items()
-    )
-
-
-def _runs_more(module: nn.Module) -> bool:
-    """Whether a call of a module runs more than its class's forward, accelerate's hook and our own apart."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    own_forward = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
-    return own_forward or any(hook is not refuse for hook in hooks)
-
-
-def _plan_of_floats(model: nn.Module, plan: ModelPlan | Recipe | None) -> ModelPlan:
-    shapes = linear_shapes(model)
-    if plan is None:
-        found = next((a for p in model.parameters() if (a := attached(p))), None)
-        plan = found[0] if found else Recipe(format="mxfp8")
-        if not found:
-            warnings.warn(NoPlanWarning(layers=len(shapes)), stacklevel=4)
-    if isinstance(plan, Recipe):
-        warn_of_others(model)
-        return uniform_plan(shapes, plan)
-    unsavable = [name for name in plan if name not in shapes and _has_weight(model, name)]
-    if unsavable:
-        raise UnsavableLayerError(layers=unsavable)
-    plan.check(shapes)
-    return plan
-
-
-def warn_of_others(model: nn.Module) -> None:
-    """Name the modules that a recipe for all linear layers does not reach."""
-    if others := other_linears(model):
-        warnings.warn(LeftAloneWarning(layers=others), stacklevel=5)
-
-
-def _has_weight(model: nn.Module, name: str) -> bool:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return name in parameters or f"{name}.weight" in parameters
-
-
 @dataclass(eq=False)
 class _Entry:
     """Tensors that are made together: those of a planned layer, or one that is saved as it is."""
@@ -397,10 +309,8 @@ def _entries(model: nn.Module, plan: ModelPlan) -> list[_Entry]:
         dot = f"{prefix}." if prefix else ""
         own = {
             name: tensor
-            for name, tensor in [*module._parameters.items(), *module._buffers.items()]
-            if tensor is not None
-            and name not in module._non_persistent_buffers_set
-            and dot + name not in left_out
+            for name, tensor in compat.saved_tensors(module).items()
+            if dot + name not in left_out
         }
         if prefix in plan:
             layer = plan[prefix]
@@ -411,12 +321,6 @@ def _entries(model: nn.Module, plan: ModelPlan) -> list[_Entry]:
         for name, tensor in own.items():
             entries.append(_float_entry(module, dot, name, tensor))
     return entries
-
-
-def pack_layer(plan: ModelPlan, name: str, weight: Tensor) -> PackedWeight:
-    """The packed form of a planned layer's float weight."""
-    shape, rounded = plan.shapes[name], plan.rounded.get(name)
-    return pack_weight(weight, plan[name], shape.transposed, rounded=rounded, name=name)
 
 
 def _layer_entry(module: nn.Module, name: str, plan: ModelPlan, owner: bool) -> _Entry:
@@ -456,15 +360,6 @@ def _own_memory(tensor: Tensor) -> Tensor:
     tensor = tensor.cpu()
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
-
-
-def loaded(module: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """The module's own tensors are there within it, if accelerate offloaded them."""
-    if not hasattr(module, "_hf_hook"):
-        return contextlib.nullcontext()
-    from accelerate.utils import align_module_device
-
-    return align_module_device(module)
 
 
 def _shards(entries: list[_Entry], limit: int) -> dict[str, list[_Entry]]:

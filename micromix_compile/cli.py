@@ -532,7 +532,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     from micromix_compile.errors import OptionError
     from micromix_compile.models import load
-    from micromix_compile.package import load as load_package
+    from micromix_compile.package import load_package
 
     if arguments.temperature != 0 and not 1e-4 <= arguments.temperature < float("inf"):
         raise OptionError(

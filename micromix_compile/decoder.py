@@ -1,4 +1,4 @@
-"""A causal language model as a package of two graphs, prefill and decode, with a static cache."""
+"""Export of a causal language model as two graphs, prefill and decode, with a static cache."""
 
 from __future__ import annotations
 
@@ -13,19 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from micromix_compile import _torch_compat as compat
-from micromix_compile.errors import (
-    ExportError,
-    GenerationSettingsWarning,
-    MicroMixError,
-    PackageInputError,
-)
-from micromix_compile.export import check_path, quantised, trace, write_package
-from micromix_compile.package import Package
-from micromix_compile.plan import ModelPlan
+from micromix_compile.archive import dtype_name, write_package
+from micromix_compile.errors import ExportError, GenerationSettingsWarning, MicroMixError
+from micromix_compile.export import check_path, trace
+from micromix_compile.files import as_path
+from micromix_compile.planned import AnyPlan, quantised
 from micromix_compile.quantized_linear import QuantizedLinear
-from micromix_compile.recipe import Recipe
 
-__all__ = ["Decoder", "check_length", "export_decoder"]
+__all__ = ["check_length", "export_decoder"]
 
 _LONGEST = 2048
 _PROMPTS = (8, 64)  # tokens that a static cache is tried on
@@ -37,7 +32,7 @@ def export_decoder(
     model: nn.Module,
     path: str | os.PathLike,
     *,
-    plan: ModelPlan | Recipe | None = None,
+    plan: AnyPlan | None = None,
     batch_size: int = 1,
     max_length: int | None = None,
     tokenizer: Any = None,
@@ -45,13 +40,25 @@ def export_decoder(
     """Compile a causal language model of transformers into a package that generates.
 
     The package has two graphs, `prefill` for prompts of 2 to `max_length` tokens and `decode` for one token, which
-    share the weights. Keys and values are arguments, `[batch, heads, max_length, head size]` each, written in place.
-    `max_length` is by default 2048, or the model's longest text where that is less.
+    share the weights. Keys and values are arguments, `[batch, heads, max_length, head size]` each in the model's
+    dtype, written in place.
+
+    Args:
+        model: in evaluation mode; float, or quantised already.
+        path: where to, ending in ".pt2"; replaced whole, or not at all.
+        plan: as for `save_pretrained`.
+        batch_size: rows of each call, of one length.
+        max_length: tokens that the cache holds; by default 2048, or the model's longest text where that is less.
+        tokenizer: kept in the package, for `package.tokenizer()`.
 
     Raises as `export` does, and ExportError for a model that does not give the same logits with a static cache, which
     is tried first, or whose graph torch.export cannot make. Warns of generation settings that the package leaves out.
     """
+    call = "export_decoder(model, path, *, plan=, batch_size=, max_length=, tokenizer=)"
+    path = as_path(path, "path", call)
     check_path(path)
+    if type(batch_size) is not int or batch_size < 1:
+        raise ExportError(reason=f"batch_size cannot be {batch_size!r}", mend="Give 1 or more")
     max_length = check_length(model, max_length)
     model = compat.original_module(model)
     step = _Step(model, max_length).eval()
@@ -79,7 +86,7 @@ def export_decoder(
         "max_length": max_length,
         "vocabulary": len(model.get_input_embeddings().weight),
         "cache": [list(tensor.shape) for tensor in cache],
-        "dtype": str(cache[0].dtype).removeprefix("torch."),
+        "dtype": dtype_name(cache[0].dtype),
         "eos_token_id": [] if eos is None else [eos] if isinstance(eos, int) else list(eos),
     }
     write_package(path, entries, used, decoder, tokenizer)
@@ -209,111 +216,3 @@ class _Step(nn.Module):
             input_ids=input_ids, past_key_values=static, use_cache=True, logits_to_keep=1
         )
         return result.logits[:, -1]
-
-
-class Decoder(Package):
-    """A package of a causal language model: `generate`, or `prefill` and `decode` one by one."""
-
-    def __init__(self, archive: Any, entries: dict[str, Any]) -> None:
-        super().__init__(archive, entries)
-        facts = archive.manifest["decoder"]
-        self.batch_size, self.max_length = int(facts["batch_size"]), int(facts["max_length"])
-        self.eos_token_id = [int(token) for token in facts["eos_token_id"]]
-        self._cache = [[int(n) for n in shape] for shape in facts["cache"]]
-        self._dtype = getattr(torch, facts["dtype"])
-        self.vocabulary = int(facts.get("vocabulary", 1 << 62))  # packages of format 1 do not say
-        self._device = archive.manifest["device"]
-        self._archive = archive
-        if {"prefill", "decode"} - entries.keys():
-            raise ValueError("a graph of the decoder is missing")
-
-    def tokenizer(self) -> Any:
-        """The tokenizer that was exported with the model."""
-        return self._archive.tokenizer()
-
-    def new_cache(self) -> list[Tensor]:
-        """An empty cache: keys and values, layer by layer."""
-        return [torch.zeros(shape, dtype=self._dtype, device=self._device) for shape in self._cache]
-
-    def __call__(self, input_ids: Tensor, start: int, cache: list[Tensor]) -> Tensor:
-        """Logits `[batch, vocabulary]` after the last of some tokens, of which `start` came before; writes the cache.
-
-        Raises PackageInputError.
-        """
-        self._check_tokens(input_ids)
-        if not 0 <= start <= self.max_length - input_ids.shape[1]:
-            there = f"{start} tokens, {input_ids.shape[1]} more"
-            reason = f"start and input_ids are {there}: the cache holds {self.max_length}"
-            raise PackageInputError(differences=[reason])
-        entry = self.entries["decode" if input_ids.shape[1] == 1 else "prefill"]
-        return entry(input_ids, torch.tensor(start, device=self._device), cache)
-
-    def _check_tokens(self, input_ids: Tensor) -> None:
-        if input_ids.dim() != 2 or not input_ids.shape[1]:
-            reason = f"input_ids is {list(input_ids.shape)}, not [{self.batch_size}, 1 or more]"
-            raise PackageInputError(differences=[reason])
-        low, high = input_ids.min().item(), input_ids.max().item()
-        if low < 0 or high >= self.vocabulary:
-            reason = f"input_ids holds {low if low < 0 else high}, and tokens are 0 to {self.vocabulary - 1}"
-            raise PackageInputError(differences=[reason])
-
-    def generate(
-        self,
-        input_ids: Tensor,
-        max_new_tokens: int = 128,
-        *,
-        temperature: float = 0.0,
-        generator: torch.Generator | None = None,
-        eos_token_id: list[int] | None = None,
-    ) -> Tensor:
-        """int64 `[batch, length]` -> `[batch, length + new]`, the prompt and what follows.
-
-        Prompts of one batch have one length. With `temperature` 0 each token is the likeliest. It ends where every
-        row has had an end token, or the cache is full. Raises PackageInputError.
-        """
-        tokens = [input_ids]
-        for token in self.stream(
-            input_ids, max_new_tokens, temperature=temperature, generator=generator,
-            eos_token_id=eos_token_id,
-        ):  # fmt: skip
-            tokens.append(token[:, None])
-        return torch.cat(tokens, dim=1)
-
-    def stream(
-        self,
-        input_ids: Tensor,
-        max_new_tokens: int = 128,
-        *,
-        temperature: float = 0.0,
-        generator: torch.Generator | None = None,
-        eos_token_id: list[int] | None = None,
-    ) -> Iterator[Tensor]:
-        """The new tokens one by one, int64 `[batch]`; see generate."""
-        if input_ids.dim() != 2 or not 1 <= input_ids.shape[1] < self.max_length:
-            reason = f"input_ids is {list(input_ids.shape)}, not [{self.batch_size}, 1 to {self.max_length - 1}]"
-            raise PackageInputError(differences=[reason])
-        ends = torch.tensor(
-            self.eos_token_id if eos_token_id is None else eos_token_id, device=input_ids.device
-        )
-        ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        cache, length = self.new_cache(), input_ids.shape[1]
-        logits = self(input_ids, 0, cache)
-        start = torch.tensor(length, device=self._device)
-        decode = self.entries["decode"]
-        for left in reversed(range(min(max_new_tokens, self.max_length - length + 1))):
-            token = _choose(logits, temperature, generator)
-            yield token
-            ended |= torch.isin(token, ends)
-            if ended.all() or not left:
-                return
-            (logits,) = decode.run([token[:, None], start, *cache])
-            start += 1
-
-
-def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    if not temperature:
-        return logits.argmax(-1)
-    # The largest is 0 then; a small temperature would make it infinite.
-    logits = logits.double() - logits.double().amax(-1, keepdim=True)
-    chances = torch.softmax(logits / temperature, dim=-1)
-    return torch.multinomial(chances, 1, generator=generator)[:, 0]

@@ -19,11 +19,11 @@ __all__ = [
     "CheckpointClassError",
     "CheckpointError",
     "CheckpointExistsError",
-    "CheckpointVersionError",
     "EmptyCalibrationError",
     "EvaluationError",
     "ExportError",
     "ExtensionError",
+    "FileVersionError",
     "GenerationSettingsWarning",
     "GradientError",
     "HookedLayerError",
@@ -43,7 +43,6 @@ __all__ = [
     "PackageMismatchError",
     "PlanFileError",
     "PlanMismatchError",
-    "PlanVersionError",
     "QuantizedAlreadyError",
     "RecipeError",
     "ReferenceKernelWarning",
@@ -52,7 +51,6 @@ __all__ = [
     "SensitivityError",
     "StatisticsFileError",
     "StatisticsMismatchError",
-    "StatisticsVersionError",
     "StrictError",
     "TextError",
     "TiedLayersWarning",
@@ -137,7 +135,17 @@ class QuantizedAlreadyError(PlanMismatchError):
     )
 
 
-class PlanFileError(MicroMixError):
+class FileVersionError(MicroMixError, ValueError):
+    """A plan, statistics, a checkpoint or a package has a newer format than this library reads.
+    Facts: path, kind (such as "plan file"), version, supported."""
+
+    template = (
+        "{path} is a {kind} of version {version}; this micromix-compile reads up to {supported}. "
+        "Upgrade micromix-compile, or make it again with this version."
+    )
+
+
+class PlanFileError(MicroMixError, ValueError):
     """A plan file is missing, truncated, damaged, or not a plan. Facts: path, reason."""
 
     template = (
@@ -146,31 +154,12 @@ class PlanFileError(MicroMixError):
     )
 
 
-class PlanVersionError(MicroMixError):
-    """A plan file has a newer format than this package reads. Facts: path, version, supported."""
-
-    template = (
-        "{path} is a plan of version {version}; this micromix-compile reads up to {supported}. "
-        "Upgrade micromix-compile, or make the plan again with this version."
-    )
-
-
-class StatisticsFileError(MicroMixError):
+class StatisticsFileError(MicroMixError, ValueError):
     """A statistics file is missing, truncated, damaged, or foreign. Facts: path, reason."""
 
     template = (
         "{path} cannot be read as calibration statistics: {reason}. Give a file written by "
         "calibration.save(), or make it again with `micromix calibrate`."
-    )
-
-
-class StatisticsVersionError(MicroMixError):
-    """A statistics file has a newer format than this package reads.
-    Facts: path, version, supported."""
-
-    template = (
-        "{path} holds statistics of version {version}; this micromix-compile reads up to "
-        "{supported}. Upgrade micromix-compile, or calibrate again with this version."
     )
 
 
@@ -278,16 +267,6 @@ class CheckpointClassError(CheckpointError):
     template = (
         "{path} was saved from {saved} and is loaded as {given}, which has no layer {layer}. "
         "Load it with the class that it was saved from, or AutoModelForCausalLM."
-    )
-
-
-class CheckpointVersionError(MicroMixError):
-    """A quantised checkpoint has a newer format than this package reads.
-    Facts: path, version, supported."""
-
-    template = (
-        "{path} is a quantised checkpoint of version {version}; this micromix-compile reads up to "
-        "{supported}. Upgrade micromix-compile, or quantise the model again with this version."
     )
 
 

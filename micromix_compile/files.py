@@ -21,9 +21,18 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from micromix_compile.errors import OutputError
+from micromix_compile.errors import FileVersionError, MicroMixError, OptionError, OutputError
 
-__all__ = ["check_output", "file_digest", "read_file", "write_file", "write_tensors", "write_text"]
+__all__ = [
+    "as_path",
+    "atomically",
+    "check_output",
+    "file_digest",
+    "read_file",
+    "write_file",
+    "write_tensors",
+    "write_text",
+]
 
 
 def write_file(
@@ -34,6 +43,13 @@ def write_file(
     Raises OSError if the file cannot be written.
     """
     write_tensors(path, tensors, {kind: str(version), "content": json.dumps(content)})
+
+
+def as_path(value: str | os.PathLike, option: str, call: str) -> Path:
+    """The path that a call was given. Raises OptionError, which shows the order of `call`, for what is no path."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise OptionError(option=option, reason=f"cannot be a {type(value).__name__}", valid=call)
+    return Path(value)
 
 
 def check_output(path: str | os.PathLike) -> None:
@@ -105,13 +121,12 @@ def read_file(
     path: str | os.PathLike,
     kind: str,
     version: int,
-    file_error: Callable[..., Exception],
-    version_error: Callable[..., Exception],
+    file_error: type[MicroMixError],
 ) -> tuple[Any, dict[str, Tensor]]:
     """The content and the tensors of a file of this kind, on the CPU.
 
-    Raises ``file_error(path=, reason=)`` if the file is missing, truncated or of another kind, and
-    ``version_error(path=, version=, supported=)`` if its version is above ``version``.
+    Raises ``file_error(path=, reason=)`` if the file is missing, truncated or of another kind, and FileVersionError
+    if its version is above ``version``.
     """
     path = os.fspath(path)
     try:
@@ -120,9 +135,16 @@ def read_file(
             if kind not in metadata:
                 raise file_error(path=path, reason=f"it is a safetensors file without {kind!r}")
             if int(metadata[kind]) > version:
-                raise version_error(path=path, version=metadata[kind], supported=version)
+                raise FileVersionError(
+                    path=path,
+                    kind=f"{kind.removeprefix('micromix_')} file",
+                    version=metadata[kind],
+                    supported=version,
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return json.loads(metadata["content"]), tensors
+    except MicroMixError:
+        raise
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
         raise file_error(path=path, reason=reason) from error

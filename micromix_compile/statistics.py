@@ -19,7 +19,6 @@ from .errors import (
     NonFiniteCalibrationError,
     StatisticsFileError,
     StatisticsMismatchError,
-    StatisticsVersionError,
 )
 from .files import read_file, write_file
 from .layers import LayerShape
@@ -377,9 +376,9 @@ def load_statistics(path: str | os.PathLike) -> ModelStatistics:
     """Reads statistics that :meth:`ModelStatistics.save` wrote.
 
     Raises StatisticsFileError if the file is missing, truncated, damaged or not statistics, and
-    StatisticsVersionError if a newer version wrote it.
+    FileVersionError if a newer version wrote it.
     """
-    content, tensors = read_file(path, _KIND, _VERSION, StatisticsFileError, StatisticsVersionError)
+    content, tensors = read_file(path, _KIND, _VERSION, StatisticsFileError)
     result = ModelStatistics()
     try:
         groups: dict[int, ChannelStatistics] = {}

@@ -21,7 +21,7 @@ from micromix_compile.errors import (
     OptionError,
     PlanMismatchError,
 )
-from micromix_compile.export import quantised
+from micromix_compile.planned import quantised
 from micromix_compile.quantized_linear import QuantizedLinear
 from micromix_compile.statistics import ChannelStatistics
 

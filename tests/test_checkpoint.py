@@ -23,29 +23,29 @@ from transformers import AutoModel, AutoModelForCausalLM
 import micromix_compile as micromix
 from micromix_compile import Recipe, calibrate, explain, save_pretrained
 from micromix_compile.allocation import uniform_plan
-from micromix_compile.checkpoint import plan_to_use
 from micromix_compile.cli import main
 from micromix_compile.errors import (
     CheckpointClassError,
     CheckpointError,
     CheckpointExistsError,
-    CheckpointVersionError,
+    FileVersionError,
     GradientError,
     HookedLayerError,
     LeftAloneWarning,
     MicroMixError,
     OptionError,
     OutputError,
+    PlanFileError,
     PlanMismatchError,
     QuantizedAlreadyError,
     ReleasedWeightError,
     UnsavableLayerError,
 )
-from micromix_compile.export import quantised
 from micromix_compile.integrations.transformers import MicroMixConfig
 from micromix_compile.layers import LayerShape, linear_shapes
 from micromix_compile.packing import pack_weight
 from micromix_compile.plan import ModelPlan
+from micromix_compile.planned import plan_to_use, quantised
 from micromix_compile.quantized_linear import QuantizedLinear
 
 MIX = Recipe(split=(0.5, 0.25, 0.25))
@@ -139,7 +139,7 @@ def test_quantising_while_loading(source, saved, plan, ids, tmp_path):
         assert torch.equal(logits(model, ids), expected)
     save_pretrained(model, tmp_path / "again", max_shard_size=SHARD)
     assert contents(tmp_path / "again") == contents(saved)
-    model = load(source, quantization_config=MicroMixConfig(recipe=Recipe(format="mxfp4")))
+    model = load(source, quantization_config=MicroMixConfig(plan=Recipe(format="mxfp4")))
     assert {m.plan.layout.k8 for m in model.modules() if isinstance(m, QuantizedLinear)} == {0}
 
 
@@ -306,7 +306,7 @@ def test_forged_descriptions(name, digests, saved, tmp_path):
 def test_a_newer_version(saved, tmp_path):
     directory = copy_of(saved, tmp_path / "newer")
     edit(directory, lambda q: q.update(version=99))
-    with pytest.raises(CheckpointVersionError, match="Upgrade"):
+    with pytest.raises(FileVersionError, match="Upgrade"):
         load(directory)
 
 
@@ -612,7 +612,7 @@ def test_a_plan_of_other_samples_is_not_used_again(source, tmp_path, capsys):
 
 
 def test_a_package_without_a_tokenizer_generates_no_text(capsys, monkeypatch):
-    monkeypatch.setattr("micromix_compile.package.load", lambda path: object())
+    monkeypatch.setattr("micromix_compile.package.load_package", lambda path: object())
     assert main(["generate", "some.pt2", "--prompt", "x"]) == 1
     assert "generates no text" in capsys.readouterr().err
 
@@ -626,7 +626,7 @@ def test_a_tied_head_that_is_quantised_while_loading(saver, ids, tmp_path):
     recipe = Recipe(format="mxfp8", include_lm_head=True)
     save_pretrained(load(tmp_path / "float"), tmp_path / "packed", recipe)
     expected = logits(load(tmp_path / "packed"), ids)
-    model = load(tmp_path / "float", quantization_config=MicroMixConfig(recipe=recipe))
+    model = load(tmp_path / "float", quantization_config=MicroMixConfig(plan=recipe))
     assert isinstance(model.lm_head, QuantizedLinear) and not model.config.tie_word_embeddings
     assert torch.equal(logits(model, ids), expected)
     saver(model, tmp_path / "again")
@@ -640,14 +640,14 @@ def test_a_planned_layer_that_the_files_lack(tmp_path):
     del tensors[f"{LAYER}.weight"]
     safetensors.torch.save_file(tensors, file, {"format": "pt"})
     with pytest.raises(CheckpointError, match=f"{LAYER}.weight is missing"):
-        load(source, quantization_config=MicroMixConfig(recipe=Recipe(format="mxfp8")))
+        load(source, quantization_config=MicroMixConfig(plan=Recipe(format="mxfp8")))
 
 
 def test_quantising_while_loading_is_not_for_disks(source, tmp_path):
     with pytest.raises(OptionError, match="micromix quantize --offload"):
         load(
             source,
-            quantization_config=MicroMixConfig(recipe=Recipe(format="mxfp8")),
+            quantization_config=MicroMixConfig(plan=Recipe(format="mxfp8")),
             device_map={"": "disk"},
             offload_folder=tmp_path,
         )
@@ -663,13 +663,36 @@ def test_a_model_that_is_quantised_takes_no_other_recipe(source, saved, plan, tm
     assert plan_to_use(model, Recipe(split=MIX.split)) == plan
 
 
+def test_what_a_plan_may_be_given_as(source, saved, plan, tmp_path):
+    """The same for every call that quantises a model; the errors too."""
+    plan.save(tmp_path / "plan.safetensors")
+    for given in (plan, tmp_path / "plan.safetensors", str(tmp_path / "plan.safetensors")):
+        assert plan_to_use(load(source), given) == plan
+        assert MicroMixConfig(plan=given).plan == plan
+        assert plan_to_use(load(saved), given) == plan
+    recipe = Recipe(format="mxfp6")
+    assert plan_to_use(load(source), recipe) == MicroMixConfig(recipe).plan_for(load(source))
+    for wrong in ({"format": "mxfp6"}, 8, object()):
+        for call in (
+            functools.partial(save_pretrained, load(source), tmp_path / "m"),
+            MicroMixConfig,
+        ):
+            with pytest.raises(OptionError, match="'plan' cannot be a .*the path of a saved one"):
+                call(plan=wrong)
+    with pytest.raises(PlanFileError, match="No such file"):
+        save_pretrained(load(source), tmp_path / "m", tmp_path / "none.safetensors")
+    with pytest.raises(OptionError, match="'recipe' is not one. Valid: plan"):
+        MicroMixConfig(recipe=recipe)
+    assert not (tmp_path / "m").exists()
+
+
 def calibrated_otherwise(source):
     return uniform_plan(linear_shapes(load(source)), Recipe(format="mxfp6"))
 
 
 def test_a_rounded_plan_is_that_of_its_checkpoint(source, ids, tmp_path):
-    from micromix_compile.export import target
-    from micromix_compile.package import _check_target
+    from micromix_compile.archive import this_machine
+    from micromix_compile.package import _check_machine
 
     model = load(source)
     calibration = calibrate(model).run([ids])
@@ -680,7 +703,7 @@ def test_a_rounded_plan_is_that_of_its_checkpoint(source, ids, tmp_path):
     with pytest.raises(QuantizedAlreadyError):
         plan_to_use(load(tmp_path / "nearest"), plan)
     made = plan_to_use(load(tmp_path / "rounded"), None)
-    _check_target("x.pt2", target(torch.device("cpu")) | {"plan_digest": made.digest}, plan)
+    _check_machine("x.pt2", this_machine(torch.device("cpu")) | {"plan_digest": made.digest}, plan)
 
 
 def test_hooks_of_planned_layers_are_not_dropped(source, tmp_path):

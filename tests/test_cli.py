@@ -272,7 +272,8 @@ def test_errors_are_one_line_and_say_the_mend(directory, statistics, tmp_path, c
 
 
 def test_plan_of_another_model(directory, statistics, tmp_path, capsys):
-    from micromix_compile.plan import LayerShape, ModelPlan
+    from micromix_compile.layers import LayerShape
+    from micromix_compile.plan import ModelPlan
 
     plan = allocate(load_statistics(statistics), Recipe(format="mxfp8"))
     wider = {name: LayerShape(2 * n, k, t) for name, (n, k, t) in plan.shapes.items()}

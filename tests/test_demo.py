@@ -11,9 +11,10 @@ from tiny_llama import tiny_llama, tiny_tokenizer
 from micromix_compile import Recipe, demo, load_plan
 from micromix_compile.allocation import uniform_plan
 from micromix_compile.evaluate import DecodeSpeed, Perplexity
+from micromix_compile.layers import LayerShape
 from micromix_compile.mx.layout import MixedLayout
 from micromix_compile.picture import channel_bits, draw, format_maps
-from micromix_compile.plan import LayerPlan, LayerShape, ModelPlan
+from micromix_compile.plan import LayerPlan, ModelPlan
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

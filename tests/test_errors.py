@@ -56,8 +56,10 @@ def test_long_lists_are_cut():
     assert "and 92 more" in message
 
 
-def test_bad_values_are_value_errors():
-    for cls in (errors.RecipeError, errors.OptionError, errors.InvalidPlanError):
+def test_bad_values_and_bad_files_are_value_errors():
+    files = [errors.PlanFileError, errors.StatisticsFileError, errors.CheckpointError]
+    files += [errors.PackageError, errors.FileVersionError]
+    for cls in (errors.RecipeError, errors.OptionError, errors.InvalidPlanError, *files):
         assert issubclass(cls, ValueError)
 
 

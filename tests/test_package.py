@@ -20,20 +20,25 @@ from transformers import AutoModelForCausalLM
 import micromix_compile as micromix
 from micromix_compile import Recipe, calibrate
 from micromix_compile import _torch_compat as compat
+from micromix_compile.archive import MANIFEST
 from micromix_compile.cli import main
-from micromix_compile.decoder import _choose, export_decoder
+from micromix_compile.decoder import export_decoder
 from micromix_compile.errors import (
     ExportError,
+    FileVersionError,
     GenerationSettingsWarning,
     GradientError,
     HookedLayerError,
     MicroMixError,
+    OptionError,
     PackageError,
     PackageInputError,
     PackageMismatchError,
 )
-from micromix_compile.export import MANIFEST, quantised, trace
+from micromix_compile.export import trace
 from micromix_compile.ops import _extension
+from micromix_compile.package import _choose
+from micromix_compile.planned import quantised
 
 pytestmark = pytest.mark.skipif(not compat.runs_packages(), reason="torch 2.11 runs none")
 RUNNER = _extension.LIBRARY.with_name("micromix_runner")
@@ -71,14 +76,15 @@ def gated(tmp_path_factory):
     """A model, its plan, its package with a dynamic batch, and example arguments."""
     torch.manual_seed(0)
     model = Gated().eval()
-    x, more = torch.randn(4, 64), {"shift": [torch.randn(64)]}
+    # An example of other strides than the package gets.
+    x, more = torch.randn(64, 4).T, {"shift": [torch.randn(64)]}
     with micromix.calibrate(model) as calibration, torch.no_grad():
         model(x, more)
     plan = calibration.plan(MIX)
     path = tmp_path_factory.mktemp("package") / "gated.pt2"
     batch = torch.export.Dim("batch", min=1, max=64)
     shapes = {"x": {0: batch}, "more": {"shift": [None]}, "scale": None}
-    micromix.export(model, (x, more), {"scale": 2.0}, path, plan=plan, dynamic_shapes=shapes)
+    micromix.export(model, path, (x, more), {"scale": 2.0}, plan=plan, dynamic_shapes=shapes)
     return model, plan, path, more
 
 
@@ -98,7 +104,7 @@ def decoder(tmp_path_factory):
 def test_a_package_gives_what_torch_compile_gives(gated):
     model, plan, path, more = gated
     assert isinstance(model.gate, nn.Linear), "the model is float again"
-    package = micromix.load(path, plan=plan)
+    package = micromix.load_package(path, plan=plan)
     plan.attach(model)
     compiled = torch.compile(model, backend="micromix", dynamic=True)
     for rows in (1, 2, 17):
@@ -123,13 +129,13 @@ def test_the_archive_is_close_to_the_packed_bytes(gated, decoder):
     assert not [name for name in names if name.endswith((".pkl", ".pt"))]
     model, path = decoder
     state = sum(t.nbytes for t in model.state_dict().values())
-    bytes_ = micromix.load(path).weight_bytes
+    bytes_ = micromix.load_package(path).weight_bytes
     assert state < bytes_ < 1.05 * state, "both graphs share the weights"
 
 
 def test_prefill_and_decode_are_the_compiled_model(decoder):
     model, path = decoder
-    package = micromix.load(path)
+    package = micromix.load_package(path)
     compiled = torch.compile(model, backend="micromix", dynamic=True)
     ids = torch.randint(0, 128, (1, 30))
     with torch.no_grad():
@@ -144,7 +150,7 @@ def test_prefill_and_decode_are_the_compiled_model(decoder):
 
 def test_generate(decoder):
     _, path = decoder
-    package = micromix.load(path)
+    package = micromix.load_package(path)
     prompt = torch.randint(0, 128, (1, 9))
     tokens = package.generate(prompt, 20, eos_token_id=[])
     assert tokens.shape == (1, 29) and torch.equal(tokens[:, :9], prompt)
@@ -163,12 +169,35 @@ def test_generate(decoder):
         package.generate(torch.zeros(1, LENGTH, dtype=torch.int64))
 
 
+def test_rows_of_a_batch_are_those_of_single_prompts(decoder, tmp_path):
+    model, path = decoder
+    micromix.export_decoder(model, tmp_path / "two.pt2", batch_size=2, max_length=LENGTH)
+    one, two = micromix.load_package(path), micromix.load_package(tmp_path / "two.pt2")
+    for length in (1, 9):
+        prompts = torch.randint(0, 128, (2, length))
+        rows = [one.generate(prompt[None], 20, eos_token_id=[]) for prompt in prompts]
+        tokens = two.generate(prompts, 20, eos_token_id=[])
+        assert torch.equal(tokens, torch.cat(rows))
+    ends = [tokens[0, 12].item(), tokens[1, 16].item()]
+    stopped = two.generate(prompts, 20, eos_token_id=ends)
+    rows = [one.generate(prompt[None], 20, eos_token_id=ends)[0].tolist() for prompt in prompts]
+    longest = max(map(len, rows))
+    repeated = [row + row[-1:] * (longest - len(row)) for row in rows]
+    assert stopped.tolist() == repeated
+    for rows in (prompts[:1], prompts.repeat(2, 1)):
+        with pytest.raises(PackageInputError, match=r"input_ids is .*, not \[2, 1"):
+            two.generate(rows)
+    for size in (0, 1.5, True):
+        with pytest.raises(ExportError, match=f"batch_size cannot be {size}. Give 1 or more"):
+            micromix.export_decoder(model, tmp_path / "x.pt2", batch_size=size)
+
+
 def test_the_runner_gives_the_same_tokens_without_python(decoder):
     if not RUNNER.exists():
         pytest.skip("the runner was not built")
     _, path = decoder
     prompt = torch.randint(0, 128, (1, 9))
-    expected = micromix.load(path).generate(prompt, 20, eos_token_id=[])[0, 9:]
+    expected = micromix.load_package(path).generate(prompt, 20, eos_token_id=[])[0, 9:]
     ids = " ".join(map(str, prompt[0].tolist()))
     result = run(RUNNER, path, "--tokens", ids, "--new", 20, "--ignore-eos")
     assert result.returncode == 0, result.stderr
@@ -189,7 +218,7 @@ def test_the_runner_on_raw_tensors(gated, tmp_path):
     flags = ["--input", inputs[0], "--input", inputs[1], "--output", tmp_path / "out"]
     result = run(RUNNER, path, *flags)
     assert result.returncode == 0, result.stderr
-    expected = micromix.load(path)(x, more, scale=2.0).y
+    expected = micromix.load_package(path)(x, more, scale=2.0).y
     given = torch.frombuffer(bytearray((tmp_path / "out0.bin").read_bytes()), dtype=torch.float32)
     assert torch.equal(given.view(3, 64), expected)
     short = run(RUNNER, path, "--input", f"float32:4x64:{tmp_path}/x.bin", "--input", inputs[1])
@@ -202,10 +231,10 @@ def test_a_fresh_process(decoder):
     prompt = torch.randint(0, 128, (1, 9))
     program = (
         "import sys, torch, micromix_compile as m; from pathlib import Path;"
-        f"p = m.load({str(path)!r}); print(*p.generate(torch.tensor({prompt.tolist()}), 8)[0].tolist())"
+        f"p = m.load_package({str(path)!r}); print(*p.generate(torch.tensor({prompt.tolist()}), 8)[0].tolist())"
     )
     result = run(sys.executable, "-c", program)
-    expected = micromix.load(path).generate(prompt, 8)
+    expected = micromix.load_package(path).generate(prompt, 8)
     assert list(map(int, result.stdout.split())) == expected[0].tolist(), result.stderr
 
 
@@ -220,7 +249,7 @@ def test_the_command_generates_from_both(decoder, capsys):
 
 def test_wrong_arguments_are_named(gated):
     *_, path, more = gated
-    package = micromix.load(path)
+    package = micromix.load_package(path)
     x = torch.randn(2, 64)
     cases = [
         ((x, more), {}, "argument scale is missing"),
@@ -242,9 +271,8 @@ def test_a_torch_that_runs_no_packages_makes_none(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="Use torch 2.12 or newer"):
         micromix.export(
             Gated().eval(),
-            (torch.randn(2, 64),),
-            {},
             tmp_path / "x.pt2",
+            (torch.randn(2, 64),),
             plan=Recipe(format="mxfp8"),
         )
     assert not list(tmp_path.iterdir())
@@ -254,11 +282,28 @@ def test_what_cannot_be_exported_says_so(gated, tmp_path):
     model, plan, _, more = gated
     x = torch.randn(4, 64)
     with pytest.raises(ExportError, match="does not end in .pt2"):
-        micromix.export(model, (x, more), None, tmp_path / "a.so", plan=plan)
+        micromix.export(model, tmp_path / "a.so", (x, more), plan=plan)
     with pytest.raises(ExportError, match="holds a slice"):
-        micromix.export(model, (x, slice(3)), None, tmp_path / "a.pt2", plan=plan)
+        micromix.export(model, tmp_path / "a.pt2", (x, slice(3)), plan=plan)
     with pytest.raises(GradientError):
-        micromix.export(Gated(), (x, more), None, tmp_path / "a.pt2", plan=Recipe(format="mxfp8"))
+        micromix.export(Gated(), tmp_path / "a.pt2", (x, more), plan=Recipe(format="mxfp8"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments_in_another_order_say_the_right_one(gated, tmp_path):
+    model, plan, _, more = gated
+    args, path = (torch.randn(4, 64), more), tmp_path / "a.pt2"
+    for wrong in (
+        lambda: micromix.export(model, args, {}, path, plan=plan),  # as it was before 1.0
+        lambda: export_decoder(model, plan),
+        lambda: micromix.save_pretrained(model, plan, tmp_path / "checkpoint"),
+    ):
+        with pytest.raises(
+            OptionError, match=r"cannot be a .*Valid: .*\(model, (path|directory), "
+        ):
+            wrong()
+    with pytest.raises(OptionError, match=r"'args' cannot be a Tensor.* as \(x,\)"):
+        micromix.export(model, path, args[0], plan=plan)
     assert not list(tmp_path.iterdir())
 
 
@@ -279,12 +324,12 @@ def related(tmp_path_factory):
     arguments = (torch.randn(8, 64), torch.randn(17, 64))
     shapes = ({0: rows}, {0: 2 * rows + 1})
     recipe = Recipe(format="mxfp8")
-    micromix.export(Related().eval(), arguments, None, path, plan=recipe, dynamic_shapes=shapes)
+    micromix.export(Related().eval(), path, arguments, plan=recipe, dynamic_shapes=shapes)
     return path
 
 
 def test_sizes_that_depend_on_another_one(related):
-    package = micromix.load(related)
+    package = micromix.load_package(related)
     assert package(torch.randn(5, 64), torch.randn(11, 64)).shape == (10, 32)
     assert package(torch.randn(500, 64), torch.randn(1001, 64)).shape == (1000, 32)
     for rows in (9, 10, 12):
@@ -366,7 +411,7 @@ def test_hooks_are_not_dropped(gated, tmp_path):
     model, *_, more = gated
     hook = model.up.register_forward_hook(lambda module, arguments, output: None)
     with pytest.raises(HookedLayerError, match="up"):
-        micromix.export(model, (torch.randn(4, 64), more), None, tmp_path / "x.pt2", plan=gated[1])
+        micromix.export(model, tmp_path / "x.pt2", (torch.randn(4, 64), more), plan=gated[1])
     hook.remove()
 
 
@@ -438,7 +483,7 @@ def test_the_default_length_fits_the_model(tmp_path, not_compiled):
 
 
 def test_tokens_and_places_that_a_decoder_does_not_have(decoder):
-    package = micromix.load(decoder[1])
+    package = micromix.load_package(decoder[1])
     cache, two = package.new_cache(), torch.tensor([[1, 2]])
     for ids, start, message in (
         (two, -1, "start and input_ids"),
@@ -461,8 +506,7 @@ def test_the_smallest_temperature_is_the_likeliest_token():
 
 
 def test_named_chat_templates_are_in_the_package(gated, tmp_path):
-    from micromix_compile.export import Entry, write_package
-    from micromix_compile.package import _Archive
+    from micromix_compile.archive import Archive, Entry, write_package
 
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = {"default": "a", "tool_use": "b"}
@@ -474,7 +518,7 @@ def test_named_chat_templates_are_in_the_package(gated, tmp_path):
     for name in ("x", "y"):
         write_package(tmp_path / f"{name}.pt2", {"model": entry}, gated[1], None, tokenizer)
     assert (tmp_path / "x.pt2").read_bytes() == (tmp_path / "y.pt2").read_bytes()
-    given = _Archive(tmp_path / "x.pt2").tokenizer()
+    given = Archive(tmp_path / "x.pt2").tokenizer()
     assert given.chat_template == {"default": "a", "tool_use": "b"}
 
 
@@ -506,7 +550,6 @@ FOREIGN = {
     "library": (lambda m: m.update(abi=999), "operators 999"),
     "device": (lambda m: m.update(device="xpu"), "device xpu"),
     "cpu": (lambda m: m["cpu_flags"].append("avx9000"), "a CPU with avx9000"),
-    "format": (lambda m: m.update(format=99), "its format is 99"),
 }
 
 
@@ -515,19 +558,25 @@ def test_packages_made_for_something_else(name, gated, tmp_path):
     edit, message = FOREIGN[name]
     path = with_manifest(gated[2], tmp_path / "foreign.pt2", edit)
     with pytest.raises(PackageMismatchError, match=message):
-        micromix.load(path)
+        micromix.load_package(path)
+
+
+def test_a_newer_format(gated, tmp_path):
+    path = with_manifest(gated[2], tmp_path / "newer.pt2", lambda m: m.update(format=99))
+    with pytest.raises(FileVersionError, match=r"is a package of version 99; .* reads up to 2"):
+        micromix.load_package(path)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_package_for_cuda(gated, tmp_path):
     edit = lambda m: m.update(device="cuda", cuda_capability=[9, 0])
     with pytest.raises(PackageMismatchError, match="CUDA device, and there is none"):
-        micromix.load(with_manifest(gated[2], tmp_path / "cuda.pt2", edit))
+        micromix.load_package(with_manifest(gated[2], tmp_path / "cuda.pt2", edit))
 
 
 def test_another_plan(gated, decoder):
     with pytest.raises(PackageMismatchError, match="another plan"):
-        micromix.load(decoder[1], plan=gated[1])
+        micromix.load_package(decoder[1], plan=gated[1])
 
 
 def weight(m, **facts):
@@ -574,7 +623,7 @@ FORGED = {
 def test_forged_manifests(name, gated, tmp_path):
     path = with_manifest(gated[2], tmp_path / "forged.pt2", FORGED[name])
     with pytest.raises(PackageError):
-        micromix.load(path)
+        micromix.load_package(path)
 
 
 HOSTILE = ["{root}/../../evil", "/etc/evil", "{root}/data/weights/evil.pkl", "evil",
@@ -599,7 +648,7 @@ def test_path_tricks_and_foreign_members(name, gated, tmp_path):
 
     path = rewritten(gated[2], tmp_path / "hostile.pt2", change)
     with pytest.raises(PackageError, match="which no package has"):
-        micromix.load(path)
+        micromix.load_package(path)
 
 
 def test_compressed_doubled_and_foreign_archives(gated, tmp_path):
@@ -608,17 +657,17 @@ def test_compressed_doubled_and_foreign_archives(gated, tmp_path):
         for name in source.namelist():
             bomb.writestr(name, source.read(name))
     with pytest.raises(PackageError, match="not stored as it is"):
-        micromix.load(tmp_path / "bomb.pt2")
+        micromix.load_package(tmp_path / "bomb.pt2")
     with zipfile.ZipFile(tmp_path / "plain.pt2", "w") as archive:
         archive.writestr("a/b", "c")
     with pytest.raises(PackageError, match="not written by micromix"):
-        micromix.load(tmp_path / "plain.pt2")
+        micromix.load_package(tmp_path / "plain.pt2")
     for content in (b"", b"PK", b"\x80\x04not a pickle to be read"):
         (tmp_path / "other.pt2").write_bytes(content)
         with pytest.raises(PackageError):
-            micromix.load(tmp_path / "other.pt2")
+            micromix.load_package(tmp_path / "other.pt2")
     with pytest.raises(PackageError, match="No such file"):
-        micromix.load(tmp_path / "none.pt2")
+        micromix.load_package(tmp_path / "none.pt2")
 
 
 def test_damaged_packages(gated, tmp_path):
@@ -636,9 +685,9 @@ def test_damaged_packages(gated, tmp_path):
                 data[:at] + bytes([data[at] ^ (1 << chance.randrange(8))]) + data[at + 1 :]
             )
         try:
-            micromix.load(target)
+            micromix.load_package(target)
         except MicroMixError as error:
-            assert isinstance(error, (PackageError, PackageMismatchError)), error
+            assert isinstance(error, (PackageError, PackageMismatchError, FileVersionError))
             refused += 1
     assert refused >= 55  # a bit of a zip header that nothing reads may flip
 

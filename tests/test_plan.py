@@ -18,10 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from micromix_compile import files
 from micromix_compile.attachment import attached, detach
 from micromix_compile.errors import (
+    FileVersionError,
     InvalidPlanError,
     PlanFileError,
     PlanMismatchError,
-    PlanVersionError,
     TiedLayersWarning,
     UnplannedLayersWarning,
 )
@@ -459,7 +459,7 @@ def test_newer_version(tmp_path):
     path = tmp_path / "p"
     model_plan().save(path)
     rewrite(path, lambda m, c, t: m.update(micromix_plan="4"))
-    with pytest.raises(PlanVersionError, match=r"version 4.*reads up to 3"):
+    with pytest.raises(FileVersionError, match=r"version 4.*reads up to 3"):
         load_plan(path)
 
 

@@ -19,7 +19,7 @@ MODEL = """
     from torch import nn
     from torch._dynamo.utils import counters
     import micromix_compile as micromix
-    from micromix_compile.export import quantised
+    from micromix_compile.planned import quantised
 
     class Gated(nn.Module):
         def __init__(self):

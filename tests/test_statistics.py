@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from micromix_compile import statistics as module
 from micromix_compile.errors import (
     EmptyCalibrationError,
+    FileVersionError,
     NonFiniteCalibrationError,
     StatisticsFileError,
     StatisticsMismatchError,
-    StatisticsVersionError,
 )
 from micromix_compile.layers import LayerShape
 from micromix_compile.statistics import (
@@ -374,7 +374,7 @@ def test_damaged_tensors(tmp_path):
 
 def test_newer_version(tmp_path):
     module.write_file(tmp_path / "s", "micromix_statistics", 3, {}, {})
-    with pytest.raises(StatisticsVersionError, match=r"version 3.*up to 2"):
+    with pytest.raises(FileVersionError, match=r"version 3.*up to 2"):
         load_statistics(tmp_path / "s")
 
 
@@ -434,7 +434,7 @@ def test_damaged_samples_and_sums(tmp_path, name, change):
     statistics.add_weight("q", torch.ones(64, 32))
     statistics.save(tmp_path / "s")
     content, tensors = module.read_file(
-        tmp_path / "s", module._KIND, module._VERSION, StatisticsFileError, StatisticsVersionError
+        tmp_path / "s", module._KIND, module._VERSION, StatisticsFileError
     )
     tensors[name] = change(tensors[name])
     module.write_file(tmp_path / "s", module._KIND, module._VERSION, content, tensors)

@@ -20,7 +20,7 @@ from micromix_compile import _torch_compat as compat
 from micromix_compile.budget import _errors
 from micromix_compile.cli import main
 from micromix_compile.errors import (
-    CheckpointVersionError,
+    FileVersionError,
     InvalidPlanError,
     PlanMismatchError,
     RecipeError,
@@ -286,12 +286,12 @@ def test_an_older_library_refuses_the_files(plan, ids, tmp_path, monkeypatch):
     """Both kinds of file say a version that those who would quantise the activations do not read."""
     plan.save(tmp_path / "plan")
     monkeypatch.setattr(micromix.plan, "_VERSION", 2)
-    with pytest.raises(micromix.errors.PlanVersionError, match="Upgrade"):
+    with pytest.raises(FileVersionError, match="Upgrade"):
         load_plan(tmp_path / "plan")
     source = save_tiny(tmp_path / "source")
     micromix.save_pretrained(AutoModelForCausalLM.from_pretrained(source), tmp_path / "saved", plan)
     monkeypatch.setattr(micromix.checkpoint, "VERSION", 1)
-    with pytest.raises(CheckpointVersionError, match="Upgrade"):
+    with pytest.raises(FileVersionError, match="Upgrade"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
 
 
@@ -325,10 +325,10 @@ def test_a_package(block, tmp_path):
     x = torch.randn(4, 96, dtype=torch.bfloat16)
     block.to(torch.bfloat16)
     plan = planned(block, x, recipe=MIX)
-    micromix.export(block, (x,), {}, tmp_path / "block.pt2", plan=plan)
+    micromix.export(block, tmp_path / "block.pt2", (x,), plan=plan)
     with torch.no_grad():
         expected = reference_model(block, plan)(x)
-    assert distance(micromix.load(tmp_path / "block.pt2")(x), expected) <= 0.01
+    assert distance(micromix.load_package(tmp_path / "block.pt2")(x), expected) <= 0.01
 
 
 def test_other_devices_are_refused_at_compile_time(block):

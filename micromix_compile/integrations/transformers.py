@@ -5,7 +5,6 @@ Importing this module, which `import micromix_compile` does, makes the method kn
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,17 +13,11 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from micromix_compile.allocation import uniform_plan
-from micromix_compile.checkpoint import (
-    METHOD,
-    Description,
-    pack_layer,
-    read_tensor,
-    verify_files,
-    warn_of_others,
-)
+from micromix_compile.checkpoint import METHOD, Description, read_tensor, verify_files
 from micromix_compile.errors import CheckpointClassError, CheckpointError, OptionError
 from micromix_compile.layers import linear_shape, linear_shapes
-from micromix_compile.plan import ModelPlan, load_plan
+from micromix_compile.plan import ModelPlan
+from micromix_compile.planned import AnyPlan, as_plan, pack_layer, warn_of_others
 from micromix_compile.quantized_linear import QuantizedLinear
 from micromix_compile.recipe import Recipe
 
@@ -36,30 +29,23 @@ class MicroMixConfig(QuantizationConfigMixin):
     """What `from_pretrained(..., quantization_config=)` takes to quantise a float checkpoint while it is loaded.
 
     Args:
-        plan: a ModelPlan, or the path of a saved one.
-        recipe: instead of a plan, a Recipe that needs no calibration; MXFP8 by default.
+        plan: a ModelPlan, the path of a saved one, or a Recipe that needs no calibration; MXFP8 by default.
         facts: what config.json of a quantised checkpoint holds; not for users.
+
+    Raises PlanFileError and FileVersionError for a file, and OptionError for what is no plan.
     """
 
-    def __init__(
-        self,
-        plan: ModelPlan | str | os.PathLike | None = None,
-        recipe: Recipe | dict | None = None,
-        **facts: Any,
-    ) -> None:
+    def __init__(self, plan: AnyPlan | None = None, **facts: Any) -> None:
         self.quant_method = METHOD
         facts.pop("quant_method", None)
         self.description = None
+        if isinstance(facts.get("recipe"), Recipe):  # config.json has it as a dict
+            raise OptionError(option="recipe", reason="is not one", valid="plan, a Recipe too")
         if facts:
-            self.description = Description.from_dict({**facts, "recipe": recipe or {}})
+            recipe = facts.get("recipe") or {}
+            self.description = Description.from_dict({**facts, "recipe": recipe})
             return
-        if plan is not None and recipe is not None:
-            raise OptionError(
-                option="recipe", reason="cannot be given beside a plan", valid="plan, recipe"
-            )
-        self.plan = plan if plan is None or isinstance(plan, ModelPlan) else load_plan(plan)
-        self.recipe = Recipe.from_dict(recipe) if isinstance(recipe, dict) else recipe
-        self.recipe = self.recipe or Recipe(format="mxfp8")
+        self.plan = Recipe(format="mxfp8") if plan is None else as_plan(plan)
 
     def to_dict(self) -> dict[str, Any]:
         if self.description is not None:
@@ -72,9 +58,9 @@ class MicroMixConfig(QuantizationConfigMixin):
     def plan_for(self, model: nn.Module) -> ModelPlan:
         """The plan of a float model. Raises PlanMismatchError or RecipeError."""
         shapes = linear_shapes(model)
-        if self.plan is None:
+        if isinstance(self.plan, Recipe):
             warn_of_others(model)
-            return uniform_plan(shapes, self.recipe)
+            return uniform_plan(shapes, self.plan)
         self.plan.check(shapes)
         return self.plan
 
