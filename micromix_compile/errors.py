@@ -106,7 +106,7 @@ class OptionError(MicroMixError, ValueError):
     """An option of the backend, or of another call, does not exist or has a bad value.
     Facts: option, reason, valid (a string that lists the options)."""
 
-    template = "micromix: option {option!r} {reason}. Valid: {valid}."
+    template = "Option {option!r} {reason}. Valid: {valid}."
 
 
 class InvalidPlanError(MicroMixError, ValueError):
@@ -463,7 +463,7 @@ class ModelLoadError(MicroMixError):
 
 
 class TextError(MicroMixError, ValueError):
-    """A text cannot be read, or does not give the token windows asked for. Facts: text, reason, mend."""
+    """A text cannot be read, or is shorter than a window of tokens. Facts: text, reason, mend."""
 
     template = "The text {text} cannot be used: {reason}. {mend}."
 
@@ -471,7 +471,7 @@ class TextError(MicroMixError, ValueError):
 class EvaluationError(MicroMixError, ValueError):
     """A measurement cannot be made, or its result means nothing. Facts: reason, mend."""
 
-    template = "Nothing to measure: {reason}. {mend}."
+    template = "No result: {reason}. {mend}."
 
 
 class MissingPackageError(MicroMixError, ImportError):
