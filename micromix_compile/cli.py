@@ -942,7 +942,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _env(arguments: argparse.Namespace) -> int:
     from micromix_compile import env
 
-    return env.main(["--json"] if arguments.json else [])
+    return env.show(arguments.json)
 
 
 if __name__ == "__main__":

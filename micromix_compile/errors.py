@@ -363,8 +363,7 @@ class ExtensionError(MicroMixError):
 
     template = (
         "The micromix extension {path} cannot be used: {reason}. Rebuild it: `make install` in the "
-        "checkout, or there `pip install --no-build-isolation --force-reinstall --no-deps .`. "
-        "`python -m micromix_compile.env` shows what was built."
+        "checkout, or there `pip install --no-build-isolation --force-reinstall --no-deps .`."
     )
 
 
