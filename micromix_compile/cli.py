@@ -751,7 +751,12 @@ def _eval(arguments: argparse.Namespace) -> None:
     if arguments.tasks:
         from micromix_compile.tasks import evaluate_tasks
 
-        results = evaluate_tasks(model, tokenizer, arguments.tasks, variants, arguments.dtype)
+        results = []
+        for row in evaluate_tasks(model, tokenizer, arguments.tasks, variants, arguments.dtype):
+            results.append(row)
+            figures = {k: v for k, v in row.items() if k not in ("task", "variant")}
+            shown = ", ".join(f"{key.split(',')[0]} {value:.4f}" for key, value in figures.items())
+            print(f"{row['task']}, {row['variant']}: {shown}")
     else:
         results = []
         print(
@@ -829,16 +834,10 @@ def _measure(
     model, windows, options: dict, context: int = 0, label: str | None = None, base=None
 ) -> dict:
     """The figures of one variant beside the model itself, or beside `base`."""
-    import torch
+    from micromix_compile.evaluate import compare, lowered
 
-    from micromix_compile.evaluate import compare
-
-    options = {**options, "inductor": False}
-    lowered = torch.compile(model, backend="micromix", options=options, dynamic=False)
-    try:
-        found = compare(model if base is None else base, lowered, windows, context, label)
-    finally:
-        torch.compiler.reset()  # Dynamo gives up, silently, on the ninth variant of one function
+    with lowered(model, options) as variant:
+        found = compare(model if base is None else base, variant, windows, context, label)
     row = {"perplexity": found.model.value}
     for name, (value, error) in {
         "increase": found.increase, "kl": found.divergence, "top1": found.agreement,
