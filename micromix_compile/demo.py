@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +27,14 @@ from rich.table import Table
 
 import micromix_compile as micromix
 from micromix_compile import _torch_compat as compat
-from micromix_compile.evaluate import Decoder, DecodeSpeed, Perplexity, decode_speed, perplexity
+from micromix_compile.evaluate import (
+    Decoder,
+    DecodeSpeed,
+    Perplexity,
+    decode_speed,
+    lowered,
+    perplexity,
+)
 from micromix_compile.files import write_text
 from micromix_compile.models import builtin_text, fast_dtype, halves, load_smollm2, token_windows
 from micromix_compile.picture import draw
@@ -98,7 +106,8 @@ def run(
 
     for variant in variants:
         say(f"{variant.name}: perplexity on {windows.numel()} tokens of the other half")
-        variant.perplexity = perplexity(_lowered(model, variant.plan), windows, label=variant.name)
+        with _lowered(model, variant.plan) as forward:
+            variant.perplexity = perplexity(forward, windows, label=variant.name)
 
     # This starts the compiler's workers, whose start the first row would pay for otherwise.
     torch.compile(lambda x: x + 1)(torch.ones(1))
@@ -140,12 +149,11 @@ def _prompt_tokens(tokenizer, prompt: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def _lowered(model, plan: ModelPlan | None) -> Callable:
+def _lowered(model, plan: ModelPlan | None) -> AbstractContextManager[Callable]:
     """What perplexity is measured with: the model as it is, or its lowered graph without Inductor."""
     if plan is None:
-        return model
-    options = {"plan": plan, "strict": True, "inductor": False}
-    return torch.compile(model, backend="micromix", options=options, fullgraph=True, dynamic=False)
+        return nullcontext(model)
+    return lowered(model, {"plan": plan, "strict": True}, fullgraph=True)
 
 
 def _compile(model, variant: Variant) -> None:

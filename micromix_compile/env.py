@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from micromix_compile.errors import ExtensionError
+from micromix_compile import ops
 
 PACKAGES = ("micromix-compile", "torch", "transformers", "accelerate", "optree", "safetensors")
 CPU_FLAGS = (
@@ -27,9 +27,7 @@ _INSTRUCTION_SETS = (
 
 
 def collect() -> dict[str, Any]:
-    """The facts as nested dicts of plain values. Raises ExtensionError or RuntimeError, as ops does."""
-    from micromix_compile import ops  # here, so that main() can report a library that does not load
-
+    """The facts as nested dicts of plain values. Raises RuntimeError for a bad MICROMIX_CPU_ISA, as ops does."""
     return {
         "versions": {
             "python": platform.python_version(),
@@ -84,16 +82,14 @@ def _transparent_hugepages() -> str:
     return text[text.index("[") + 1 : text.index("]")]
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m micromix_compile.env", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    arguments = parser.parse_args(argv)
+def show(as_json: bool = False) -> int:
+    """Prints the facts, as a table or as JSON; returns the exit code: 1 where the kernels cannot be told."""
     try:
         facts = collect()
-    except (ExtensionError, RuntimeError) as error:
+    except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if arguments.json:
+    if as_json:
         print(json.dumps(facts, indent=2))
         return 0
     for section, values in facts.items():
@@ -101,6 +97,12 @@ def main(argv: list[str] | None = None) -> int:
         for key, value in values.items():
             print(f"  {key:<22} {' '.join(value) if isinstance(value, list) else value}")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m micromix_compile.env", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return show(parser.parse_args(argv).json)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ class OptionError(MicroMixError, ValueError):
     """An option of the backend, or of another call, does not exist or has a bad value.
     Facts: option, reason, valid (a string that lists the options)."""
 
-    template = "micromix: option {option!r} {reason}. Valid: {valid}."
+    template = "Option {option!r} {reason}. Valid: {valid}."
 
 
 class InvalidPlanError(MicroMixError, ValueError):
@@ -342,8 +342,7 @@ class ExtensionError(MicroMixError):
 
     template = (
         "The micromix extension {path} cannot be used: {reason}. Rebuild it: `make install` in the "
-        "checkout, or there `pip install --no-build-isolation --force-reinstall --no-deps .`. "
-        "`python -m micromix_compile.env` shows what was built."
+        "checkout, or there `pip install --no-build-isolation --force-reinstall --no-deps .`."
     )
 
 
@@ -442,7 +441,7 @@ class ModelLoadError(MicroMixError):
 
 
 class TextError(MicroMixError, ValueError):
-    """A text cannot be read, or does not give the token windows asked for. Facts: text, reason, mend."""
+    """A text cannot be read, or is shorter than a window of tokens. Facts: text, reason, mend."""
 
     template = "The text {text} cannot be used: {reason}. {mend}."
 
@@ -450,7 +449,7 @@ class TextError(MicroMixError, ValueError):
 class EvaluationError(MicroMixError, ValueError):
     """A measurement cannot be made, or its result means nothing. Facts: reason, mend."""
 
-    template = "Nothing to measure: {reason}. {mend}."
+    template = "No result: {reason}. {mend}."
 
 
 class MissingPackageError(MicroMixError, ImportError):

@@ -1,13 +1,15 @@
-"""Perplexity with its standard error, and decode speed of several variants measured side by side."""
+"""Perplexity with its standard error, two models compared, and decode speed of several variants measured side by side."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import truediv
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -129,6 +131,27 @@ def compare(
     return Comparison(
         *(Perplexity(_finite(own), tokens) for own in losses), tuple(divergences), tuple(agreements)
     )
+
+
+@contextmanager
+def lowered(
+    model: torch.nn.Module,
+    options: Mapping[str, Any],
+    *,
+    dynamic: bool = False,
+    fullgraph: bool = False,
+) -> Iterator[Callable]:
+    """`model` under these options of the backend, as its lowered graph without Inductor, which compiles in seconds.
+
+    The operators and packed weights are those of a compiled model.
+    """
+    options = {**options, "inductor": False}
+    try:
+        yield torch.compile(
+            model, backend="micromix", options=options, dynamic=dynamic, fullgraph=fullgraph
+        )
+    finally:
+        torch.compiler.reset()  # Dynamo gives up, silently, on the ninth variant of one function
 
 
 def _first_scored(windows: torch.Tensor, context: int) -> int:

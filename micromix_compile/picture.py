@@ -1,4 +1,7 @@
-"""The demo's picture: which channels of which layer got which format, and perplexity against bits."""
+"""What the pictures of the demo, `micromix report` and `micromix sweep` are drawn with: maps of which channels got which format, and PNG files.
+
+The demo's own picture, maps beside perplexity against bits, is `draw`.
+"""
 
 from __future__ import annotations
 

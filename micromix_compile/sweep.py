@@ -13,19 +13,23 @@ from matplotlib.figure import Figure
 from micromix_compile.files import write_text
 from micromix_compile.picture import save_figure
 
-__all__ = ["table", "write_sweep"]
+__all__ = ["FILES", "table", "write_sweep"]
+
+FILES = ("sweep.json", "sweep.md", "sweep.png")
+"""What `write_sweep` writes to its folder."""
 
 
 def write_sweep(rows: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Writes sweep.json, sweep.md and sweep.png to `folder`.
+    """Writes FILES to `folder`: all that is known of each row, a table and a picture.
 
     A row has `bits` and `activation_bits` (elements), `with_scales` (of the weights), with a budget of time also `time`
     (of that of MXFP8), `target` and `rows`, and `texts`: name -> `increase`,
     `increase_error`, `kl`, `top1` and the like, as `micromix eval` gives them; JSON has null for the error of a single
     window.
     """
-    write_text(folder / "sweep.json", json.dumps(_without_nan(list(rows)), indent=1))
-    write_text(folder / "sweep.md", table(rows))
+    figures, words, picture = (folder / name for name in FILES)
+    write_text(figures, json.dumps(_without_nan(list(rows)), indent=1))
+    write_text(words, table(rows))
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     timed = "time" in rows[0]
@@ -48,7 +52,7 @@ def write_sweep(rows: Sequence[dict[str, Any]], folder: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    save_figure(figure, folder / "sweep.png")
+    save_figure(figure, picture)
 
 
 def _without_nan(value: Any) -> Any:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from micromix_compile.errors import EvaluationError, MissingPackageError
+from micromix_compile.evaluate import lowered
 
 __all__ = ["evaluate_tasks"]
 
@@ -19,8 +21,8 @@ def evaluate_tasks(
     tasks: Sequence[str],
     variants: Sequence[tuple[str, dict[str, Any]]],
     label: str = "float",
-) -> list[dict[str, Any]]:
-    """Runs `tasks`, names of the harness or YAML files, on the model and on each variant; prints and returns rows.
+) -> Iterator[dict[str, Any]]:
+    """Runs `tasks`, names of the harness or YAML files, on the model and on each variant; gives each row once it is known.
 
     A variant is (name, options of the backend). A row has `task`, `variant` and the task's metrics with their standard
     errors. Raises MissingPackageError without lm-eval, EvaluationError for a task that is not known.
@@ -43,20 +45,12 @@ def evaluate_tasks(
             reason=f"lm-eval knows no task {unknown[0]!r}",
             mend="Name one of `lm-eval --tasks list`, or a YAML file whose `task:` is its name",
         )
-    rows = []
     for name, options in [(label, None), *variants]:
-        own = model
-        if options is not None:
-            options = {**options, "inductor": False}
-            own = torch.compile(model, backend="micromix", options=options, dynamic=True)
         harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
-        harness._model = own  # HFLM takes a compiled model for its own class of models only
-        with torch.no_grad():
+        compiled = nullcontext(model) if options is None else lowered(model, options, dynamic=True)
+        with compiled as own, torch.no_grad():
+            harness._model = own  # HFLM takes a compiled model for its own class of models only
             found = simple_evaluate(model=harness, tasks=list(names), task_manager=manager)
-        torch.compiler.reset()
         for task, metrics in found["results"].items():
             figures = {k: v for k, v in metrics.items() if isinstance(v, float)}
-            rows.append({"task": task, "variant": name} | figures)
-            shown = ", ".join(f"{key.split(',')[0]} {value:.4f}" for key, value in figures.items())
-            print(f"{task}, {name}: {shown}")
-    return rows
+            yield {"task": task, "variant": name} | figures

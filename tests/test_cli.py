@@ -7,14 +7,16 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_llama import save_tiny
 
-from micromix_compile import Recipe, cli, load_plan, load_statistics
+from micromix_compile import Recipe, load_plan, load_statistics, models
 from micromix_compile.allocation import allocate
-from micromix_compile.cli import _parser, main
+from micromix_compile.cli import main, measure
+from micromix_compile.cli.flags import make_parser
 from micromix_compile.errors import EvaluationError
 
 COMMANDS = (
@@ -66,6 +68,7 @@ def test_help(command, capsys):
         ["no-such-command"],
         ["calibrate"],
         ["calibrate", "--model", "x", "--samples", "0"],
+        ["calibrate", "--model", "x", "--seqlen", "1"],
         ["plan", "s", "--output", "p", "--counts", "*=1,2"],
         ["plan", "s", "--output", "p", "--rules", "even", "even", "odd"],
         ["eval", "--model", "x", "--format", "mxfp5"],
@@ -80,7 +83,7 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
 
 
 def test_every_field_of_a_recipe_has_a_flag():
-    plan = _parser().parse_args(["plan", "statistics", "--output", "plan"])
+    plan = make_parser().parse_args(["plan", "statistics", "--output", "plan"])
     assert {field.name for field in fields(Recipe)} <= vars(plan).keys()
 
 
@@ -206,12 +209,12 @@ def test_a_sweep_that_is_stopped_keeps_its_rows(directory, tmp_path, capsys, mon
     figures = dict.fromkeys(("perplexity", "increase", "kl", "top1"), 1.0)
     measured = [{**figures, "increase_error": math.nan}]  # of one window
 
-    def measure(*args, **kwargs):
+    def compare(*args, **kwargs):
         if not measured:
             raise EvaluationError(reason="that was enough", mend="Stop")
         return measured.pop()
 
-    monkeypatch.setattr(cli, "_measure", measure)
+    monkeypatch.setattr(measure, "_compare", compare)
     flags = ["--gradients", "--statistics", statistics]
     assert main(["calibrate", *small(directory), *flags]) == 0
     flags = ["--budgets", "4", "6", "--statistics", statistics, "--output", str(folder)]
@@ -304,6 +307,9 @@ def test_no_result_goes_where_an_input_lies(directory, statistics, tmp_path, cap
     file = tmp_path / "statistics.safetensors"
     shutil.copy(statistics, file)
     (tmp_path / "link").symlink_to(file)
+    plan = tmp_path / "bits-5.safetensors"  # as sweep calls its own
+    shutil.copy(statistics, plan)
+    (tmp_path / "sweep.md").write_text("Some words.")
     before = file.read_bytes()
     for arguments in (
         ["plan", file, "--output", file],
@@ -312,9 +318,13 @@ def test_no_result_goes_where_an_input_lies(directory, statistics, tmp_path, cap
         ["report", "plan", "--statistics", file, "--output", file],
         ["calibrate", *small(directory), "--output", "new", "--statistics", "new"],
         ["calibrate", *small(directory), "--text", file, "--output", file],
+        ["eval", *small(directory), "--plan", file, "--output", file],
+        ["sweep", *small(directory), "--output", directory],
+        ["sweep", *small(directory), "--statistics", plan, "--budgets", 5, "--output", tmp_path],
+        ["sweep", *small(directory), "--text", tmp_path / "sweep.md", "--output", tmp_path],
     ):
         assert "is the same file" in failure(capsys, *map(str, arguments))
-    assert file.read_bytes() == before
+    assert file.read_bytes() == plan.read_bytes() == before
 
 
 def no_work(*_, **__):
@@ -323,7 +333,8 @@ def no_work(*_, **__):
 
 def test_what_can_be_checked_is_checked_first(directory, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("micromix_compile.models.load", no_work)
-    none, out = str(tmp_path / "none" / "file"), str(tmp_path / "out")
+    none, out, file = (str(tmp_path / name) for name in ("none/file", "out", "file"))
+    Path(file).touch()
     for arguments, message in (
         (["quantize", directory, out, "--max-shard-size", "banana"], "max_shard_size"),
         (["quantize", directory, out, "--text", none], "Give a readable UTF-8 text"),
@@ -335,9 +346,23 @@ def test_what_can_be_checked_is_checked_first(directory, tmp_path, capsys, monke
         (["eval", *small(directory), "--output", none], "Make that folder first"),
         (["eval", *small(directory), "--text", none], "Give a readable UTF-8 text"),
         (["eval", *small(directory), "--device", "meta"], "--device"),
+        (["eval", *small(directory), "--context", "63"], "0 to 62"),
+        (["sweep", *small(directory), "--output", f"{file}/sweep"], f"{file} is no directory"),
+        (["sweep", *small(directory), "--statistics", none], "cannot be read as calibration"),
+        (["sweep", *small(directory), "--text", none], "Give a readable UTF-8 text"),
+        (["demo", "--output", file], "is no directory"),
     ):
         assert message in failure(capsys, *arguments)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_plan_that_calibrate_names_itself_is_checked_first(
+    directory, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("micromix_compile.models.load", no_work)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"{Path(directory).name}.micromix.safetensors").mkdir()
+    assert "is a directory" in failure(capsys, "calibrate", *small(directory))
 
 
 def test_a_plan_of_the_users_is_not_written_over(directory, tmp_path, capsys, monkeypatch):
@@ -350,6 +375,14 @@ def test_a_plan_of_the_users_is_not_written_over(directory, tmp_path, capsys, mo
             assert name in line and "--plan" in line
             assert (tmp_path / name).read_text() == "mine"
             (tmp_path / name).unlink()
+
+
+def test_another_file_of_json_is_no_note_of_a_plan(directory, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("micromix_compile.models.load", no_work)
+    note = tmp_path / "out.plan.json"
+    note.write_text("[1, 2, 3, 4, 5, 6]")
+    line = failure(capsys, "quantize", directory, str(tmp_path / "out"))
+    assert note.name in line and "--plan" in line
 
 
 def test_a_plan_that_was_removed_is_made_again(directory, tmp_path):
@@ -388,8 +421,28 @@ def test_generate_says_what_is_wrong(directory, capsys):
         (["--prompt", ""], "--prompt"),
         (["--prompt", "x", "--chat"], "has no chat template"),
         (["--prompt", "x", "--temperature", "1e-40"], "--temperature"),
+        (["--prompt", "x", "--device", "meta"], "--device"),
     ):
         assert message in failure(capsys, "generate", directory, *flags)
+    for flags in (["--dtype", "float32"], ["--device", "cpu"]):
+        line = failure(capsys, "generate", "some.pt2", "--prompt", "x", *flags)
+        assert line.startswith(f"micromix: error: Option '{flags[0]}' cannot be given")
+
+
+def test_generate_runs_a_checkpoint_in_the_dtype_asked_for(
+    directory, tmp_path, capsys, monkeypatch
+):
+    packed, seen = str(tmp_path / "packed"), []
+    assert main(["quantize", directory, packed, "--format", "mxfp8"]) == 0
+    load = models.load
+    monkeypatch.setattr(models, "load", lambda *args: seen.append(load(*args)) or seen[-1])
+    for source in (directory, packed):
+        for flags in ([], ["--dtype", "float32", "--device", "cpu"]):
+            words = ["--prompt", "the import", "--max-new-tokens", "3", *flags]
+            assert main(["generate", source, *words]) == 0
+            assert "tokens/s" in capsys.readouterr().err
+    dtypes = [model.dtype for model, _ in seen]
+    assert dtypes == [torch.bfloat16, torch.float32] * 2
 
 
 def test_env_fails_where_the_extension_does(capsys, monkeypatch):

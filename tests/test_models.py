@@ -9,7 +9,7 @@ import torch
 from tiny_llama import save_tiny, tiny_llama, tiny_tokenizer
 
 from micromix_compile import models
-from micromix_compile.errors import ModelLoadError, TextError
+from micromix_compile.errors import ModelLoadError, OptionError, TextError
 
 
 def test_local_directory(tmp_path):
@@ -116,9 +116,12 @@ def test_token_windows_that_are_counted_spread_over_the_text():
     assert len(models.token_windows(tokenizer, text, 64, count=10**6)) == len(every)
 
 
-@pytest.mark.parametrize("length, count, context", [(1, None, 0), (8, 0, 0), (8, None, 7)])
-def test_token_windows_of_nothing(length, count, context):
-    with pytest.raises(TextError):
+@pytest.mark.parametrize(
+    "length, count, context, option",
+    [(1, None, 0, "length"), (8, 0, 0, "count"), (8, None, 7, "context"), (8, None, -1, "context")],
+)
+def test_token_windows_of_nothing(length, count, context, option):
+    with pytest.raises(OptionError, match=option):
         models.token_windows(tiny_tokenizer(), "some text", length, count, context)
 
 

@@ -61,8 +61,8 @@ def _checked_info(path: Path, function: str) -> dict[str, str]:
     info = dict(line.split("=", 1) for line in text.splitlines())
     if info.get("abi") != str(ABI):
         reason = (
-            f"it has ABI version {info.get('abi', 'unknown')} and this package needs {ABI}: "
-            "they come from different sources"
+            f"it is build {info.get('build_id', 'unknown')} with ABI version {info.get('abi', 'unknown')}, "
+            f"and this package needs ABI version {ABI}: they come from different sources"
         )
         raise ExtensionError(path=path, reason=reason)
     return info
@@ -75,7 +75,10 @@ def _check_schemas() -> None:
         built = getattr(getattr(ops, packet), overload or "default")._schema
         expected = torch._C.parse_schema(f"{NAMESPACE}::{name}{schema}")
         if built != expected:
-            reason = f"its operator is {built} and this package needs {expected}"
+            reason = (
+                f"in its build {_info['build_id']} the operator is {built}, "
+                f"and this package needs {expected}"
+            )
             raise ExtensionError(path=LIBRARY, reason=reason)
 
 

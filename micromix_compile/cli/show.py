@@ -1,0 +1,42 @@
+"""`micromix report`, `demo` and `env`: what is there, shown."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from micromix_compile.env import show as show_facts
+from micromix_compile.errors import MissingPackageError
+from micromix_compile.plan import load_plan
+from micromix_compile.statistics import load_statistics
+from micromix_compile.targets import modelled_time
+
+
+def report(arguments: argparse.Namespace) -> None:
+    from micromix_compile.report import draw_report
+
+    statistics = load_statistics(arguments.statistics) if arguments.statistics else None
+    plan = load_plan(arguments.plan)
+    time = modelled_time(plan, arguments.target, arguments.rows) if arguments.target else None
+    draw_report(plan, arguments.output, statistics, time)
+    if time:
+        print(time)
+    print(f"report: {arguments.output}")
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    try:
+        from micromix_compile import demo
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("micromix_compile"):
+            raise
+        raise MissingPackageError(
+            package=error.name, purpose="the demo", install="'micromix-compile[demo]'"
+        ) from error
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    demo.run(prompt=arguments.prompt or demo.PROMPT, output=arguments.output, dtype=dtype)
+
+
+def env(arguments: argparse.Namespace) -> int:
+    return show_facts(arguments.json)
