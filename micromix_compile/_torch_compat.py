@@ -295,13 +295,6 @@ def fake_mode_of(values: Any) -> contextlib.AbstractContextManager[Any]:
     )
 
 
-def has_kernel(op: torch._ops.OpOverload, device: torch.device) -> bool:
-    """Whether an operator has a kernel of this kind of device's own."""
-    keys = {"cpu": "CPU", "cuda": "CUDA"}
-    key = keys.get(device.type)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key)
-
-
 def count(name: str) -> None:
     """Add one to a counter that Inductor saves with the graph under compilation."""
     from torch._dynamo.utils import counters

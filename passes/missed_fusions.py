@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import fx
 
-from micromix_compile import _torch_compat as compat
+from micromix_compile.ops import kernel_name
 from micromix_compile.passes.fuse_quantize import QUANTIZE, quantised_value
 
 aten = torch.ops.aten
@@ -41,7 +41,7 @@ _DEPTH = 12  # longer than any norm or activation, shorter than a layer
 
 def missed_fusions(graph: fx.Graph) -> dict[int, str]:
     """What a fused operator would have taken in, by the quantise's number; empty where all is well."""
-    if not compat.has_kernel(torch.ops.micromix.pointwise_quantize.default, _device(graph)):
+    if kernel_name(_device(graph)) == "reference":
         return {}
     found = {}
     for node in graph.find_nodes(op="call_function", target=QUANTIZE):

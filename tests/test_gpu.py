@@ -181,7 +181,8 @@ def ids():
 
 
 def load(directory, device="cuda", **options):
-    return AutoModelForCausalLM.from_pretrained(directory, device_map=device, **options)
+    options = {"device_map": device, "dtype": torch.float32, **options}
+    return AutoModelForCausalLM.from_pretrained(directory, **options)
 
 
 def test_a_checkpoint_runs_on_the_gpu(source, ids, tmp_path):
@@ -223,7 +224,7 @@ def test_measured_recipes_on_the_gpu(source, ids):
     ):
         torch.compiler.reset()
         model = load(source)
-        plan = calibrate(model, gradients=gradients).run([ids.cuda()]).plan(recipe)
+        plan = calibrate(model, gradients=gradients).run([{"input_ids": ids.cuda()}]).plan(recipe)
         with torch.inference_mode():
             exact = model(ids.cuda(), use_cache=False).logits
             plan.attach(model)
