@@ -140,8 +140,9 @@ void pack(const AttentionTask& task, const Shape& shape, int64_t b, int64_t g, i
 // many times as long. NaN stays NaN.
 [[gnu::always_inline]] inline __m512 exp2(__m512 x) {
   const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126), _CMP_NLT_UQ);
-  // The unit in the last place of this is 1: the sum rounds to the nearest integer.
-  const __m512 integers = _mm512_set1_ps(0x1.8p23f);
+  // The unit in the last place of this is 1, so the sum rounds to the nearest integer; its low bits
+  // are the bias of an exponent.
+  const __m512 integers = _mm512_set1_ps(0x1.8p23f + 127);
   const __m512 sum = _mm512_add_ps(x, integers);
   const __m512 f = _mm512_sub_ps(x, _mm512_sub_ps(sum, integers));
   __m512 p = _mm512_set1_ps(9.58284754e-3f);
@@ -149,8 +150,9 @@ void pack(const AttentionTask& task, const Shape& shape, int64_t b, int64_t g, i
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.40240988e-1f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.93124193e-1f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f));
-  const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(sum), 23);
-  return _mm512_castsi512_ps(_mm512_maskz_add_epi32(normal, _mm512_castps_si512(p), exponent));
+  // A product: the sum of an exponent and the bits of a NaN could be any number.
+  const __m512i power = _mm512_slli_epi32(_mm512_castps_si512(sum), 23);
+  return _mm512_maskz_mul_ps(normal, p, _mm512_castsi512_ps(power));
 }
 
 // The mask of one row from key k on, of those keys that `keys` has: lanes that are seen, and what

@@ -166,6 +166,37 @@ def test_nan_and_large_scores(isa, dtype):
     check(query * 1000, key, value)
 
 
+PAYLOADS = (0x7FC00000, 0x7FC10000, 0x7FFFFFFF, -1, 0x7FC00001, -0x3EFFFF, 0x7F810000)
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("queries", [4, 40])
+def test_every_nan_stays_nan(isa, dtype, queries, payload):
+    def nan(of: torch.dtype) -> Tensor:
+        number = torch.tensor(payload, dtype=torch.int32)
+        if of == torch.float32:
+            return number.view(of)
+        return (number >> 16).short().view(of)
+
+    nans = []
+    for which in range(3):
+        inputs = operands(1, 2, 2, queries, queries, 64, 64, dtype)
+        inputs[which][0, 0, 1, 3] = nan(dtype)
+        nans.append(attention(*inputs, None, False, 0.125).isnan())
+    of_query, of_key, of_value = nans
+    assert of_query[0, 1, 0].all() and of_query.sum() == 64
+    assert of_key[0, :, 0].all() and not of_key[0, :, 1].any()
+    assert of_value[0, :, 0, 3].all() and of_value.sum() == queries
+
+    for mask_type in (torch.float32, torch.bfloat16):
+        mask = torch.zeros(1, 1, queries, queries, dtype=mask_type)
+        mask[0, 0, 2, 1] = nan(mask_type)
+        inputs = operands(1, 2, 2, queries, queries, 64, 64, dtype)
+        found = attention(*inputs, mask, False, 0.125).isnan()
+        assert found[0, 2].all() and found.sum() == 2 * 64
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 def test_threads_and_strides_change_nothing(isa, threads, dtype):
     query, key, value = operands(2, 6, 2, 150, 300, 64, 64, dtype)
