@@ -188,6 +188,53 @@ __mmask16 lanes_below(int64_t count) {
   return static_cast<__mmask16>((1u << count) - 1);
 }
 
+// How many keys there are up to the last of [first, keys) that a row of the mask shows, or a few
+// more; `first` where it shows none of them.
+int64_t shown(const AttentionTask& task, int64_t row, int64_t first, int64_t keys) {
+  const bool bytes = task.mask_type == MaskType::kBool;
+  const int64_t step = bytes ? kLine : kLanes;
+  for (int64_t k = first + round_up(keys - first, step); k > first; k -= step) {
+    const int64_t begin = k - step, left = keys - begin;
+    if (bytes) {
+      const __mmask64 some = left < kLine ? (__mmask64{1} << left) - 1 : ~__mmask64{0};
+      const __m512i line =
+          _mm512_maskz_loadu_epi8(some, static_cast<const uint8_t*>(task.mask) + row + begin);
+      if (_mm512_test_epi8_mask(line, line)) return at_most(k, keys);
+    } else if (mask_at(task, row, begin, lanes_below(left)).seen) {
+      return at_most(k, keys);
+    }
+  }
+  return first;
+}
+
+// Whole blocks: what lies in a block that some row sees is met as it always is. Of a prompt the
+// last query mostly sees the most, so that the others are looked at beyond that alone.
+int64_t seen_keys(const AttentionTask& task, int64_t first, int64_t last) {
+  const int64_t keys = task.causal ? at_most(task.keys, task.queries) : task.keys;
+  int64_t seen = task.mask_type == MaskType::kNone ? keys : 0;
+  for (int64_t i = last; i > first && seen < keys; --i) {
+    seen = round_up(shown(task, task.mask_row_at(i - 1), seen, keys), kKeys);
+  }
+  return at_most(round_up(seen, kKeys), task.keys);
+}
+
+// Whether the mask shows some of keys [k0, k0 + count) to a group. Of a prompt that begins with the
+// keys, the query beside the last of them sees them, whatever window it has.
+bool shows(const AttentionTask& task, int64_t b, int64_t g, int64_t k0, int64_t count) {
+  if (task.mask_type == MaskType::kNone) return true;
+  const int64_t first_head = g * task.heads_of_group();
+  const int64_t heads = task.mask_head ? task.heads_of_group() : 1;
+  const int64_t queries = task.mask_queries(), beside = at_most(k0 + count, queries);
+  for (int64_t i = 0; i < queries; ++i) {
+    const int64_t q = (beside - 1 + i) % queries;
+    for (int64_t h = first_head; h < first_head + heads; ++h) {
+      const int64_t row = b * task.mask_batch + h * task.mask_head + q * task.mask_row;
+      if (shown(task, row, k0, k0 + count) > k0) return true;
+    }
+  }
+  return false;
+}
+
 // The rows of a group that meet its keys together.
 class RowBlock {
  public:
@@ -537,9 +584,10 @@ void prepare(const AttentionTask& task, int64_t first, int64_t last, uint8_t* pr
   const Shape shape(task);
   const int64_t blocks = blocks_of(task);
   for (int64_t i = first; i < last; ++i) {
-    const int64_t group = i / blocks, k0 = i % blocks * kKeys;
-    pack(task, shape, group / task.groups, group % task.groups, k0, at_most(task.keys - k0, kKeys),
-         prepared + i * shape.block_bytes());
+    const int64_t b = i / blocks / task.groups, g = i / blocks % task.groups;
+    const int64_t k0 = i % blocks * kKeys, count = at_most(task.keys - k0, kKeys);
+    if (!shows(task, b, g, k0, count)) continue;  // no row meets it
+    pack(task, shape, b, g, k0, count, prepared + i * shape.block_bytes());
   }
 }
 
@@ -554,7 +602,7 @@ void run(const AttentionTask& task, const uint8_t* prepared, int64_t first, int6
 
 }  // namespace
 
-const AttentionKernel kAttentionAmx = {"amx",         1 << 22, prepared_bytes, scratch_bytes,
-                                       prepare_items, items,   prepare,        run};
+const AttentionKernel kAttentionAmx = {
+    "amx", 1 << 22, prepared_bytes, scratch_bytes, prepare_items, items, prepare, run, seen_keys};
 
 }  // namespace micromix::cpu
