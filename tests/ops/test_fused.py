@@ -194,6 +194,17 @@ def test_norms_of_subnormal_float16(isa, flushed):
         assert ((y.double() - exact).abs() <= 2**-10 * exact.abs() + 1e-6).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("function", REFERENCES)
+def test_numbers_far_from_zero(isa, function, dtype):
+    """Activations are 0 where their true value is, however large the number that it is a factor of."""
+    far = torch.tensor([110.0, 1e3, 1e10, 1e20, 1e30, 1e36, 1e38, 3e38])
+    x = torch.cat([-far, far, torch.tensor([-torch.inf, torch.inf, torch.nan])])
+    x = F.pad(x, (0, 32 - len(x))).to(dtype)[None]
+    y = micromix.pointwise_quantize(x, None, function, dtype, True, None, 32, 0, 0, 0)[0]
+    assert same_bits(y, REFERENCES[function](x.double()).to(dtype))
+
+
 def test_sum(isa):
     layout = MIXES[0]
     x, other = rows(4, layout.channels, torch.bfloat16), rows(4, layout.channels, torch.bfloat16, 2)
