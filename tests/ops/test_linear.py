@@ -290,6 +290,18 @@ def test_rows_do_not_depend_on_each_other(isa):
     assert relative_error(together[7:8], operands.run()) <= 1e-6
 
 
+def test_rows_that_do_not_fit_the_cache_together(isa):
+    """A part of the rows meets all panels, then the next does: the bits are the same in any part."""
+    operands = Operands(100, 40, MixedLayout(4096, 1024, 1024))
+    together = operands.run()
+    assert relative_error(together, operands.expected()) <= BAR[torch.float32]
+    data, scales = operands.data, operands.scales
+    parts = (slice(0, 64), slice(13, 96)) if isa != "amx" else (slice(0, 99),)  # one kernel
+    for part in parts:
+        operands.data, operands.scales = data[part], scales[part]
+        assert torch.equal(operands.run(), together[part])
+
+
 def test_shapes(isa):
     layout = MixedLayout(64, 32, 32)
     counts = arguments(layout)
