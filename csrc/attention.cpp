@@ -2,6 +2,7 @@
 // its products.
 #include <torch/csrc/stable/library.h>
 
+#include <atomic>
 #include <optional>
 
 #include "checks.h"
@@ -53,8 +54,20 @@ void add_mask(cpu::AttentionTask& task, Tensor& mask) {
   task.mask_row = mask_stride(mask, 2, task.queries);
 }
 
-void launch(const cpu::AttentionTask& task) {
+int64_t seen_keys(const cpu::AttentionKernel& kernel, const cpu::AttentionTask& task) {
+  std::atomic<int64_t> most{0};
+  parallel(task.mask_rows(), 1 + (1 << 19) / (task.keys + 1), [&](int64_t first, int64_t last) {
+    const int64_t seen = kernel.seen_keys(task, first, last);
+    int64_t before = most;
+    while (seen > before && !most.compare_exchange_weak(before, seen)) {
+    }
+  });
+  return most;
+}
+
+void launch(cpu::AttentionTask task) {
   const cpu::AttentionKernel& kernel = cpu::attention_kernel(task);
+  if (kernel.seen_keys) task.keys = seen_keys(kernel, task);
   const int64_t channels = task.head_size + task.value_size;
   const auto grain = [&](int64_t items, int64_t products) {
     return items == 0 ? 1 : 1 + kernel.grain_products / (products / items + 1);

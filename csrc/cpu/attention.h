@@ -39,10 +39,22 @@ struct AttentionTask {
   // The query heads of a group and their queries are the rows that its keys meet, query by query.
   int64_t heads_of_group() const { return heads / groups; }
   int64_t rows_of_group() const { return heads_of_group() * queries; }
+
+  // The rows of the mask that lie in different places, and where one of them begins.
+  int64_t mask_rows() const {
+    return (mask_batch ? batches : 1) * (mask_head ? heads : 1) * mask_queries();
+  }
+  int64_t mask_row_at(int64_t i) const {
+    const int64_t q = i % mask_queries(), bh = i / mask_queries();
+    const int64_t h = mask_head ? bh % heads : 0, b = mask_head ? bh / heads : bh;
+    return b * mask_batch + h * mask_head + q * mask_row;
+  }
+  int64_t mask_queries() const { return mask_row ? queries : 1; }
 };
 
-// First `prepare` runs over [0, prepare_items), then `run` over [0, items); each range can be split
-// in any way.
+// `seen_keys`, where a kernel has it, says after how many keys no row sees any: the task is given
+// to all others with so few. Then `prepare` runs over [0, prepare_items), then `run` over [0,
+// items); each range can be split in any way.
 struct AttentionKernel {
   const char* name;
   int64_t grain_products;  // work that pays for a second thread
@@ -53,6 +65,7 @@ struct AttentionKernel {
   void (*prepare)(const AttentionTask&, int64_t first, int64_t last, uint8_t* prepared);
   void (*run)(const AttentionTask&, const uint8_t* prepared, int64_t first, int64_t last,
               void* scratch);
+  int64_t (*seen_keys)(const AttentionTask&, int64_t first, int64_t last) = nullptr;
 };
 
 extern const AttentionKernel kAttentionPortable;

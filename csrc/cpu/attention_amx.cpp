@@ -140,8 +140,9 @@ void pack(const AttentionTask& task, const Shape& shape, int64_t b, int64_t g, i
 // many times as long. NaN stays NaN.
 [[gnu::always_inline]] inline __m512 exp2(__m512 x) {
   const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126), _CMP_NLT_UQ);
-  // The unit in the last place of this is 1: the sum rounds to the nearest integer.
-  const __m512 integers = _mm512_set1_ps(0x1.8p23f);
+  // The unit in the last place of this is 1, so the sum rounds to the nearest integer; its low bits
+  // are the bias of an exponent.
+  const __m512 integers = _mm512_set1_ps(0x1.8p23f + 127);
   const __m512 sum = _mm512_add_ps(x, integers);
   const __m512 f = _mm512_sub_ps(x, _mm512_sub_ps(sum, integers));
   __m512 p = _mm512_set1_ps(9.58284754e-3f);
@@ -149,8 +150,9 @@ void pack(const AttentionTask& task, const Shape& shape, int64_t b, int64_t g, i
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.40240988e-1f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.93124193e-1f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f));
-  const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(sum), 23);
-  return _mm512_castsi512_ps(_mm512_maskz_add_epi32(normal, _mm512_castps_si512(p), exponent));
+  // A product: the sum of an exponent and the bits of a NaN could be any number.
+  const __m512i power = _mm512_slli_epi32(_mm512_castps_si512(sum), 23);
+  return _mm512_maskz_mul_ps(normal, p, _mm512_castsi512_ps(power));
 }
 
 // The mask of one row from key k on, of those keys that `keys` has: lanes that are seen, and what
@@ -184,6 +186,53 @@ struct Masked {
 __mmask16 lanes_below(int64_t count) {
   count = count < 0 ? 0 : count > kLanes ? kLanes : count;
   return static_cast<__mmask16>((1u << count) - 1);
+}
+
+// How many keys there are up to the last of [first, keys) that a row of the mask shows, or a few
+// more; `first` where it shows none of them.
+int64_t shown(const AttentionTask& task, int64_t row, int64_t first, int64_t keys) {
+  const bool bytes = task.mask_type == MaskType::kBool;
+  const int64_t step = bytes ? kLine : kLanes;
+  for (int64_t k = first + round_up(keys - first, step); k > first; k -= step) {
+    const int64_t begin = k - step, left = keys - begin;
+    if (bytes) {
+      const __mmask64 some = left < kLine ? (__mmask64{1} << left) - 1 : ~__mmask64{0};
+      const __m512i line =
+          _mm512_maskz_loadu_epi8(some, static_cast<const uint8_t*>(task.mask) + row + begin);
+      if (_mm512_test_epi8_mask(line, line)) return at_most(k, keys);
+    } else if (mask_at(task, row, begin, lanes_below(left)).seen) {
+      return at_most(k, keys);
+    }
+  }
+  return first;
+}
+
+// Whole blocks: what lies in a block that some row sees is met as it always is. Of a prompt the
+// last query mostly sees the most, so that the others are looked at beyond that alone.
+int64_t seen_keys(const AttentionTask& task, int64_t first, int64_t last) {
+  const int64_t keys = task.causal ? at_most(task.keys, task.queries) : task.keys;
+  int64_t seen = task.mask_type == MaskType::kNone ? keys : 0;
+  for (int64_t i = last; i > first && seen < keys; --i) {
+    seen = round_up(shown(task, task.mask_row_at(i - 1), seen, keys), kKeys);
+  }
+  return at_most(round_up(seen, kKeys), task.keys);
+}
+
+// Whether the mask shows some of keys [k0, k0 + count) to a group. Of a prompt that begins with the
+// keys, the query beside the last of them sees them, whatever window it has.
+bool shows(const AttentionTask& task, int64_t b, int64_t g, int64_t k0, int64_t count) {
+  if (task.mask_type == MaskType::kNone) return true;
+  const int64_t first_head = g * task.heads_of_group();
+  const int64_t heads = task.mask_head ? task.heads_of_group() : 1;
+  const int64_t queries = task.mask_queries(), beside = at_most(k0 + count, queries);
+  for (int64_t i = 0; i < queries; ++i) {
+    const int64_t q = (beside - 1 + i) % queries;
+    for (int64_t h = first_head; h < first_head + heads; ++h) {
+      const int64_t row = b * task.mask_batch + h * task.mask_head + q * task.mask_row;
+      if (shown(task, row, k0, k0 + count) > k0) return true;
+    }
+  }
+  return false;
 }
 
 // The rows of a group that meet its keys together.
@@ -535,9 +584,10 @@ void prepare(const AttentionTask& task, int64_t first, int64_t last, uint8_t* pr
   const Shape shape(task);
   const int64_t blocks = blocks_of(task);
   for (int64_t i = first; i < last; ++i) {
-    const int64_t group = i / blocks, k0 = i % blocks * kKeys;
-    pack(task, shape, group / task.groups, group % task.groups, k0, at_most(task.keys - k0, kKeys),
-         prepared + i * shape.block_bytes());
+    const int64_t b = i / blocks / task.groups, g = i / blocks % task.groups;
+    const int64_t k0 = i % blocks * kKeys, count = at_most(task.keys - k0, kKeys);
+    if (!shows(task, b, g, k0, count)) continue;  // no row meets it
+    pack(task, shape, b, g, k0, count, prepared + i * shape.block_bytes());
   }
 }
 
@@ -552,7 +602,7 @@ void run(const AttentionTask& task, const uint8_t* prepared, int64_t first, int6
 
 }  // namespace
 
-const AttentionKernel kAttentionAmx = {"amx",         1 << 22, prepared_bytes, scratch_bytes,
-                                       prepare_items, items,   prepare,        run};
+const AttentionKernel kAttentionAmx = {
+    "amx", 1 << 22, prepared_bytes, scratch_bytes, prepare_items, items, prepare, run, seen_keys};
 
 }  // namespace micromix::cpu

@@ -62,7 +62,8 @@ constexpr float kLog2E = 1.44269504088896340736f;
 
 // 2^x for x at most 0, to a unit in the last place; 0 below 2^-126. NaN stays NaN.
 [[gnu::always_inline]] inline Lanes exp2(Lanes x) {
-  constexpr float kMagic = 0x1.8p23f;  // its unit in the last place is 1
+  // Its unit in the last place is 1, and its low bits are the bias of an exponent.
+  constexpr float kMagic = 0x1.8p23f + 127;
   const Lanes shifted = x + kMagic;
   const Lanes f = x - (shifted - kMagic);
   // Fitted on |f| <= 1/2 (Chebyshev nodes).
@@ -72,7 +73,8 @@ constexpr float kLog2E = 1.44269504088896340736f;
   p = multiply_add(p, f, every(2.402264783e-1f));
   p = multiply_add(p, f, every(6.931472225e-1f));
   p = multiply_add(p, f, every(1.0f));
-  const Lanes power = (Lanes)((Words)p + ((Words)shifted << 23));
+  // A product: the sum of an exponent and the bits of a NaN could be any number.
+  const Lanes power = p * (Lanes)((Words)shifted << 23);
   return x < -126.0f ? Lanes{} : power;
 }
 

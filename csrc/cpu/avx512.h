@@ -132,7 +132,8 @@ constexpr int kE4m3Exponent = 8;
   if (task.bias) {
     sums = _mm512_add_ps(sums, load_floats(task.bias, task.bias_dtype, n, columns));
   }
-  store_floats(task.out, task.out_dtype, row * task.n + n, columns, sums);
+  const int64_t out_row = task.out_rows ? task.out_rows[row] : row;
+  store_floats(task.out, task.out_dtype, out_row * task.n + n, columns, sums);
 }
 
 }  // namespace

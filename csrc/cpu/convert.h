@@ -20,9 +20,12 @@ MX_HOST_DEVICE constexpr uint16_t float_to_bfloat16(float value) {
 MX_HOST_DEVICE inline float float16_to_float(uint16_t bits) {
   const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16;
   const uint32_t magnitude = bits & 0x7FFF;
-  if (magnitude >= 0x7C00) return std::bit_cast<float>(sign | 0x7F800000 | (magnitude << 13));
-  // float16 in the bit positions of float32 is 2^-112 of its value; the product is exact.
-  const float value = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
+  // A subnormal number gets the leading 1 that it has not, which is taken off again. No float32
+  // here is subnormal: the thread may want those taken for zero. The difference makes NaN quiet.
+  const uint32_t one = magnitude < 0x400 ? 0x38800000 : 0;  // 2^-14
+  const uint32_t bias = magnitude >= 0x7C00 ? 0x70000000 : 0x38000000;
+  const uint32_t moved = (magnitude << 13) + (one ? one : bias);
+  const float value = std::bit_cast<float>(moved) - std::bit_cast<float>(one);
   return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(value));
 }
 

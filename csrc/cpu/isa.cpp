@@ -126,8 +126,7 @@ const QuantizeKernel& quantize_kernel() {
 
 const LinearKernel& linear_kernel(const LinearTask& task) {
 #if defined(MICROMIX_X86)
-  if (current_isa() == Isa::kAmx && has_amx_rows(task) && task.layout.blocks() > 0 &&
-      !reinterpret_cast<const PlacedHeader*>(task.weight)->has_wide_scales) {
+  if (current_isa() == Isa::kAmx && has_amx_rows(task) && task.layout.blocks() > 0) {
     return kLinearAmx;
   }
   if (current_isa() >= Isa::kAvx512) return kLinearAvx512;

@@ -48,6 +48,8 @@ struct LinearTask {
   void* out = nullptr;  // [m, n]
   Dtype out_dtype = Dtype::kFloat32;
   const uint8_t* arranged = nullptr;  // what the kernel's `arrange` left
+  // [m], the rows of `out`, where they are not the first m: of AVX-512's kernel alone.
+  const int64_t* out_rows = nullptr;
 
   // The product of row r alone, to be prepared anew.
   LinearTask of_row(int64_t r) const {

@@ -33,14 +33,44 @@ typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
   return v;
 }
 
-// Apart from the others, whose vectors stay in registers.
-[[gnu::noinline]] void from_float16(const Halves& bits, Lanes& v) {
-  for (int j = 0; j < kLanes; ++j) v[j] = float16_to_float(bits[j]);
+// A NaN loses its payload in float16, as in float_to_float16; conversions from it make it quiet.
+// The instructions look at no flag of the thread: its wish for zeros in place of subnormal numbers
+// is about float32.
+#if defined(__AVX512BW__)
+[[gnu::always_inline]] inline Lanes from_float16(Halves bits) {
+  return (Lanes)_mm512_cvtph_ps((__m256i)bits);
 }
 
-[[gnu::noinline]] void to_float16(const Lanes& v, Halves& bits) {
-  for (int j = 0; j < kLanes; ++j) bits[j] = float_to_float16(v[j]);
+[[gnu::always_inline]] inline Halves to_float16(Lanes v) {
+  const __m512i sign = _mm512_and_si512((__m512i)v, _mm512_set1_epi32(INT32_MIN));
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  const __m512i number = _mm512_mask_or_epi32((__m512i)v, nan, sign, _mm512_set1_epi32(0x7FC00000));
+  return (Halves)_mm512_cvtps_ph((__m512)number, _MM_FROUND_TO_NEAREST_INT);
 }
+#elif defined(__AVX2__)
+[[gnu::always_inline]] inline Lanes from_float16(Halves bits) {
+  return (Lanes)_mm256_cvtph_ps((__m128i)bits);
+}
+
+[[gnu::always_inline]] inline Halves to_float16(Lanes v) {
+  const Words nan = ((Words)v & 0x80000000u) | 0x7FC00000u;
+  const Lanes number = v == v ? v : (Lanes)nan;
+  return (Halves)_mm256_cvtps_ph((__m256)number, _MM_FROUND_TO_NEAREST_INT);
+}
+#else
+// Apart from the others, whose vectors stay in registers.
+[[gnu::noinline]] Lanes from_float16(Halves bits) {
+  Lanes v;
+  for (int j = 0; j < kLanes; ++j) v[j] = float16_to_float(bits[j]);
+  return v;
+}
+
+[[gnu::noinline]] Halves to_float16(Lanes v) {
+  Halves bits;
+  for (int j = 0; j < kLanes; ++j) bits[j] = float_to_float16(v[j]);
+  return bits;
+}
+#endif
 
 #if defined(__AVX512BW__)
 [[gnu::always_inline]] inline __mmask16 first_lanes(int lanes) {
@@ -113,9 +143,7 @@ typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
   if (dtype == Dtype::kBFloat16) return load_bfloat16(halves, lanes);
   Halves bits{};
   std::memcpy(&bits, halves, lanes * sizeof(uint16_t));
-  Lanes v;
-  from_float16(bits, v);
-  return v;
+  return from_float16(bits);
 }
 
 // Stores numbers that are of `dtype` already.
@@ -126,18 +154,13 @@ typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
   }
   uint16_t* const halves = static_cast<uint16_t*>(to) + at;
   if (dtype == Dtype::kBFloat16) return store_bfloat16(v, halves, lanes);
-  Halves bits;
-  to_float16(v, bits);
+  const Halves bits = to_float16(v);
   std::memcpy(halves, &bits, lanes * sizeof(uint16_t));
 }
 
 [[gnu::always_inline]] inline Lanes rounded(Lanes v, Dtype dtype) {
   if (dtype == Dtype::kBFloat16) return rounded_to_bfloat16(v);
-  if (dtype == Dtype::kFloat16) {
-    Halves half;
-    to_float16(v, half);
-    from_float16(half, v);
-  }
+  if (dtype == Dtype::kFloat16) return from_float16(to_float16(v));
   return v;
 }
 

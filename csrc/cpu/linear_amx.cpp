@@ -3,8 +3,8 @@
 // Of a long MXFP4 segment integers are multiplied (integer_tiles.h), where there are rows enough.
 // Otherwise both operands are decoded to bfloat16 with their scales applied: an MX element times
 // its scale is a bfloat16 number, and no product or sum leaves the normal float32 range (AMX takes
-// subnormal numbers for zero), while scales are in the plain range. A weight with other scales
-// never comes here; an activation row with other scales is done again by the AVX-512 kernel.
+// subnormal numbers for zero), while scales are in the plain range. Panels of the weight and rows
+// of activations with other scales are the AVX-512 kernel's, eight rows at a time.
 #include "amx_blocked.h"
 #include "amx_streamed.h"
 
@@ -118,14 +118,15 @@ void prepare(const LinearTask& task, int64_t first_row, int64_t last_row, uint8_
   }
 }
 
-// Scratch: the decoded weight, the factors of its columns, the sums, one row for AVX-512.
+// Scratch: the decoded weight, the factors of its columns, the sums, rows for AVX-512.
+constexpr int64_t kRowsAgain = 8;  // at once: so many meet a decoded tile of its
 struct Scratch {
-  int64_t decoded, factors, sums, row;
+  int64_t decoded, factors, sums, rows;
 
   explicit Scratch(const LinearTask& task) {
-    LinearTask one = task;
-    one.m = 1;
-    row = kLinearAvx512.prepared_bytes(one);
+    LinearTask some = task;
+    some.m = task.m < kRowsAgain ? task.m : kRowsAgain;
+    rows = kLinearAvx512.prepared_bytes(some);
     if (is_streamed(task)) {
       decoded = kRing * 2 * kTileBytes;
       factors = 0;
@@ -142,8 +143,70 @@ struct Scratch {
 
 int64_t scratch_bytes(const LinearTask& task) {
   const Scratch scratch(task);
-  return scratch.decoded + scratch.factors + scratch.sums + scratch.row;
+  return scratch.decoded + scratch.factors + scratch.sums + scratch.rows;
 }
+
+// Whether some scale of a panel lies outside the plain range. What pads the scales is neutral.
+bool is_wide(const LinearTask& task, const PlacedLayout& sizes, int64_t panel) {
+  const uint8_t* const scales = task.weight + kLine + panel * sizes.panel_bytes;
+  const __m512i least = _mm512_set1_epi8(kSmallestPlainScale);
+  const __m512i range = _mm512_set1_epi8(kLargestPlainScale - kSmallestPlainScale);
+  __mmask64 wide = 0;
+  for (int64_t i = 0; i < sizes.scale_bytes; i += kLine) {
+    wide |= _mm512_cmpgt_epu8_mask(_mm512_sub_epi8(load(scales + i), least), range);
+  }
+  return wide != 0;
+}
+
+// Calls f with the ranges of panels that are wide, or with those that are not.
+template <typename F>
+void for_each_range(const LinearTask& task, int64_t first_panel, int64_t last_panel, bool wide,
+                    const F& f) {
+  if (!reinterpret_cast<const PlacedHeader*>(task.weight)->has_wide_scales) {
+    if (!wide) f(first_panel, last_panel);
+    return;
+  }
+  const PlacedLayout sizes(task.layout, task.n);
+  for (int64_t p = first_panel; p < last_panel;) {
+    const int64_t first = p;
+    while (p < last_panel && is_wide(task, sizes, p) == wide) ++p;
+    if (p > first) f(first, p);
+    while (p < last_panel && is_wide(task, sizes, p) != wide) ++p;
+  }
+}
+
+// Rows that AVX-512 multiplies. The bits of none depend on which are multiplied with it.
+class RowsAgain {
+ public:
+  RowsAgain(const LinearTask& task, uint8_t* prepared) : task_(task), prepared_(prepared) {
+    row_bytes_ = kLinearAvx512.prepared_bytes(task.of_row(0));
+  }
+
+  // Adds a row. `run` is called with panels once there are enough, and by `finish`.
+  template <typename F>
+  void add(int64_t row, const F& for_panels) {
+    kLinearAvx512.prepare(task_.of_row(row), 0, 1, prepared_ + count_ * row_bytes_);
+    rows_[count_++] = row;
+    if (count_ == kRowsAgain) finish(for_panels);
+  }
+
+  template <typename F>
+  void finish(const F& for_panels) {
+    if (count_ == 0) return;
+    LinearTask some = task_;
+    some.m = count_;
+    some.out_rows = rows_;
+    for_panels([&](int64_t first_panel, int64_t last_panel) {
+      kLinearAvx512.run(some, prepared_, first_panel, last_panel, nullptr);
+    });
+    count_ = 0;
+  }
+
+ private:
+  const LinearTask& task_;
+  uint8_t* const prepared_;
+  int64_t row_bytes_, count_ = 0, rows_[kRowsAgain];
+};
 
 void run(const LinearTask& task, const uint8_t* prepared, int64_t first_panel, int64_t last_panel,
          void* scratch) {
@@ -152,28 +215,35 @@ void run(const LinearTask& task, const uint8_t* prepared, int64_t first_panel, i
   uint8_t* const decoded = static_cast<uint8_t*>(scratch);
   uint8_t* const factors = decoded + parts.decoded;
   uint8_t* const sums = factors + parts.factors;
-  const Context context{task,    PlacedLayout(task.layout, task.n), prepared,
-                        decoded, reinterpret_cast<Sums*>(sums),     last_panel};
-  {
+  for_each_range(task, first_panel, last_panel, false, [&](int64_t first, int64_t last) {
+    const Context context{task,    PlacedLayout(task.layout, task.n), prepared,
+                          decoded, reinterpret_cast<Sums*>(sums),     last};
     const Tiles tiles;
     if (is_streamed(task)) {
-      run_streamed(context, first_panel);
+      run_streamed(context, first);
     } else {
       run_blocked({context, sizes.steps, Arrangement(task.arranged, task.m),
                    reinterpret_cast<const float*>(prepared + sizes.factors()),
                    reinterpret_cast<float*>(factors)},
-                  first_panel);
+                  first);
     }
-  }
+  });
 
+  // Rows with wide scales meet all panels, the others the wide ones.
   const uint8_t* const done_again = prepared + sizes.done_again();
-  for (int64_t r = 0; r < task.m; ++r) {
-    if (!done_again[r]) continue;
-    const LinearTask one = task.of_row(r);
-    uint8_t* const row = sums + parts.sums;
-    kLinearAvx512.prepare(one, 0, 1, row);
-    kLinearAvx512.run(one, row, first_panel, last_panel, nullptr);
-  }
+  const auto all = [&](const auto& f) { f(first_panel, last_panel); };
+  const auto wide = [&](const auto& f) { for_each_range(task, first_panel, last_panel, true, f); };
+  bool has_wide = false;
+  wide([&](int64_t, int64_t) { has_wide = true; });
+  const auto run_rows = [&](bool again, const auto& panels) {
+    RowsAgain rows(task, sums + parts.sums);
+    for (int64_t r = 0; r < task.m; ++r) {
+      if (static_cast<bool>(done_again[r]) == again) rows.add(r, panels);
+    }
+    rows.finish(panels);
+  };
+  run_rows(true, all);
+  if (has_wide) run_rows(false, wide);
 }
 
 }  // namespace

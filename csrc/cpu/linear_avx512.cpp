@@ -444,13 +444,20 @@ void run_panels(const LinearTask& task, const uint8_t* prepared, int64_t first, 
   if (task.m == 2) return run_few_rows<kWide, 2>(task, prepared, first, last);
   if (task.m == 3) return run_few_rows<kWide, 3>(task, prepared, first, last);
   if (task.m == 4) return run_few_rows<kWide, 4>(task, prepared, first, last);
-  for (int64_t p = first; p < last; ++p) {
-    int64_t m = 0;
-    for (; m + 8 <= task.m; m += 8) run_rows<kWide, 8, 1>(task, prepared, p, 0, m);
-    for (; m + 4 <= task.m; m += 4) run_rows<kWide, 4, 1>(task, prepared, p, 0, m);
-    for (; m + 3 <= task.m; m += 3) run_rows<kWide, 3, 1>(task, prepared, p, 0, m);
-    for (; m + 2 <= task.m; m += 2) run_rows<kWide, 2, 1>(task, prepared, p, 0, m);
-    for (; m < task.m; ++m) run_rows<kWide, 1, 1>(task, prepared, p, 0, m);
+  // Rows that stay in the second-level cache meet all panels, then the next do.
+  constexpr int64_t kCached = 512 << 10;
+  const int64_t groups = kCached / prepared_row_bytes(task.layout) / kMaxRows;
+  const int64_t chunk = (groups > 0 ? groups : 1) * kMaxRows;
+  for (int64_t start = 0; start < task.m; start += chunk) {
+    const int64_t end = start + chunk < task.m ? start + chunk : task.m;
+    for (int64_t p = first; p < last; ++p) {
+      int64_t m = start;
+      for (; m + 8 <= end; m += 8) run_rows<kWide, 8, 1>(task, prepared, p, 0, m);
+      for (; m + 4 <= end; m += 4) run_rows<kWide, 4, 1>(task, prepared, p, 0, m);
+      for (; m + 3 <= end; m += 3) run_rows<kWide, 3, 1>(task, prepared, p, 0, m);
+      for (; m + 2 <= end; m += 2) run_rows<kWide, 2, 1>(task, prepared, p, 0, m);
+      for (; m < end; ++m) run_rows<kWide, 1, 1>(task, prepared, p, 0, m);
+    }
   }
 }
 

@@ -26,9 +26,10 @@ template <typename F>
   }
 }
 
-// e^x to 2 units in the last place; below 2^-126 it is that, above 2^127 about that.
+// e^x to 2 units in the last place; 0 from 2^-126.5 down, infinity from 2^127.5 up, as the factor
+// at the end is at the ends of the range.
 inline Lanes exponential(Lanes x) {
-  x = clamped(x, -87.33f, 88.37f);
+  x = clamped(x, -88.0f, 88.7f);
   constexpr float kMagic = 0x1.8p23f;  // its unit in the last place is 1
   const Lanes shifted = x * 1.44269504f + kMagic;
   const Lanes n = shifted - kMagic;
@@ -68,7 +69,8 @@ inline Lanes logistic_product_for_bfloat16(Lanes x, Lanes u) {
   // A step of Newton's on a reciprocal of 14 bits.
   const __m512 about = _mm512_rcp14_ps(below);
   const __m512 rest = _mm512_fnmadd_ps(below, about, set(1.0f));
-  return x * (Lanes)_mm512_fmadd_ps(rest, about, about);
+  const __mmask16 finite = _mm512_cmp_ps_mask((__m512)u, set(-88.37f), _CMP_NLT_UQ);  // e^-u
+  return x * (Lanes)_mm512_maskz_fmadd_ps(finite, rest, about, about);
 }
 #endif
 

@@ -166,6 +166,100 @@ def test_nan_and_large_scores(isa, dtype):
     check(query * 1000, key, value)
 
 
+PROMPTS = ((9, 3, 16), (6, 2, 40), (70, 1, 1))  # heads, key heads, queries
+
+
+@pytest.mark.parametrize("kind", ["bool", "bfloat16", "float32"])
+@pytest.mark.parametrize("heads, groups, queries", PROMPTS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_keys_that_no_query_sees_are_not_there(isa, heads, groups, queries, kind, dtype):
+    """A prompt in a cache with room: the bits are those of a cache that ends where the room begins."""
+    query, key, value = operands(2, heads, groups, queries, 1100, 64, 48, dtype)
+    seen = torch.arange(1100) <= torch.arange(queries)[:, None] + 300
+    mask = seen[None, None]
+    if kind != "bool":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -math.inf).to(getattr(torch, kind))
+    key[:, :, 384:] = value[:, :, 384:] = math.nan
+    ends = (x[:, :, :384] for x in (key, value))
+    expected = attention(query, *ends, mask[..., :384], False, 0.125)
+    assert not expected.isnan().any()
+    assert torch.equal(attention(query, key, value, mask, False, 0.125), expected)
+
+
+@pytest.mark.parametrize("queries", [3, 50, 130])
+def test_keys_after_the_last_query_are_not_there(isa, queries):
+    query, key, value = operands(1, 6, 2, queries, 700, 64, 64)
+    check(query, key, value, is_causal=True)
+    key[:, :, 256:] = value[:, :, 256:] = math.nan
+    ends = (x[:, :, :256] for x in (key, value))
+    expected = attention(query, *ends, None, True, 0.125)
+    assert torch.equal(attention(query, key, value, None, True, 0.125), expected)
+
+
+@pytest.mark.parametrize("of_heads, of_queries", [(True, True), (True, False), (False, True)])
+def test_masks_that_hide_other_keys_from_every_batch_and_head(isa, of_heads, of_queries):
+    """Windows and padding: some blocks of keys are seen by one head alone, and some by none."""
+    batch, heads, queries, keys = 2, 6, 40, 1500
+    inputs = operands(batch, heads, 2, queries, keys, 64, 64)
+    shape = (batch, heads if of_heads else 1, queries if of_queries else 1, 1)
+    generator = torch.Generator().manual_seed(3)
+    first = torch.randint(130, 1100, shape, generator=generator)
+    mask = (torch.arange(keys) >= first) & (torch.arange(keys) < first + 200)
+    mask[1] &= torch.arange(keys) < 600  # and some see nothing
+    check(*inputs, mask)
+    added = torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
+    assert torch.equal(
+        attention(*inputs, added, False, 0.125), attention(*inputs, mask, False, 0.125)
+    )
+    assert not attention(*inputs, mask & False, False, 0.125).any()
+
+
+@pytest.mark.parametrize("farthest", [0, 140, 299])
+def test_the_query_that_sees_the_most_may_be_any(isa, threads, farthest):
+    """The mask is large enough for several threads to look through it."""
+    query, key, value = operands(1, 2, 1, 300, 6000, 32, 32)
+    mask = torch.arange(6000)[None] < torch.full((300, 1), 50)
+    mask[farthest, 1000] = True
+    key[:, :, 1024:] = value[:, :, 1024:] = math.nan
+    ends = (x[:, :, :1024] for x in (key, value))
+    threads(1)
+    expected = attention(query, *ends, mask[None, None, :, :1024], False, 0.125)
+    for count in (1, 2, 3):
+        threads(count)
+        assert torch.equal(attention(query, key, value, mask[None, None], False, 0.125), expected)
+
+
+PAYLOADS = (0x7FC00000, 0x7FC10000, 0x7FFFFFFF, -1, 0x7FC00001, -0x3EFFFF, 0x7F810000)
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("queries", [4, 40])
+def test_every_nan_stays_nan(isa, dtype, queries, payload):
+    def nan(of: torch.dtype) -> Tensor:
+        number = torch.tensor(payload, dtype=torch.int32)
+        if of == torch.float32:
+            return number.view(of)
+        return (number >> 16).short().view(of)
+
+    nans = []
+    for which in range(3):
+        inputs = operands(1, 2, 2, queries, queries, 64, 64, dtype)
+        inputs[which][0, 0, 1, 3] = nan(dtype)
+        nans.append(attention(*inputs, None, False, 0.125).isnan())
+    of_query, of_key, of_value = nans
+    assert of_query[0, 1, 0].all() and of_query.sum() == 64
+    assert of_key[0, :, 0].all() and not of_key[0, :, 1].any()
+    assert of_value[0, :, 0, 3].all() and of_value.sum() == queries
+
+    for mask_type in (torch.float32, torch.bfloat16):
+        mask = torch.zeros(1, 1, queries, queries, dtype=mask_type)
+        mask[0, 0, 2, 1] = nan(mask_type)
+        inputs = operands(1, 2, 2, queries, queries, 64, 64, dtype)
+        found = attention(*inputs, mask, False, 0.125).isnan()
+        assert found[0, 2].all() and found.sum() == 2 * 64
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 def test_threads_and_strides_change_nothing(isa, threads, dtype):
     query, key, value = operands(2, 6, 2, 150, 300, 64, 64, dtype)

@@ -132,6 +132,79 @@ def test_pointwise(isa, function, dtype):
     assert_quantised(product, quantised, *quantise)
 
 
+@pytest.fixture(params=[False, True], ids=["", "flushed"])
+def flushed(request):
+    """Runs a test once more with subnormal numbers of float32 taken for zero in this thread."""
+    torch.set_flush_denormal(request.param)
+    yield request.param
+    torch.set_flush_denormal(False)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Signs of zeros count; which NaN it is does not."""
+    words = torch.int16 if a.element_size() == 2 else torch.int32
+    return bool(((a.view(words) == b.view(words)) | (a.isnan() & b.isnan())).all())
+
+
+def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x, `[rows, 512]`, as a fused operator reads and writes it."""
+    return micromix.pointwise_quantize(x, None, Pointwise.CAST, dtype, True, None, 512, 0, 0, 0)[0]
+
+
+FLOAT16 = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+WIDE = FLOAT16.float()
+
+
+def test_every_float16_number_is_read_and_written(isa, flushed):
+    """Subnormal ones are normal in float32, whatever the thread wants of those of float32."""
+    x = FLOAT16.view(-1, 512)
+    assert same_bits(cast(x, torch.float32), WIDE.view(-1, 512))
+    assert same_bits(cast(x, torch.float16), x)
+    signs = (FLOAT16.view(torch.int16) < 0)[FLOAT16.isnan()]
+    quiet = torch.where(signs, -0x200, 0x7E00).short()
+    assert torch.equal(cast(x, torch.float16).view(-1)[FLOAT16.isnan()].view(torch.int16), quiet)
+
+
+def test_rounding_to_float16(isa, flushed):
+    """At, below and above every midpoint, the one before infinity included."""
+    numbers = WIDE[WIDE.isfinite() & (WIDE != 0)].double()
+    away = torch.where(numbers.abs() == 65504, 65536 * numbers.sign(), 0.0)
+    up = (numbers.half().view(torch.int16) + 1).view(torch.float16).double()
+    middle = ((numbers + torch.where(away == 0, up, away)) / 2).float()
+    x = torch.stack([middle, *(middle.nextafter(torch.tensor(end)) for end in (-1e9, 1e9))])
+    x = F.pad(x.view(-1), (0, -x.numel() % 512)).view(-1, 512)
+    assert same_bits(cast(x, torch.float16), x.half())
+
+
+def test_norms_of_subnormal_float16(isa, flushed):
+    layout = MIXES[0]
+    x = (rows(4, layout.channels, torch.float32) * 2**-16).half()
+    rest = (torch.float16, True, None, *arguments(layout))
+    wide = x.double()
+    for y, exact in (
+        (
+            micromix.rms_norm_quantize(x, None, None, 0.0, 1, *rest)[1],
+            wide / wide.pow(2).mean(-1, keepdim=True).sqrt(),
+        ),
+        (
+            micromix.layer_norm_quantize(x, None, None, None, 0.0, *rest)[1],
+            F.layer_norm(wide, wide.shape[-1:], eps=0.0),
+        ),
+    ):
+        assert ((y.double() - exact).abs() <= 2**-10 * exact.abs() + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("function", REFERENCES)
+def test_numbers_far_from_zero(isa, function, dtype):
+    """Activations are 0 where their true value is, however large the number that it is a factor of."""
+    far = torch.tensor([110.0, 1e3, 1e10, 1e20, 1e30, 1e36, 1e38, 3e38])
+    x = torch.cat([-far, far, torch.tensor([-torch.inf, torch.inf, torch.nan])])
+    x = F.pad(x, (0, 32 - len(x))).to(dtype)[None]
+    y = micromix.pointwise_quantize(x, None, function, dtype, True, None, 32, 0, 0, 0)[0]
+    assert same_bits(y, REFERENCES[function](x.double()).to(dtype))
+
+
 def test_sum(isa):
     layout = MIXES[0]
     x, other = rows(4, layout.channels, torch.bfloat16), rows(4, layout.channels, torch.bfloat16, 2)

@@ -139,6 +139,47 @@ def test_one_row_at_the_end_of_the_range(isa, m, layout):
         assert relative_error(actual[row], expected[row]) <= BAR[torch.float32]
 
 
+@pytest.mark.parametrize("weights", ["match", "mxfp4"])
+@pytest.mark.parametrize(("m", "layout"), [(5, SHORT), (40, SHORT), (140, LONG)], ids=str)
+@pytest.mark.parametrize("count", [1, 3, 8, 19, None])
+def test_rows_at_the_end_of_the_range_do_not_depend_on_each_other(isa, m, layout, count, weights):
+    """However many rows have a block of tiny numbers, each has the bits that it has as the only one."""
+    operands = Operands(m, 40, layout, weights)
+    plain = operands.scales.clone()
+    wide = torch.randperm(m, generator=torch.Generator().manual_seed(2))[:count]
+    operands.scales[wide, 1] = 60
+    together, expected = operands.run(), operands.expected()
+    assert relative_error(together, expected) <= BAR[torch.float32]
+    tiny = operands.scales.clone()
+    for row in wide[:5]:
+        operands.scales = plain.clone()
+        operands.scales[row] = tiny[row]
+        assert torch.equal(operands.run()[row], together[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("m", "layout"), [(1, SHORT), (40, SHORT), (140, LONG)], ids=str)
+@pytest.mark.parametrize("panels", [(0,), (1,), (6,), (1, 2, 4), range(7)], ids=str)
+def test_panels_at_the_end_of_the_range(isa, threads, m, layout, panels, dtype):
+    """What lies outside of the plain range in some panels of a weight changes no other panel."""
+    operands = Operands(m, 100, layout)
+    before = operands.run(dtype)
+    changed = torch.zeros(100, dtype=torch.bool)
+    for panel in panels:
+        operands.weight_scales[16 * panel + 3, 1] = 40 if panel % 2 else 190
+        changed[16 * panel : 16 * panel + 16] = True
+    operands.scales[m // 2, 0] = 70  # a row with such a scale
+    threads(1)
+    after, expected = operands.run(dtype), operands.expected()
+    threads(2)
+    assert torch.equal(operands.run(dtype), after)
+    for column in (3, 19, 35, 51, 99):
+        assert relative_error(after[:, column], expected[:, column]) <= BAR[dtype]
+    if isa == "amx":
+        others = torch.arange(m) != m // 2
+        assert torch.equal(after[others][:, ~changed], before[others][:, ~changed])
+
+
 @pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, -1)])
 @pytest.mark.parametrize("weights", ["match", "mxfp4"])
 @pytest.mark.parametrize("format6", ["e2m3", "e3m2"])
@@ -288,6 +329,18 @@ def test_rows_do_not_depend_on_each_other(isa):
     together = operands.run()
     operands.data, operands.scales = operands.data[7:8], operands.scales[7:8]
     assert relative_error(together[7:8], operands.run()) <= 1e-6
+
+
+def test_rows_that_do_not_fit_the_cache_together(isa):
+    """A part of the rows meets all panels, then the next does: the bits are the same in any part."""
+    operands = Operands(100, 40, MixedLayout(4096, 1024, 1024))
+    together = operands.run()
+    assert relative_error(together, operands.expected()) <= BAR[torch.float32]
+    data, scales = operands.data, operands.scales
+    parts = (slice(0, 64), slice(13, 96)) if isa != "amx" else (slice(0, 99),)  # one kernel
+    for part in parts:
+        operands.data, operands.scales = data[part], scales[part]
+        assert torch.equal(operands.run(), together[part])
 
 
 def test_shapes(isa):
