@@ -13,7 +13,12 @@ from tqdm import tqdm
 from micromix_compile import _torch_compat as compat
 from micromix_compile.attachment import STRUCTURE
 from micromix_compile.choice import Choice, choose
-from micromix_compile.errors import GradientError, MicroMixError, OptionError
+from micromix_compile.errors import (
+    GradientError,
+    MicroMixError,
+    OptionError,
+    RecompileLimitError,
+)
 from micromix_compile.explain import GraphReport, record
 from micromix_compile.ops import EMULATED, blackwell_kernel, kernel_name, refuse_weight_only
 from micromix_compile.options import VALID, Options
@@ -47,16 +52,21 @@ def micromix(
 ) -> Callable[..., Any]:
     """The backend behind `torch.compile(model, backend="micromix")`; see Options for what it takes."""
     try:
-        return _compile(gm, example_inputs, Options.parse(options, mode))
+        given = {"mode": mode} if mode else {}
+        given |= {"options": options} if options else {}
+        report = GraphReport(given=given)
+        return _compile(gm, example_inputs, Options.parse(options, mode), report)
     except MicroMixError as error:
         raise compat.raised_through_dynamo(error) from error.__cause__
 
 
+compat.never_uncompiled(micromix, lambda function: RecompileLimitError(function=function))
+
+
 def _compile(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, report: GraphReport
 ) -> Callable[..., Any]:
     gm = compat.copy_graph_module(gm)
-    report = GraphReport()
     contiguous_cats(gm.graph)
     linears = find_linears(gm, example_inputs)
     if any(linear.reason is None for linear in linears):

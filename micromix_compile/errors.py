@@ -45,6 +45,7 @@ __all__ = [
     "PlanMismatchError",
     "QuantizedAlreadyError",
     "RecipeError",
+    "RecompileLimitError",
     "ReferenceKernelWarning",
     "ReleasedWeightError",
     "RoundedWeightError",
@@ -238,6 +239,16 @@ class GradientError(MicroMixError):
     template = (
         "micromix runs inference only: {reason}. Call model.eval(), and run the model under "
         "torch.no_grad() or torch.inference_mode()."
+    )
+
+
+class RecompileLimitError(MicroMixError):
+    """A function was compiled as often as torch allows, which would run it in float from now on. Facts: function."""
+
+    template = (
+        "{function} was compiled as often as torch allows, and the float model would run for these arguments. "
+        "TORCH_LOGS=recompiles shows what changes from call to call. torch.compiler.reset() forgets all graphs, and "
+        "torch._dynamo.config.accumulated_recompile_limit (or torch.compile's own recompile_limit) allows more."
     )
 
 
