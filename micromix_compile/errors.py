@@ -440,8 +440,9 @@ class NoPlanWarning(MicroMixWarning):
     """Layers were compiled or saved without a plan, so they are MXFP8. Facts: layers (a number)."""
 
     template = (
-        "No plan is attached to {layers} linear layers of this model, which run in MXFP8. For "
-        "4- and 6-bit channels: calibrate, then calibration.plan(micromix.Recipe()).attach(model)."
+        "Linear layers of this model ({layers}) have no plan attached and run in MXFP8. For 4- and 6-bit channels: "
+        "calibrate, then calibration.plan(micromix.Recipe()).attach(model). A plan that was attached is lost where "
+        "parameters are replaced, as by copy.deepcopy(model) or load_state_dict(assign=True): attach it again."
     )
 
 
