@@ -214,7 +214,8 @@ def inductor_mode_options(mode: str) -> dict[str, Any]:
     if mode == "default":
         return {}
     if mode not in modes:
-        raise ValueError(f"unknown mode {mode!r}; there are {['default', *modes]}")
+        names = ", ".join(dict.fromkeys(["default", *modes]))
+        raise ValueError(f"unknown mode {mode!r}; there are {names}")
     return modes[mode]
 
 

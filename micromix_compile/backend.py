@@ -33,7 +33,7 @@ from micromix_compile.packing import (
 )
 from micromix_compile.passes.between_layers import rewrite_between_layers
 from micromix_compile.passes.contiguous_cats import contiguous_cats
-from micromix_compile.passes.find_linears import Linear, find_linears
+from micromix_compile.passes.find_linears import Linear, find_linears, source_path
 from micromix_compile.passes.fold_order import Folds, fold_orders
 from micromix_compile.passes.lower_linears import Lowering
 from micromix_compile.passes.nodes import nodes_in, value_of
@@ -162,7 +162,11 @@ def _check_inference(
 ) -> None:
     """Raise GradientError where a layer would have to be differentiated, or the model is in training mode."""
     placeholders = zip(gm.graph.find_nodes(op="placeholder"), example_inputs)
-    wanting = [n.name for n, v in placeholders if isinstance(v, torch.Tensor) and v.requires_grad]
+    wanting = [
+        f"the parameter {source_path(node)}" if isinstance(value, torch.nn.Parameter) else node.name
+        for node, value in placeholders
+        if isinstance(value, torch.Tensor) and value.requires_grad
+    ]
     products = {linear.node for linear in linears if linear.reason is None}
     late = set(products)  # and what is computed from them
     enabled, differentiated = torch.is_grad_enabled(), 0

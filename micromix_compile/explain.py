@@ -198,7 +198,7 @@ def explain(compiled: Any) -> Explanation:
         )
     if not isinstance(module, torch.nn.Module):
         raise TypeError(
-            f"explain wants a torch.nn.Module, compiled or not, or one of its methods; this is a {type(compiled).__name__}"
+            f"explain wants a torch.nn.Module, compiled or not, or one of its methods, not {type(compiled).__name__}"
         )
     gc.collect()  # graphs that nothing holds any more, as after torch.compiler.reset(), are not counted
     tensors = [*module.parameters(), *module.buffers()]

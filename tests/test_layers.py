@@ -401,7 +401,7 @@ def test_gradients_enabled_in_the_graph_are_seen(x):
         with torch.enable_grad():
             return m.a(x)
 
-    with torch.no_grad(), pytest.raises(GradientError, match="requires them"):
+    with torch.no_grad(), pytest.raises(GradientError, match="parameter .*a.weight requires them"):
         compiled(Model(forward))(x)
 
 
