@@ -214,7 +214,8 @@ def inductor_mode_options(mode: str) -> dict[str, Any]:
     if mode == "default":
         return {}
     if mode not in modes:
-        raise ValueError(f"unknown mode {mode!r}; there are {['default', *modes]}")
+        names = ", ".join(dict.fromkeys(["default", *modes]))
+        raise ValueError(f"unknown mode {mode!r}; there are {names}")
     return modes[mode]
 
 
@@ -223,6 +224,60 @@ def is_inductor_option(name: str) -> bool:
     from torch._inductor import list_options
 
     return name.replace("-", "_") in list_options()
+
+
+def never_uncompiled(backend: Callable[..., Any], refusal: Callable[[str], Exception]) -> None:
+    """Make Dynamo compile on, or raise, where it would run a function that is compiled with `backend` uncompiled.
+
+    It gives a function up after 8 compilations of it (`recompile_limit`), and the float model would run unseen. For
+    this backend alone, the limit is the one beyond it (`accumulated_recompile_limit`, 256), and past that, or past
+    `torch.compile(recompile_limit=...)`, what `refusal` makes of the function is raised. Who has torch raise anyway
+    (`fail_on_recompile_limit_hit`) keeps the limits that they set. As a setting this would hold for every other
+    compiled model of the process, and for one thread only; so it is put around each compilation.
+    """
+    from torch._dynamo import config, convert_frame
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    convert = convert_frame.ConvertFrameAssert.__call__
+
+    @functools.wraps(convert)
+    def convert_or_raise(self: Any, frame: Any, *args: Any, **kwargs: Any) -> Any:
+        if _function_of(self) is not backend:
+            return convert(self, frame, *args, **kwargs)
+        limits: dict[str, Any] = {"fail_on_recompile_limit_hit": True}
+        if not config.fail_on_recompile_limit_hit:
+            limits["recompile_limit"] = max(
+                config.recompile_limit, config.accumulated_recompile_limit
+            )
+        try:
+            with config.patch(limits):
+                return convert(self, frame, *args, **kwargs)
+        except FailOnRecompileLimitHit:
+            code = frame.f_code
+            function = f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
+            raise raised_through_dynamo(refusal(function)) from None
+
+    convert_frame.ConvertFrameAssert.__call__ = convert_or_raise
+
+
+def _function_of(converter: Any) -> Any:
+    """The function that was registered as the backend of one of Dynamo's converters."""
+    from torch._dynamo.eval_frame import innermost_backend
+
+    backend = innermost_backend(converter)
+    backend = getattr(backend, "compiler_fn", backend)  # what torch.compile holds it by
+    return getattr(backend, "func", backend)  # a functools.partial
+
+
+def given_options(compiled: Any) -> dict[str, Any] | None:
+    """What `torch.compile(model, backend=...)` hands to its backend beside the graph; None of a module that is not its result.
+
+    Calls with equal ones share their graphs.
+    """
+    from torch._dynamo.eval_frame import innermost_backend
+
+    context = getattr(compiled, "dynamo_ctx", None)
+    return None if context is None else getattr(innermost_backend(context.callback), "kwargs", {})
 
 
 @contextlib.contextmanager

@@ -13,7 +13,12 @@ from tqdm import tqdm
 from micromix_compile import _torch_compat as compat
 from micromix_compile.attachment import STRUCTURE
 from micromix_compile.choice import Choice, choose
-from micromix_compile.errors import GradientError, MicroMixError, OptionError
+from micromix_compile.errors import (
+    GradientError,
+    MicroMixError,
+    OptionError,
+    RecompileLimitError,
+)
 from micromix_compile.explain import GraphReport, record
 from micromix_compile.ops import EMULATED, blackwell_kernel, kernel_name, refuse_weight_only
 from micromix_compile.options import VALID, Options
@@ -28,7 +33,7 @@ from micromix_compile.packing import (
 )
 from micromix_compile.passes.between_layers import rewrite_between_layers
 from micromix_compile.passes.contiguous_cats import contiguous_cats
-from micromix_compile.passes.find_linears import Linear, find_linears
+from micromix_compile.passes.find_linears import Linear, find_linears, source_path
 from micromix_compile.passes.fold_order import Folds, fold_orders
 from micromix_compile.passes.lower_linears import Lowering
 from micromix_compile.passes.nodes import nodes_in, value_of
@@ -47,16 +52,21 @@ def micromix(
 ) -> Callable[..., Any]:
     """The backend behind `torch.compile(model, backend="micromix")`; see Options for what it takes."""
     try:
-        return _compile(gm, example_inputs, Options.parse(options, mode))
+        given = {"mode": mode} if mode else {}
+        given |= {"options": options} if options else {}
+        report = GraphReport(given=given)
+        return _compile(gm, example_inputs, Options.parse(options, mode), report)
     except MicroMixError as error:
         raise compat.raised_through_dynamo(error) from error.__cause__
 
 
+compat.never_uncompiled(micromix, lambda function: RecompileLimitError(function=function))
+
+
 def _compile(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, report: GraphReport
 ) -> Callable[..., Any]:
     gm = compat.copy_graph_module(gm)
-    report = GraphReport()
     contiguous_cats(gm.graph)
     linears = find_linears(gm, example_inputs)
     if any(linear.reason is None for linear in linears):
@@ -152,7 +162,11 @@ def _check_inference(
 ) -> None:
     """Raise GradientError where a layer would have to be differentiated, or the model is in training mode."""
     placeholders = zip(gm.graph.find_nodes(op="placeholder"), example_inputs)
-    wanting = [n.name for n, v in placeholders if isinstance(v, torch.Tensor) and v.requires_grad]
+    wanting = [
+        f"the parameter {source_path(node)}" if isinstance(value, torch.nn.Parameter) else node.name
+        for node, value in placeholders
+        if isinstance(value, torch.Tensor) and value.requires_grad
+    ]
     products = {linear.node for linear in linears if linear.reason is None}
     late = set(products)  # and what is computed from them
     enabled, differentiated = torch.is_grad_enabled(), 0

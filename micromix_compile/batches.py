@@ -11,9 +11,9 @@ from typing import Any
 import optree
 import torch
 
-from micromix_compile.errors import CalibrationGradientError
+from micromix_compile.errors import CalibrationGradientError, MicroMixError, OptionError
 
-__all__ = ["call", "evaluating", "first_device", "next_token_loss", "on_device"]
+__all__ = ["call", "call_batch", "evaluating", "first_device", "next_token_loss", "on_device"]
 
 
 @contextlib.contextmanager
@@ -50,26 +50,57 @@ def on_device(batch: Any, device: torch.device | str) -> Any:
 
 def call(model: torch.nn.Module, batch: Any) -> Any:
     """The model's output for a batch: keyword arguments, positional ones, or the one argument."""
-    if isinstance(batch, torch.Tensor) or not hasattr(batch, "__iter__"):
+    if isinstance(batch, (torch.Tensor, str, bytes)) or not hasattr(batch, "__iter__"):
         return model(batch)
     return model(**batch) if hasattr(batch, "keys") else model(*batch)
+
+
+def call_batch(model: torch.nn.Module, batch: Any) -> Any:
+    """As `call`; raises OptionError where the model fails with something that looks like no batch."""
+    try:
+        return call(model, batch)
+    except MicroMixError:
+        raise
+    except Exception as error:
+        reason = _doubt(batch)
+        if reason is None:
+            raise
+        valid = "batches of tensors, as in run([{'input_ids': ids}]) or run([ids])"
+        reason = f"{reason}, and the model failed: {type(error).__name__}: {error}"
+        raise OptionError(option="batches", reason=reason, valid=valid) from error
+
+
+def _doubt(batch: Any) -> str | None:
+    """What is odd about a batch for most models, though some may take it."""
+    ids = batch.get("input_ids") if hasattr(batch, "get") else None
+    if isinstance(ids, torch.Tensor) and ids.is_floating_point():
+        return f"has a batch with input_ids of {ids.dtype}"
+    if ids is not None and not isinstance(ids, torch.Tensor):
+        return f"has a batch with a {type(ids).__name__} as input_ids"
+    leaves = optree.tree_leaves(batch.data if isinstance(batch, UserDict) else batch)
+    if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
+        return f"has a batch without a tensor, {batch!r:.80}"
+    return None
 
 
 def next_token_loss(output: Any, batch: Any) -> torch.Tensor:
     """The model's own loss, or the summed cross-entropy of each token given those before it.
 
     Tokens that the batch's `attention_mask` leaves out are no part of it. Raises CalibrationGradientError if the
-    output has neither a loss nor logits, or the batch no `input_ids`.
+    output has neither a loss nor logits, or the batch no `input_ids`, and is no tensor of them itself.
     """
     if getattr(output, "loss", None) is not None:
         return output.loss
     logits = getattr(output, "logits", None)
-    tokens = batch.get("input_ids") if hasattr(batch, "get") else None
+    fields = batch if hasattr(batch, "get") else {}
+    tokens = fields.get("input_ids")
+    if isinstance(batch, torch.Tensor) and not batch.is_floating_point():
+        tokens = batch
     if logits is None or tokens is None or logits.dim() != 3:
         raise CalibrationGradientError(
             reason="the output has no loss, and no logits for the batch's input_ids"
         )
-    targets, mask = tokens[:, 1:], batch.get("attention_mask")
+    targets, mask = tokens[:, 1:], fields.get("attention_mask")
     if isinstance(mask, torch.Tensor) and mask.shape == tokens.shape:
         text = mask >= 0 if mask.is_floating_point() else mask.bool()
         targets = targets.masked_fill(~(text[:, 1:] & text[:, :-1]), -100)  # which is not counted

@@ -14,7 +14,13 @@ from typing_extensions import Self
 
 from micromix_compile import _torch_compat as compat
 from micromix_compile.allocation import allocate
-from micromix_compile.batches import call, evaluating, first_device, next_token_loss, on_device
+from micromix_compile.batches import (
+    call_batch,
+    evaluating,
+    first_device,
+    next_token_loss,
+    on_device,
+)
 from micromix_compile.errors import CalibrationGradientError, OptionError, RecipeError
 from micromix_compile.layers import LayerShape, choose_name, layer_names, linear_shapes
 from micromix_compile.passes.find_linears import Linear, find_linears
@@ -116,11 +122,16 @@ class Calibration:
 
         Under `calibrate(gradients=True)`, `loss(output, batch)` is differentiated, by default the cross-entropy of
         the next token (`output.loss` where the model gives one). Raises CalibrationGradientError if there is none,
-        and OptionError for one batch in the place of a list.
+        and OptionError for one batch in the place of a list, for what is no list, and where the model fails with a
+        batch that has no tensors.
         """
+        valid = "a list of batches, as in run([batch])"
         if hasattr(batches, "keys"):
-            valid = "a list of batches, as in run([batch])"
             raise OptionError(option="batches", reason="is one batch", valid=valid)
+        listed = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+        if isinstance(batches, (str, bytes)) or not listed:
+            reason = f"cannot be {batches!r:.80}"
+            raise OptionError(option="batches", reason=reason, valid=valid)
         self.batches = batches if isinstance(batches, (Sequence, torch.Tensor)) else None
         if device is None:
             device = first_device(self.model)
@@ -128,7 +139,7 @@ class Calibration:
         with self, torch.set_grad_enabled(self.gradients):
             for batch in tqdm(batches, "calibrating", total=total, unit="batch", disable=None):
                 batch = on_device(batch, device)
-                output = call(self.model, batch)
+                output = call_batch(self.model, batch)
                 if self.gradients:
                     (loss or next_token_loss)(output, batch).backward()
         return self

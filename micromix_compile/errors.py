@@ -45,6 +45,7 @@ __all__ = [
     "PlanMismatchError",
     "QuantizedAlreadyError",
     "RecipeError",
+    "RecompileLimitError",
     "ReferenceKernelWarning",
     "ReleasedWeightError",
     "RoundedWeightError",
@@ -241,6 +242,16 @@ class GradientError(MicroMixError):
     )
 
 
+class RecompileLimitError(MicroMixError):
+    """A function was compiled as often as torch allows, which would run it in float from now on. Facts: function."""
+
+    template = (
+        "{function} was compiled as often as torch allows, and the float model would run for these arguments. "
+        "TORCH_LOGS=recompiles shows what changes from call to call. torch.compiler.reset() forgets all graphs, and "
+        "torch._dynamo.config.accumulated_recompile_limit (or torch.compile's own recompile_limit) allows more."
+    )
+
+
 class StrictError(MicroMixError):
     """Under strict, a layer was left alone, or not fused with what comes before it. Facts: layers (a list of
     "name: reason")."""
@@ -429,8 +440,9 @@ class NoPlanWarning(MicroMixWarning):
     """Layers were compiled or saved without a plan, so they are MXFP8. Facts: layers (a number)."""
 
     template = (
-        "No plan is attached to {layers} linear layers of this model, which run in MXFP8. For "
-        "4- and 6-bit channels: calibrate, then calibration.plan(micromix.Recipe()).attach(model)."
+        "Linear layers of this model ({layers}) have no plan attached and run in MXFP8. For 4- and 6-bit channels: "
+        "calibrate, then calibration.plan(micromix.Recipe()).attach(model). A plan that was attached is lost where "
+        "parameters are replaced, as by copy.deepcopy(model) or load_state_dict(assign=True): attach it again."
     )
 
 

@@ -93,6 +93,7 @@ class LayerReport:
 class GraphReport:
     """One compiled graph: its layers, and how often each pass matched. `number` counts up in a process.
 
+    `given` are the arguments of the backend that it was compiled with: calls of `torch.compile` with equal ones share it.
     `passes` counts the layers `lowered`, the quantises and products they share, weight-only products, and the
     quantises that were fused with what comes before them, by its name.
     """
@@ -101,6 +102,7 @@ class GraphReport:
     layers: list[LayerReport] = field(default_factory=list)
     passes: Counter[str] = field(default_factory=Counter)
     readers: dict[int, list[str]] = field(default_factory=dict)
+    given: dict[str, Any] = field(default_factory=dict)
 
     def add_products(self, quantise: int | None, products: list[list[str]]) -> None:
         """A quantise, by its number, and the names of the layers that read it, those of one product together.
@@ -184,7 +186,8 @@ def explain(compiled: Any) -> Explanation:
     """What was done with the linear layers of a model that was compiled with `backend="micromix"`.
 
     Args:
-        compiled: the result of `torch.compile`, a module after `module.compile()`, or the module itself.
+        compiled: the result of `torch.compile`, of which the graphs that it runs are shown and no others; or a module,
+            after `module.compile()` or as it is, of which all graphs are shown that hold its parameters.
 
     Layers are known once their graph was compiled, that is after the first call.
     """
@@ -195,11 +198,14 @@ def explain(compiled: Any) -> Explanation:
         )
     if not isinstance(module, torch.nn.Module):
         raise TypeError(
-            f"explain wants a torch.nn.Module, compiled or not, or one of its methods; this is a {type(compiled).__name__}"
+            f"explain wants a torch.nn.Module, compiled or not, or one of its methods, not {type(compiled).__name__}"
         )
     gc.collect()  # graphs that nothing holds any more, as after torch.compiler.reset(), are not counted
     tensors = [*module.parameters(), *module.buffers()]
     found = {report for tensor in tensors for report in _reports.get(tensor, ())}
+    given = compat.given_options(compiled)
+    if given is not None:
+        found = {report for report in found if report.given == given}
     graphs = sorted(found, key=lambda report: report.number)
     names = layer_names(module)
     layers = {}
@@ -209,7 +215,7 @@ def explain(compiled: Any) -> Explanation:
             row = row.within(() if parameter is None else names.get(parameter, ()))
             layers[row.name] = row
     if graphs:
-        layers |= _in_no_graph(module, layers)
+        layers |= _in_no_graph(module, layers, found)
     passes: Counter[str] = Counter()
     for report in graphs:
         passes.update(report.passes)
@@ -217,14 +223,14 @@ def explain(compiled: Any) -> Explanation:
 
 
 def _in_no_graph(
-    module: torch.nn.Module, known: Mapping[str, LayerReport]
+    module: torch.nn.Module, known: Mapping[str, LayerReport], graphs: set[GraphReport]
 ) -> dict[str, LayerReport]:
-    """The linear layers of a module whose weights are in no compiled graph."""
+    """The linear layers of a module whose weights are in none of its compiled graphs."""
     rows = {}
     for name, part in named_modules(module):
         # Not the attribute: a parametrization would compute it.
         weight = part._parameters.get("weight") if isinstance(part, torch.nn.Linear) else None
-        if weight is not None and name not in known and not _reports.get(weight):
+        if weight is not None and name not in known and graphs.isdisjoint(_reports.get(weight, ())):
             reason = "no compiled graph names it: it did not run, ran uncompiled, or shares the graph of an equal part that is left alone"
             rows[name] = LayerReport(
                 name, part.in_features, part.out_features, bytes_before=weight.nbytes, reason=reason

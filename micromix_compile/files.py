@@ -40,8 +40,9 @@ def write_file(
 ) -> None:
     """Writes a file so that ``path`` holds either what it held before or the whole new file.
 
-    Raises OSError if the file cannot be written.
+    Raises OSError if the file cannot be written, which is an OutputError where that is known before.
     """
+    check_output(path)
     write_tensors(path, tensors, {kind: str(version), "content": json.dumps(content)})
 
 
@@ -53,7 +54,7 @@ def as_path(value: str | os.PathLike, option: str, call: str) -> Path:
 
 
 def check_output(path: str | os.PathLike) -> None:
-    """Say before long work that a file cannot be written there. Raises OutputError."""
+    """Say before any work that a file cannot be written there. Raises OutputError."""
     path, mend = Path(path), "Give another path"
     if not path.parent.is_dir():
         reason, mend = f"{os.strerror(errno.ENOENT)}: {path.parent}", "Make that folder first"
@@ -129,6 +130,8 @@ def read_file(
     if its version is above ``version``.
     """
     path = os.fspath(path)
+    if os.path.isdir(path):
+        raise file_error(path=path, reason="it is a directory")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -69,18 +69,20 @@ class Options:
             own["plan"] = load_plan(own["plan"])
         if mode is not None:
             own["mode"] = mode
+        switch = (bool, "True or False")
         kinds = {
-            "plan": (ModelPlan, type(None)),
-            "recipe": (Recipe, type(None)),
-            "strict": bool,
-            "release_weights": bool,
-            "kernel": str,
-            "mode": str,
-            "inductor": bool,
+            "plan": ((ModelPlan, type(None)), "a ModelPlan, or the path of a saved one"),
+            "recipe": ((Recipe, type(None)), "a micromix.Recipe, as in Recipe(format='mxfp4')"),
+            "strict": switch,
+            "release_weights": switch,
+            "kernel": (str, " or ".join(map(repr, KERNELS))),
+            "mode": (str, "the name of a mode of torch.compile"),
+            "inductor": switch,
         }
         for name, value in own.items():
-            if not isinstance(value, kinds[name]):
-                raise OptionError(option=name, reason=f"cannot be {value!r}", valid=VALID)
+            kind, valid = kinds[name]
+            if not isinstance(value, kind):
+                raise OptionError(option=name, reason=f"cannot be {value!r}", valid=valid)
         if own.get("kernel", AUTO) not in KERNELS:
             reason = f"cannot be {own['kernel']!r}; the kernels are {', '.join(KERNELS)}"
             raise OptionError(option="kernel", reason=reason, valid=VALID)

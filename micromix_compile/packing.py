@@ -13,6 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -122,11 +123,12 @@ class PlacedWeight:
             self.released = False
 
     def release(self, parameter: torch.Tensor, layers: int, modules: int) -> None:
-        """Give back the parameter's float storage, unless something else needs it; a use of it then raises in torch.
+        """Give back the parameter's float storage, unless something else needs it.
 
         That is another module: as many `layers` as read this weight instead, and no more, may be the `modules` that
         have the parameter (`owners`; a tied embedding may run in a graph of its own). Or it is what the parameter is a
-        view of. `refuse_released` is to be called soon after: it makes the modules raise something clearer.
+        view of. torch checks such a storage in some operations only, and reads from address 0 in others; so copies of
+        the parameter are refused from now on, and `refuse_released`, to be called soon after, does so for its modules.
         """
         storage = parameter.untyped_storage()
         if self.released or modules > layers or storage.nbytes() != parameter.nbytes:
@@ -137,9 +139,30 @@ class PlacedWeight:
                 parameter.set_(storage, 0, parameter.shape, parameter.stride())
         storage.resize_(0)
         _names[parameter] = self.name
+        for method in _COPYING:
+            setattr(parameter, method, _Refusal(weakref.ref(parameter), method))
         _unguarded.append(weakref.ref(parameter))
         self.released = True
         self.state = state(parameter)
+
+
+_COPYING = ("__deepcopy__", "__reduce_ex__")  # what `copy` and `pickle` ask an object itself for
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """Stands on a released parameter in the place of a method, and goes once the weight is there again."""
+
+    parameter: weakref.ref
+    method: str
+
+    def __call__(self, argument: Any) -> Any:
+        parameter = self.parameter()
+        if is_released(parameter):
+            raise ReleasedWeightError(layer=_names[parameter])
+        for method in _COPYING:
+            delattr(parameter, method)
+        return getattr(parameter, self.method)(argument)
 
 
 def owners() -> Counter[int]:
@@ -167,7 +190,9 @@ def is_released(parameter: torch.Tensor) -> bool:
 
 
 def refuse_released() -> None:
-    """Make the modules whose weights were released since the last call raise ReleasedWeightError when they run eagerly.
+    """Make the modules whose weights were released since the last call raise ReleasedWeightError.
+
+    They do so when they run eagerly, and when their state is asked for, which could be saved without the weights.
 
     The graphs of a compilation hold parameters, not modules; so the modules are looked for among all objects, once.
     """
@@ -179,10 +204,11 @@ def refuse_released() -> None:
         own = module.__dict__.get("_parameters", {}).values()
         if any(id(parameter) in released for parameter in own):
             module.register_forward_pre_hook(refuse)
+            module.register_state_dict_pre_hook(refuse)
 
 
-def refuse(module: torch.nn.Module, arguments: tuple) -> None:
-    """The hook that refuse_released registers; it lets a module run again once its weight is restored."""
+def refuse(module: torch.nn.Module, *_: Any) -> None:
+    """The hook that refuse_released registers; it lets a module go on once its weight is restored."""
     if torch.compiler.is_compiling():  # the compiled model has no use for the float weight
         return
     for parameter in module._parameters.values():

@@ -352,7 +352,7 @@ class ModelPlan(Mapping[str, LayerPlan]):
         return self
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the plan as safetensors, atomically. Raises OSError if that fails."""
+        """Writes the plan as safetensors, atomically. Raises OSError, or OutputError, if that fails."""
         groups = list({id(layer): layer for layer in self.values()}.values())
         number = {id(layer): i for i, layer in enumerate(groups)}
         layers = {name: [number[id(self[name])], *self.shapes[name]] for name in self}

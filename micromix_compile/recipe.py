@@ -106,7 +106,9 @@ class Recipe:
     def __post_init__(self) -> None:
         given = [name for name in _METHODS if getattr(self, name) is not None]
         if len(given) > 1:
-            _reject(" and ".join(given), "together", f"one of {', '.join(_METHODS)}")
+            value, others = getattr(self, given[0]), " and ".join(given[1:])
+            expected = f"left out beside {others}: one of {', '.join(_METHODS)} decides the counts"
+            _reject(given[0], value, expected)
         if not given:
             object.__setattr__(self, "thresholds", "published")
 

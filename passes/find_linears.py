@@ -200,7 +200,7 @@ def _inside(
                 weight, name = known.get(linear.weight, linear.weight), linear.name
                 # Parts that are traced once have the modules of the first.
                 if weight.op == "placeholder":
-                    name = _relative(source_name(weight)).removesuffix(".weight") or name
+                    name = source_path(weight).removesuffix(".weight") or name
                 found.append(replace(linear, name=name, reason=linear.reason or reason))
             found += [replace(linear, reason=reason) for linear in _inside(part, inner, own)]
     return found
@@ -380,7 +380,7 @@ def _name(node: fx.Node, weight: fx.Node) -> str:
     stack = list(node.meta.get("nn_module_stack", {}).values())
     module = _relative(stack[-1][0]) if stack else ""
     if weight.op == "placeholder":
-        path = _relative(source_name(weight))
+        path = source_path(weight)
     elif weight.op == "get_attr":
         path = weight.target
     else:  # it is computed
@@ -388,6 +388,11 @@ def _name(node: fx.Node, weight: fx.Node) -> str:
     path = path.removesuffix(".weight")
     inside = not module or path == module or path.startswith(module + ".")
     return (path if inside else module) or str(weight.name)
+
+
+def source_path(node: fx.Node) -> str:
+    """Where a placeholder stands in the module that the graph was traced from; empty for the argument itself."""
+    return _relative(source_name(node))
 
 
 def _relative(path: str) -> str:

@@ -205,6 +205,19 @@ def test_a_plan_and_a_recipe_together_are_refused(block):
         run(block, x, plan=planned(block, x), recipe=Recipe(format="mxfp4"))
 
 
+@pytest.mark.parametrize(
+    "option, value, message",
+    [
+        ("recipe", "mxfp4", r"cannot be 'mxfp4'. Valid: a micromix.Recipe, as in Recipe"),
+        ("strict", "yes", "Valid: True or False"),
+        ("mode", "fast", r"there are default, (?!.*default)"),
+    ],
+)
+def test_a_bad_option_says_what_it_may_be(option, value, message):
+    with pytest.raises(OptionError, match=message):
+        Options.parse({option: value}, None)
+
+
 def test_inductor_settings_and_mode_pass_through(block):
     x = torch.randn(4, 96)
     settings = {"mode": "max-autotune-no-cudagraphs", "epilogue_fusion": False}

@@ -407,3 +407,53 @@ def test_names_are_those_without_compile():
     with torch.no_grad():
         model(torch.randn(4, 64))
     assert {name: row.k6 for name, row in explain(model).layers.items()} == {"0.0": 64, "1": 64}
+
+
+class Tokens(nn.Module):
+    """A language model of one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(32, 64), nn.Linear(64, 32)
+
+    def forward(self, input_ids):
+        return types.SimpleNamespace(logits=self.head(self.embedding(input_ids)))
+
+
+def test_a_batch_that_is_a_tensor_of_integers_is_the_ids_of_the_loss():
+    model, ids = Tokens().eval(), torch.randint(0, 32, (2, 9))
+    found = calibrate(model, gradients=True).run([ids]).statistics
+    named = calibrate(model, gradients=True).run([{"input_ids": ids}]).statistics
+    assert torch.equal(
+        next_token_loss(model(ids), ids), next_token_loss(model(ids), {"input_ids": ids})
+    )
+    assert found.layers.keys() == named.layers.keys() != set()
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ("hello", "cannot be 'hello'"),
+        (None, "cannot be None"),
+        (["hello"], "a batch without a tensor, 'hello', and the model failed"),
+        ([[1, 2, 3]], r"a batch without a tensor, \[1, 2, 3\]"),
+        ([{"input_ids": [[1, 2, 3]]}], "a batch with a list as input_ids"),
+        ([{"input_ids": torch.randn(1, 3)}], "input_ids of torch.float32"),
+    ],
+    ids=str,
+)
+def test_what_is_no_batch_is_said(wrong, message):
+    with pytest.raises(OptionError, match=message):
+        calibrate(Tokens()).run(wrong)
+
+
+def test_a_model_may_take_batches_without_tensors():
+    class OfWords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens = Tokens()
+
+        def forward(self, text):
+            return self.tokens(torch.tensor([[ord(letter) % 32 for letter in text]]))
+
+    assert calibrate(OfWords()).run(["hello", "words"]).statistics.layers

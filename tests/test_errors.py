@@ -64,7 +64,7 @@ def test_bad_values_and_bad_files_are_value_errors():
 
 
 def test_warnings_are_user_warnings():
-    with pytest.warns(UserWarning, match="to 7 linear layers of this model, which run in MXFP8"):
+    with pytest.warns(UserWarning, match=r"\(7\) have no plan attached and run in MXFP8"):
         warnings.warn(errors.NoPlanWarning(layers=7), stacklevel=1)
 
 

@@ -166,9 +166,11 @@ def test_a_parametrized_layer_is_one_row(x):
     with torch.no_grad():
         run = compiled(model)
         run(x)
+        assert list(rows(run)) == ["0", "1"]
         recipe = Recipe(format="mxfp8", skip=["0"])
         torch.compiler.reset()
-        compiled(model, strict=True, recipe=recipe)(x)
+        run = compiled(model, strict=True, recipe=recipe)
+        run(x)
     assert list(rows(run)) == list(explain(run).layers) == ["0", "1"]
 
 
@@ -399,7 +401,7 @@ def test_gradients_enabled_in_the_graph_are_seen(x):
         with torch.enable_grad():
             return m.a(x)
 
-    with torch.no_grad(), pytest.raises(GradientError, match="requires them"):
+    with torch.no_grad(), pytest.raises(GradientError, match="parameter .*a.weight requires them"):
         compiled(Model(forward))(x)
 
 

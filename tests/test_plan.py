@@ -20,6 +20,7 @@ from micromix_compile.attachment import attached, detach
 from micromix_compile.errors import (
     FileVersionError,
     InvalidPlanError,
+    OutputError,
     PlanFileError,
     PlanMismatchError,
     TiedLayersWarning,
@@ -480,8 +481,13 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatc
 
 
 def test_saving_into_a_missing_folder(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(OutputError, match=r"p cannot be written: .*nowhere\. Make that folder"):
         model_plan().save(tmp_path / "nowhere" / "p")
+
+
+def test_a_directory_is_no_plan(tmp_path):
+    with pytest.raises(PlanFileError, match="it is a directory"):
+        load_plan(tmp_path)
 
 
 def test_saved_files_have_ordinary_permissions(tmp_path):

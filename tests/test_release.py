@@ -93,6 +93,72 @@ def test_restore(mapping, released):
     assert micromix.restore(model, source) == []
 
 
+USES = """
+    import copy, io, pickle, torch
+    from torch import nn
+    from micromix_compile.errors import ReleasedWeightError
+    from micromix_compile import Recipe
+
+    model, x = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 64)).eval(), torch.randn(2, 512)
+    options = {"release_weights": True, "inductor": False, "recipe": Recipe(format="mxfp8")}
+    compiled = torch.compile(model, backend="micromix", options=options)
+    floats = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def refused(use):
+        try:
+            use()
+        except ReleasedWeightError:
+            return
+        raise AssertionError(use)
+
+    def save(object):
+        torch.save(object, io.BytesIO())
+
+    with torch.no_grad():
+        y = compiled(x)
+        refused(lambda: model(x))
+        refused(lambda: copy.deepcopy(model))
+        refused(lambda: copy.deepcopy(model[0].weight))
+        refused(lambda: pickle.dumps(model))
+        refused(lambda: save(model))
+        refused(lambda: save(model.state_dict()))
+        refused(lambda: compiled.state_dict())
+        refused(lambda: [tensor.clone() for tensor in model.state_dict().values()])
+        assert torch.equal(compiled(x), y)
+"""
+
+
+def in_a_process_of_its_own(code: str) -> None:
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_no_copy_is_made_of_what_is_gone():
+    in_a_process_of_its_own(USES)
+
+
+@pytest.mark.parametrize("restore", ["micromix_compile.restore(model, floats)", "by_hand()"])
+def test_copies_of_what_is_restored(restore):
+    more = f"""
+        import micromix_compile
+
+        def by_hand():
+            for name, parameter in model.named_parameters():
+                parameter.untyped_storage().resize_(parameter.nbytes)
+                parameter.copy_(floats[name])
+
+        {restore}
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(copied(x), model(x))
+        assert all(torch.equal(t, floats[name]) for name, t in model.state_dict().items())
+        save(model.state_dict())
+        packed = compiled(x)
+        assert torch.equal(packed, y)
+    """
+    in_a_process_of_its_own(USES + more)
+
+
 def test_restore_is_all_or_nothing(released, tmp_path):
     directory, model, *_ = released
     whole = dict(AutoModelForCausalLM.from_pretrained(directory).named_parameters())
