@@ -16,7 +16,7 @@ from tiny_llama import save_tiny
 from micromix_compile import Recipe, load_plan, load_statistics, models
 from micromix_compile.allocation import allocate
 from micromix_compile.cli import main, measure
-from micromix_compile.cli.flags import make_parser
+from micromix_compile.cli.flags import joined_segments, make_parser
 from micromix_compile.errors import EvaluationError
 
 COMMANDS = (
@@ -85,6 +85,13 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
 def test_every_field_of_a_recipe_has_a_flag():
     plan = make_parser().parse_args(["plan", "statistics", "--output", "plan"])
     assert {field.name for field in fields(Recipe)} <= vars(plan).keys()
+
+
+@pytest.mark.parametrize("segments", [["4,6"], ["4", "6"], ["4,", "6"], ["(4, 6)"]], ids="_".join)
+def test_segments_as_in_a_shell_and_as_in_python(segments):
+    arguments = ["quantize", "--hadamard", *segments, "in", "out", "--multiple", "64"]
+    parsed = make_parser().parse_args(joined_segments(arguments))
+    assert (parsed.hadamard, parsed.model, parsed.output) == ((4, 6), "in", Path("out"))
 
 
 def test_calibrate_writes_the_plan_of_its_recipe(directory, statistics, tmp_path, capsys):
@@ -272,6 +279,18 @@ def test_errors_are_one_line_and_say_the_mend(directory, statistics, tmp_path, c
     assert "cannot be read as a plan" in line
     line = failure(capsys, "calibrate", "--model", directory, "--seqlen", "10000000")
     assert "--seqlen" in line
+
+
+@pytest.mark.parametrize("model", ["/no/such/dir", "./a/b/c"])
+def test_a_directory_that_is_not_there(model, tmp_path, capsys):
+    for arguments in (
+        ["quantize", model, str(tmp_path / "ck")],
+        ["export", model, str(tmp_path / "x.pt2")],
+        ["generate", model, "--prompt", "hi"],
+        ["eval", *small(model), "--format", "mxfp8"],
+    ):
+        line = failure(capsys, *arguments)
+        assert model in line and "neither a directory" in line
 
 
 def test_plan_of_another_model(directory, statistics, tmp_path, capsys):
