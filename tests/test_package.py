@@ -733,6 +733,7 @@ def test_the_runner_refuses_damage(decoder, tmp_path):
         ("\nconstant ", "\nconstant decode 0 x\nconstant ", "other weights"),
         ("\ninput decode", "\ninput prefill", "not all named"),
         ("\ninput ", "\ninput decode int64 99\ninput ", "damaged"),
+        ("\ndecoder 1 ", "\ndecoder 3 ", "batches of 3 prompts"),
     ):
         result = run(RUNNER, forged(old, new), "--tokens", "1 2")
         assert result.returncode == 1 and message in result.stderr, (new, result)
