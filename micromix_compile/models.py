@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -55,7 +57,9 @@ def load(
             mend = "The directory must hold config.json, *.safetensors and the tokenizer's files, whole"
         else:
             reason = "it is neither a directory nor a model in the Hugging Face cache"
-            mend = f"Give a directory, or {SMOLLM2}, or first run: hf download {name_or_path}"
+            mend = f"Give a directory, or {SMOLLM2}"
+            if _is_repository(str(name_or_path)):
+                mend += f", or first run: hf download {name_or_path}"
         raise ModelLoadError(model=name_or_path, reason=reason, mend=mend) from error
     if missing := sorted(found["missing_keys"]):
         reason = f"its files lack {len(missing)} tensors of a causal language model, {missing[0]} among them"
@@ -70,8 +74,19 @@ def files_of(name_or_path: str | Path) -> Path | None:
         return _smollm2_file().parent
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
+    if not _is_repository(str(name_or_path)):
+        return None
     cached = try_to_load_from_cache(str(name_or_path), "config.json")
     return Path(cached).parent if isinstance(cached, str) else None
+
+
+def _is_repository(name: str) -> bool:
+    """Whether it could be called so on the Hugging Face hub; a path could not."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _has_tokenizer(directory: Path) -> bool:

@@ -16,7 +16,7 @@ from tiny_llama import save_tiny
 from micromix_compile import Recipe, load_plan, load_statistics, models
 from micromix_compile.allocation import allocate
 from micromix_compile.cli import main, measure
-from micromix_compile.cli.flags import make_parser
+from micromix_compile.cli.flags import joined_segments, make_parser
 from micromix_compile.errors import EvaluationError
 
 COMMANDS = (
@@ -33,6 +33,14 @@ def directory(tmp_path_factory):
 def statistics(directory):
     path = f"{directory}/statistics.safetensors"
     assert main(["calibrate", *small(directory), "--statistics", path]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def gradients(directory):
+    """Statistics with the loss's gradients, for budgets."""
+    path = f"{directory}/gradients.safetensors"
+    assert main(["calibrate", *small(directory), "--gradients", "--statistics", path]) == 0
     return path
 
 
@@ -85,6 +93,13 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
 def test_every_field_of_a_recipe_has_a_flag():
     plan = make_parser().parse_args(["plan", "statistics", "--output", "plan"])
     assert {field.name for field in fields(Recipe)} <= vars(plan).keys()
+
+
+@pytest.mark.parametrize("segments", [["4,6"], ["4", "6"], ["4,", "6"], ["(4, 6)"]], ids="_".join)
+def test_segments_as_in_a_shell_and_as_in_python(segments):
+    arguments = ["quantize", "--hadamard", *segments, "in", "out", "--multiple", "64"]
+    parsed = make_parser().parse_args(joined_segments(arguments))
+    assert (parsed.hadamard, parsed.model, parsed.output) == ((4, 6), "in", Path("out"))
 
 
 def test_calibrate_writes_the_plan_of_its_recipe(directory, statistics, tmp_path, capsys):
@@ -151,6 +166,14 @@ def test_eval(directory, statistics, tmp_path, capsys):
     assert abs(values[2] / values[0] - 1) < 0.2
 
 
+def test_one_window_has_no_standard_errors(directory, capsys):
+    flags = ["--samples", "1", "--seqlen", "64", "--format", "mxfp8"]
+    assert main(["eval", "--model", directory, *flags]) == 0
+    out = capsys.readouterr().out
+    assert "one window: no standard errors" in out and "mxfp8: " in out
+    assert "±" not in out and "nan" not in out
+
+
 def test_eval_writes_its_figures(directory, tmp_path, capsys):
     text, path = tmp_path / "text.txt", tmp_path / "figures.json"
     text.write_text("A sentence of some words, again and again. " * 40, encoding="utf-8")
@@ -185,11 +208,9 @@ def test_a_budget_rotated_and_rounded(directory, tmp_path, capsys):
     assert len(load_plan(path).rounded) == 14
 
 
-def test_sweep_and_report(directory, tmp_path, capsys):
-    folder, statistics = tmp_path / "sweep", tmp_path / "statistics.safetensors"
-    flags = ["--gradients", "--statistics", str(statistics)]
-    assert main(["calibrate", *small(directory), *flags]) == 0
-    flags = ["--budgets", "4", "6", "--hadamard", "4,6", "--statistics", str(statistics)]
+def test_sweep_and_report(directory, gradients, tmp_path, capsys):
+    folder = tmp_path / "sweep"
+    flags = ["--budgets", "4", "6", "--hadamard", "4,6", "--statistics", gradients]
     assert main(["sweep", *small(directory), *flags, "--output", str(folder)]) == 0
     rows = json.loads((folder / "sweep.json").read_text())
     assert [row["bits"] for row in rows] == [4, 6]
@@ -197,14 +218,16 @@ def test_sweep_and_report(directory, tmp_path, capsys):
     assert (folder / "sweep.md").read_text().count("\n") == 4
     picture = tmp_path / "report.png"
     plan = str(folder / "bits-6.safetensors")
-    assert main(["report", plan, "--statistics", str(statistics), "--output", str(picture)]) == 0
+    assert main(["report", plan, "--statistics", gradients, "--output", str(picture)]) == 0
     for image in (picture, folder / "sweep.png"):
         assert image.read_bytes().startswith(b"\x89PNG")
     assert "report: " in capsys.readouterr().out
 
 
-def test_a_sweep_that_is_stopped_keeps_its_rows(directory, tmp_path, capsys, monkeypatch):
-    folder, statistics = tmp_path / "sweep", str(tmp_path / "statistics.safetensors")
+def test_a_sweep_that_is_stopped_keeps_its_rows(
+    directory, gradients, tmp_path, capsys, monkeypatch
+):
+    folder = tmp_path / "sweep"
     assert "--budgets" in failure(capsys, "sweep", *small(directory), "--bits", "7")
     figures = dict.fromkeys(("perplexity", "increase", "kl", "top1"), 1.0)
     measured = [{**figures, "increase_error": math.nan}]  # of one window
@@ -215,9 +238,7 @@ def test_a_sweep_that_is_stopped_keeps_its_rows(directory, tmp_path, capsys, mon
         return measured.pop()
 
     monkeypatch.setattr(measure, "_compare", compare)
-    flags = ["--gradients", "--statistics", statistics]
-    assert main(["calibrate", *small(directory), *flags]) == 0
-    flags = ["--budgets", "4", "6", "--statistics", statistics, "--output", str(folder)]
+    flags = ["--budgets", "4", "6", "--statistics", gradients, "--output", str(folder)]
     assert "enough" in failure(capsys, "sweep", *small(directory), *flags)
     text = (folder / "sweep.json").read_text()
     assert "NaN" not in text
@@ -225,17 +246,15 @@ def test_a_sweep_that_is_stopped_keeps_its_rows(directory, tmp_path, capsys, mon
     assert (folder / "sweep.png").exists()
 
 
-def test_budgets_of_time(directory, tmp_path, capsys):
-    folder, statistics = tmp_path / "sweep", str(tmp_path / "statistics.safetensors")
+def test_budgets_of_time(directory, gradients, tmp_path, capsys):
+    folder = tmp_path / "sweep"
     target = ["--target", "sm_120", "--rows", "4"]
     line = failure(capsys, "calibrate", *small(directory), *target, "--time", "0.3")
     assert "at least 0.5" in line  # before anything is calibrated
-    flags = ["--gradients", "--statistics", statistics]
-    assert main(["calibrate", *small(directory), *flags]) == 0
     plan = str(tmp_path / "plan.safetensors")
-    assert main(["plan", statistics, *target, "--time", "0.7", "--output", plan]) == 0
+    assert main(["plan", gradients, *target, "--time", "0.7", "--output", plan]) == 0
     assert "modelled for sm_120, 4 rows" in capsys.readouterr().out
-    flags = ["--budgets", "0.6", "0.8", "--statistics", statistics, "--output", str(folder)]
+    flags = ["--budgets", "0.6", "0.8", "--statistics", gradients, "--output", str(folder)]
     assert main(["sweep", *small(directory), *target, *flags]) == 0
     rows = json.loads((folder / "sweep.json").read_text())
     assert [row["target"] for row in rows] == ["sm_120", "sm_120"]
@@ -272,6 +291,18 @@ def test_errors_are_one_line_and_say_the_mend(directory, statistics, tmp_path, c
     assert "cannot be read as a plan" in line
     line = failure(capsys, "calibrate", "--model", directory, "--seqlen", "10000000")
     assert "--seqlen" in line
+
+
+@pytest.mark.parametrize("model", ["/no/such/dir", "./a/b/c"])
+def test_a_directory_that_is_not_there(model, tmp_path, capsys):
+    for arguments in (
+        ["quantize", model, str(tmp_path / "ck")],
+        ["export", model, str(tmp_path / "x.pt2")],
+        ["generate", model, "--prompt", "hi"],
+        ["eval", *small(model), "--format", "mxfp8"],
+    ):
+        line = failure(capsys, *arguments)
+        assert model in line and "neither a directory" in line
 
 
 def test_plan_of_another_model(directory, statistics, tmp_path, capsys):

@@ -44,6 +44,15 @@ def test_unknown_name_says_what_to_do_without_the_network(monkeypatch):
         models.load("someone/nothing")
 
 
+@pytest.mark.parametrize("path", ["/no/such/dir", "./a/b/c", "a/b/c", "~/model"])
+def test_a_path_where_nothing_is(path):
+    """No name of the hub either, so nothing to download."""
+    assert models.files_of(path) is None
+    with pytest.raises(ModelLoadError, match="neither a directory") as error:
+        models.load(path)
+    assert path in str(error.value) and "hf download" not in str(error.value)
+
+
 def test_directory_without_a_model(tmp_path):
     with pytest.raises(ModelLoadError, match=r"must hold config\.json"):
         models.load(tmp_path)

@@ -244,7 +244,9 @@ def test_the_command_generates_from_both(decoder, capsys):
     for source in (str(path), quantised):
         assert main(["generate", source, "--prompt", "the import", "--max-new-tokens", "5"]) == 0
         out, err = capsys.readouterr()
-        assert out.strip() and "tokens/s" in err
+        assert out.strip() and "tokens/s" in err and "stopped" not in err
+    assert main(["generate", str(path), "--prompt", "the import", "--max-new-tokens", "500"]) == 0
+    assert f"was exported for {LENGTH} tokens (--max-length)" in capsys.readouterr().err
 
 
 def test_wrong_arguments_are_named(gated):
@@ -733,6 +735,7 @@ def test_the_runner_refuses_damage(decoder, tmp_path):
         ("\nconstant ", "\nconstant decode 0 x\nconstant ", "other weights"),
         ("\ninput decode", "\ninput prefill", "not all named"),
         ("\ninput ", "\ninput decode int64 99\ninput ", "damaged"),
+        ("\ndecoder 1 ", "\ndecoder 3 ", "batches of 3 prompts"),
     ):
         result = run(RUNNER, forged(old, new), "--tokens", "1 2")
         assert result.returncode == 1 and message in result.stderr, (new, result)

@@ -130,7 +130,11 @@ void generate(Package& package, const Arguments& arguments) {
   if (!facts.decoder) throw std::runtime_error("it is no package that generates; give --input");
   const std::vector<int64_t>& prompt = arguments.tokens;
   const auto length = static_cast<int64_t>(prompt.size());
-  if (length < 1 || length >= facts.max_length || facts.batch_size != 1) {
+  if (facts.batch_size != 1) {
+    throw std::runtime_error("it takes batches of " + std::to_string(facts.batch_size) +
+                             " prompts, and this program has one; export it with batch_size=1");
+  }
+  if (length < 1 || length >= facts.max_length) {
     throw std::runtime_error("it takes one prompt of 1 to " + std::to_string(facts.max_length - 1) +
                              " tokens");
   }

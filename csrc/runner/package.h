@@ -33,7 +33,7 @@ struct EntryFacts {
   std::vector<std::pair<std::string, size_t>> constants;  // name, number of the weight
 };
 
-// extra/runner.txt of a package: see micromix_compile/export.py.
+// extra/runner.txt of a package: see micromix_compile/archive.py.
 struct Manifest {
   std::string abi, torch, device, checksum;
   int64_t bytes = 0;

@@ -76,6 +76,11 @@ def generate(arguments: argparse.Namespace) -> None:
     print(
         f"{len(new)} tokens in {seconds:.2f} s, {len(new) / seconds:.1f} tokens/s", file=sys.stderr
     )
+    if packaged and len(new) < arguments.max_new_tokens and tokens.shape[1] > model.max_length:
+        print(
+            f"stopped: {arguments.model} was exported for {model.max_length} tokens (--max-length)",
+            file=sys.stderr,
+        )
 
 
 def _package(arguments: argparse.Namespace):

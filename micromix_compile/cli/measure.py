@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 
 from micromix_compile.allocation import uniform_plan
 from micromix_compile.cli.inputs import load_model, recipe_of, texts_of
@@ -101,9 +102,8 @@ def _measure_text(model, text: str, windows, variants, arguments) -> list[dict]:
         )
         rows.append(row)
         print(
-            f"{name}: {row['perplexity']:.3f}, {row['increase']:+.{digits}%} ± {row['increase_error']:.{digits}%}, "
-            f"KL {row['kl']:.4f} ± {row['kl_error']:.4f} nats, "
-            f"same top token {row['top1']:.2%} ± {row['top1_error']:.2%}"
+            f"{name}: {row['perplexity']:.3f}, {_figure(row, 'increase', f'+.{digits}%')}, "
+            f"KL {_figure(row, 'kl', '.4f')} nats, same top token {_figure(row, 'top1', '.2%')}"
         )
     return rows
 
@@ -112,9 +112,15 @@ def _float_row(model, text: str, windows, arguments) -> dict:
     from micromix_compile.evaluate import perplexity
 
     found = perplexity(model, windows, arguments.context, label=arguments.dtype)
-    errors = "standard errors, by window"
-    print(f"{arguments.dtype}: {found.value:.3f} ± {found.standard_error:.3f} ({errors})")
+    error = f" ± {found.standard_error:.3f} (standard errors, by window)"
+    print(f"{arguments.dtype}: {found.value:.3f}{error if len(windows) > 1 else ''}")
     return {"text": text, "variant": arguments.dtype, "perplexity": found.value}
+
+
+def _figure(row: dict, name: str, form: str) -> str:
+    """A figure and its standard error, which one window has not."""
+    value, error = row[name], row[f"{name}_error"]
+    return f"{value:{form}}" + ("" if math.isnan(error) else f" ± {error:{form.lstrip('+')}}")
 
 
 def _reference(model, options: dict):
