@@ -6,6 +6,7 @@ import ctypes
 import functools
 import importlib.util
 import itertools
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,12 +14,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Product = Callable[[], object]
+
+class Product(NamedTuple):
+    """A product to time, and what it has computed, to check."""
+
+    run: Callable[[], object]
+    result: Callable[[], Tensor]
+
+
+def of_function(function: Callable[[], Tensor]) -> Product:
+    return Product(function, function)
 
 
 def eager(weights: list[Tensor], x: Tensor) -> list[Product]:
-    """torch's own bf16 product."""
-    return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]
+    """torch's own bf16 product, called as it is: nothing checks its arguments as a compiled call's guards do."""
+    return [of_function(lambda w=w: torch.nn.functional.linear(x, w)) for w in weights]
 
 
 def inductor(
@@ -30,19 +40,30 @@ def inductor(
     for weight in weights:
         layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
         layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-        products.append(_frozen(layer, x))
+        products.append(compiled(layer, x))
     return products
 
 
-def _frozen(layer: torch.nn.Module, x: Tensor) -> Product:
-    """The layer compiled by Inductor with freezing, and run once."""
+def compiled(layer: torch.nn.Module, x: Tensor) -> Product:
+    """The layer compiled by Inductor with freezing, and run once.
+
+    Dynamo keeps what it has compiled by the code object, and looks through it at every call. So each layer gets a code
+    object of its own, with one graph. Nothing may reset Dynamo afterwards: the next call would compile again, unfrozen.
+    """
     from torch._inductor import config
 
-    torch.compiler.reset()
+    layer.eval()
+
+    def call(x: Tensor) -> Tensor:
+        return layer(x)
+
+    own = types.FunctionType(
+        call.__code__.replace(), call.__globals__, "call", None, call.__closure__
+    )
+    function = torch.compile(own, dynamic=False, fullgraph=True)
     with config.patch(freezing=True), torch.inference_mode():
-        compiled = torch.compile(layer.eval())
-        compiled(x)
-    return lambda: compiled(x)
+        function(x)
+    return of_function(lambda: function(x))
 
 
 def torchao_int8(weights: list[Tensor], x: Tensor) -> list[Product]:
@@ -54,7 +75,7 @@ def torchao_int8(weights: list[Tensor], x: Tensor) -> list[Product]:
         layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
         layer.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
         quantize_(layer, Int8DynamicActivationInt8WeightConfig())
-        products.append(_frozen(layer, x))
+        products.append(compiled(layer, x))
     return products
 
 
@@ -121,12 +142,22 @@ def ggml_q4_0(weights: list[Tensor], x: Tensor, repacks: bool = False) -> list[P
         )
         packed = _repacked(base, cpu, context, plain, rows, (n, k)) if repacks else plain
         graph = ctypes.c_void_p(base.ggml_new_graph(context))
-        base.ggml_build_forward_expand(
-            graph, ctypes.c_void_p(base.ggml_mul_mat(context, packed, rows))
-        )
+        result = ctypes.c_void_p(base.ggml_mul_mat(context, packed, rows))
+        base.ggml_build_forward_expand(graph, result)
         # The context owns the tensors, and is never freed; the backend keeps the scratch of a call.
-        products.append(functools.partial(base.ggml_backend_graph_compute, backend, graph))
+        run = functools.partial(base.ggml_backend_graph_compute, backend, graph)
+        copy = functools.partial(_ggml_values, base, run, result, (len(values), n))
+        products.append(Product(run, copy))
     return products
+
+
+def _ggml_values(base, run, tensor: ctypes.c_void_p, shape: tuple[int, int]) -> Tensor:
+    """A float32 tensor of ggml after a run that fills it."""
+    if run() != 0:
+        raise RuntimeError("llama.cpp did not compute its graph")
+    values = torch.empty(shape)
+    ctypes.memmove(values.data_ptr(), base.ggml_get_data(tensor), values.nbytes)
+    return values
 
 
 def _repacked(base, cpu, context, plain, rows, shape: tuple[int, int]) -> ctypes.c_void_p:
@@ -176,11 +207,13 @@ def openvino_int4(weights: list[Tensor], x: Tensor) -> list[Product]:
         model = openvino.Model([result], [rows])
         request = core.compile_model(model, "CPU", threads).create_infer_request()
         request.set_input_tensor(openvino.Tensor(x.float().numpy()))
-        products.append(request.infer)
+        products.append(
+            Product(
+                request.infer,
+                lambda request=request: torch.from_numpy(request.infer()[0].copy()),
+            )
+        )
     return products
-
-
-FEW = 4  # copies where each is compiled, which takes long
 
 
 class Peer(NamedTuple):
@@ -188,15 +221,14 @@ class Peer(NamedTuple):
     bits: float = 16  # of an element of its weight, scales included
     module: str = "torch"
     package: str = "torch"  # that has the module
-    copies: int = 64  # of the weight, at most
 
 
 PEERS = {
     "eager bf16": Peer(eager),
-    "inductor bf16": Peer(inductor, copies=FEW),
-    "inductor fp32": Peer(functools.partial(inductor, dtype=torch.float32), 32, copies=FEW),
-    "torchao int8": Peer(torchao_int8, 8, "torchao", "torchao", FEW),
-    "openvino int4": Peer(openvino_int4, 4.5, "openvino", "openvino", FEW),
+    "inductor bf16": Peer(inductor),
+    "inductor fp32": Peer(functools.partial(inductor, dtype=torch.float32), 32),
+    "torchao int8": Peer(torchao_int8, 8, "torchao", "torchao"),
+    "openvino int4": Peer(openvino_int4, 4.5, "openvino", "openvino"),
     "ggml q4_0": Peer(ggml_q4_0, 4.5, "llama_cpp", "llama-cpp-python"),
     "ggml q4_0 repacked": Peer(
         functools.partial(ggml_q4_0, repacks=True), 4.5, "llama_cpp", "llama-cpp-python"
