@@ -6,13 +6,13 @@
 
 All contenders run in one process, in turn; a figure is the median of its runs, a ratio is of medians
 of the same rounds. With one thread the time is that thread's CPU time, so that other work on the
-machine is not counted; with more it is the clock's. "rotated": each contender has four copies of its
-weight and takes the next one each round, and before a round other memory is read, --rotate MiB of it,
-which should be more than the caches hold; "hot": five runs in a row on one, after one that is not
-counted. micromix is the time of quantise and linear together, weight-only that of its one operator,
+machine is not counted; with more it is the clock's. "rotated": a run is eight products, each with a
+copy of the weight, and the figure is an eighth of it; before each round other memory is read, --rotate
+MiB of it, which should be more than the caches hold. "hot": five runs of one product in a row, after
+one that is not counted. micromix is the time of quantise and linear together, weight-only that of its one operator,
 reading that of a loop that only reads as many bytes, at 1, 2 or 4 places at once. micromix and
 weight-only are compiled by Inductor, with freezing, and so are its own products: both pay for Dynamo's
-guards and Inductor's wrapper, once a call. "bare" (--bare) is micromix by two calls of operators from
+guards and Inductor's wrapper, once a run. "bare" (--bare) is micromix by two calls of operators from
 Python, without them. Every result is compared with the float product before anything is timed, and
 nothing may be compiled while it is. The memory of every contender is in huge pages where the system
 gives them. Prints a table; writes it as JSON, after each group, with the number of runs and their
@@ -46,7 +46,7 @@ from micromix_compile.mx import MixedLayout
 
 SHAPES = ("4096x4096", "4096x14336", "14336x4096", "576x1536", "1536x576")  # K x N
 ROWS = (1, 4, 8, 16, 64, 512, 2048)
-COPIES = 4  # of a rotated weight; each is compiled
+COPIES = 8  # of a rotated weight
 OURS = ("micromix", "bare", "weight-only", "reading")  # their names begin so
 READ_PLACES = (1, 2, 4)  # at once: memory gives more to who reads at several
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "THP_MEM_ALLOC_ENABLE": "1"}
@@ -140,7 +140,7 @@ def micromix(
     layers = [Quantised(weight, n, layout, weight_only) for weight in placed]
     if bare:
         return [peers.of_function(functools.partial(layer.forward, x)) for layer in layers]
-    return [peers.compiled(layer, x) for layer in layers]
+    return [peers.compiled(layers, x)]
 
 
 def check(
@@ -152,13 +152,17 @@ def check(
         for name, products in contenders.items():
             for product in products:
                 if product.result is not None:
-                    check_product(name, product.result(), expected)
+                    for rows in product.result().split(len(x)):
+                        check_product(name, rows, expected)
 
 
 def run_times(
-    contenders: dict[str, list[peers.Product]], rounds: int, elsewhere: torch.Tensor | None
+    contenders: dict[str, list[peers.Product]],
+    rounds: int,
+    elsewhere: torch.Tensor | None,
+    copies: int = 1,
 ) -> dict[str, list[float]]:
-    """Seconds of each run; in every round each contender has its turn, on its next weight.
+    """Seconds a product of each run; in every round each contender has its turn, on all its copies.
 
     A tensor from elsewhere is read before each round; without one the contenders are hot.
     """
@@ -169,19 +173,19 @@ def run_times(
             for product in products:
                 product.run()
         gc.disable()
-        for i in range(rounds):
+        for _ in range(rounds):
             if elsewhere is not None:
                 elsewhere.sum()
             # In another order each time: whoever follows itself finds its code in the caches.
             for name in random.sample(list(contenders), len(contenders)):
-                products = contenders[name]
-                run = products[i % len(products)].run
+                runs = [product.run for product in contenders[name]]
                 if elsewhere is None:
-                    run()
+                    runs[0]()
                 for _ in range(5 if elsewhere is None else 1):
                     start = clock()
-                    run()
-                    times[name].append(clock() - start)
+                    for run in runs:
+                        run()
+                    times[name].append((clock() - start) / copies)
         gc.enable()
     return times
 
@@ -219,8 +223,8 @@ def measure(
         check(contenders, x, weight)
         words = arguments.rotate * 2**20 // 8
         elsewhere = None if hot else torch.ones(words, dtype=torch.int64)
-        rounds = min(arguments.rounds, max(15, int(arguments.rounds * 64 / (rows + 63))))
-        for name, times in run_times(contenders, rounds, elsewhere).items():
+        rounds = min(arguments.rounds, max(7, int(arguments.rounds * 64 / (rows + 63))))
+        for name, times in run_times(contenders, rounds, elsewhere, copies).items():
             lower, seconds, upper = statistics.quantiles(times, method="inclusive")
             reads_only = name.startswith("reading")
             if name.startswith(OURS):

@@ -1,4 +1,4 @@
-"""The products that micromix is compared with, each as a function of one bf16 input and one weight."""
+"""The products that micromix is compared with, each of one bf16 input and copies of one weight."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Product(NamedTuple):
-    """A product to time, and what it has computed, to check."""
+    """A product to time, with one copy or, in one graph, with all, and the rows that it computes, to check."""
 
     run: Callable[[], object]
     result: Callable[[], Tensor]
@@ -35,48 +35,48 @@ def inductor(
     weights: list[Tensor], x: Tensor, dtype: torch.dtype = torch.bfloat16
 ) -> list[Product]:
     """Inductor with freezing: the weight is packed for oneDNN when the graph is compiled."""
-    products = []
-    weights, x = [weight.to(dtype) for weight in weights], x.to(dtype)
-    for weight in weights:
-        layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
-        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-        products.append(compiled(layer, x))
-    return products
+    return [compiled([_linear(weight.to(dtype)) for weight in weights], x.to(dtype))]
 
 
-def compiled(layer: torch.nn.Module, x: Tensor) -> Product:
-    """The layer compiled by Inductor with freezing, and run once.
+def _linear(weight: Tensor) -> torch.nn.Linear:
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return layer
 
-    Dynamo keeps what it has compiled by the code object, and looks through it at every call. So each layer gets a code
-    object of its own, with one graph. Nothing may reset Dynamo afterwards: the next call would compile again, unfrozen.
+
+def compiled(layers: list[torch.nn.Module], x: Tensor) -> Product:
+    """One graph of these layers, as a model's is, compiled by Inductor with freezing, and run once; each has an input of
+    its own.
+
+    Dynamo keeps what it has compiled by the code object, and looks through it at every call: the graph gets a code object
+    of its own. Nothing may reset Dynamo afterwards: the next call would compile again, unfrozen.
     """
     from torch._inductor import config
 
-    layer.eval()
+    for layer in layers:
+        layer.eval()
+    inputs = [x.clone() for _ in layers]
 
-    def call(x: Tensor) -> Tensor:
-        return layer(x)
+    def call(*inputs: Tensor) -> list[Tensor]:
+        return [layer(x) for layer, x in zip(layers, inputs)]
 
     own = types.FunctionType(
         call.__code__.replace(), call.__globals__, "call", None, call.__closure__
     )
     function = torch.compile(own, dynamic=False, fullgraph=True)
     with config.patch(freezing=True), torch.inference_mode():
-        function(x)
-    return of_function(lambda: function(x))
+        function(*inputs)
+    return Product(lambda: function(*inputs), lambda: torch.cat(function(*inputs)))
 
 
 def torchao_int8(weights: list[Tensor], x: Tensor) -> list[Product]:
     """torchao's int8 dynamic activations, int8 weights, compiled as torchao advises."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-    products = []
-    for weight in weights:
-        layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
-        layer.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    layers = [_linear(weight.clone()) for weight in weights]
+    for layer in layers:
         quantize_(layer, Int8DynamicActivationInt8WeightConfig())
-        products.append(compiled(layer, x))
-    return products
+    return [compiled(layers, x)]
 
 
 class _GgmlParameters(ctypes.Structure):
