@@ -100,7 +100,7 @@ def main() -> None:
             report(f"decode, batch {batch}", runs, arguments.steps)
         for tokens in arguments.prompts:
             ids = torch.randint(model.config.vocab_size, (1, tokens), device="cuda")
-            check(model, compiled, ids, tokens + 64)
+            check(model, compiled, ids, tokens + 64, logits_to_keep=1)
             runs = {name: prompt_of(model, step, ids) for name, step in compiled.items()}
             report(f"a prompt of {tokens} tokens", runs, 1)
 
@@ -150,15 +150,20 @@ def decode_of(model, step, batch: int, room: int, steps: int) -> Callable[[], No
     return run
 
 
-def check(model, compiled: dict[str, Callable], ids: torch.Tensor, room: int) -> None:
-    """The logits of each variant's last token are the uncompiled model's, within what its format loses."""
+def check(
+    model, compiled: dict[str, Callable], ids: torch.Tensor, room: int, **arguments: int
+) -> None:
+    """The logits of each variant are the uncompiled model's, within what its format loses.
+
+    Called as the timed runs call it: Dynamo makes what differs between calls dynamic.
+    """
 
     def logits(step) -> torch.Tensor:
         cache = cache_of(model, len(ids), room)
         cache.reset()
         torch.compiler.cudagraph_mark_step_begin()
-        found = step(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        return found.clone()
+        found = step(input_ids=ids, past_key_values=cache, use_cache=True, **arguments)
+        return found.logits.clone()
 
     expected = logits(model)
     for name, step in compiled.items():
