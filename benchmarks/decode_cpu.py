@@ -2,9 +2,10 @@
 
     python benchmarks/decode_cpu.py [--layers 30] [--tokens 16] [--rounds 7] [--prefill 512] [--dtype bfloat16] [--variants NAME ...]
 
-Variants, timed in turns (A B C A B C ...), ratios by round:
+Variants, timed in turns, ratios by round:
 
     inductor       the model as it is (--dtype), stock Inductor
+    frozen         the same with freezing: Inductor packs the weights for oneDNN
     passes off     micromix without its passes: a quantise and a product for each layer
     micromix       the plan of the published thresholds, E2M3
     with head      the same, and the output head quantised too, so that all products are ours
@@ -13,6 +14,10 @@ Variants, timed in turns (A B C A B C ...), ratios by round:
 
 and each of them with "+ cpp": Inductor's C++ wrapper (`options={"cpp_wrapper": True}`) around the kernels in place of
 its Python one.
+
+Before anything is timed the logits of every variant are compared with those of the model, uncompiled, and the tokens of
+a variant with C++ wrapper with those of the one without. Nothing may be compiled in the timed runs, and micromix is strict: a
+layer that is left alone or a fusion that is not made is an error ("passes off" excepted, where fusions are not).
 
 More runs of each, under the profiler, tell the milliseconds a token in quantised products (`micromix::linear`,
 `linears`, `weight_only_linear`) and in other matrix products (the head's). "Else" is what is left of the time without
@@ -23,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +35,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from checks import check_close, facts, nothing_compiles, write_json
 from torch.profiler import ProfilerActivity, profile
 from transformers import StaticCache
 from turns import in_turns
@@ -40,9 +45,11 @@ from micromix_compile.evaluate import Decoder, decode_speed
 from micromix_compile.models import builtin_text, load_smollm2
 from micromix_compile.passes.fold_order import Folds
 
-VARIANTS = ("inductor", "passes off", "micromix", "head, off", "with head", "weight-only")
+VARIANTS = ("inductor", "frozen", "passes off", "micromix", "head, off", "with head", "weight-only")
+PLAIN = ("inductor", "frozen")
 OFF = ("passes off", "head, off")
 CPP = " + cpp"
+BOUNDS = {True: 0.03, False: 0.6}  # of logits: plain, quantised
 ALL = [*VARIANTS, *(name + CPP for name in VARIANTS)]
 
 
@@ -83,11 +90,16 @@ def main() -> None:
             began = time.perf_counter()
             decoders[name].feed(0)
             compile_seconds[name] = time.perf_counter() - began
+    check(model, decoders, ids[0, :16].tolist())
     # Prompts after all decode steps: having seen another length of the cache, Dynamo would make theirs dynamic.
+    if arguments.prefill:
+        with torch.no_grad():
+            prompt = ids[:, : arguments.prefill]
+            expected_of_prompt = model(input_ids=prompt, logits_to_keep=1).logits
     for name in arguments.variants if arguments.prefill else ():
         prefills[name] = prefill(model, decoders[name].step, ids[:, : arguments.prefill])
         with passes_of(name):
-            prefills[name]()
+            check_close(name, prefills[name](), expected_of_prompt, bound_of(name))
 
     threads = torch.get_num_threads()
     print(
@@ -98,7 +110,8 @@ def main() -> None:
     print(
         f"{'decode':17s} {'tok/s':>7s} {'ratio':>6s} {'products':>9s} {'head':>7s} {'else':>7s}  (ms)"
     )
-    speeds = decode_speed(decoders, arguments.tokens, arguments.rounds, label=None)
+    with nothing_compiles():
+        speeds = decode_speed(decoders, arguments.tokens, arguments.rounds, label=None)
     products = decode_parts(decoders, arguments.tokens, min(arguments.rounds, 5))
     for name, speed in speeds.items():
         parts = *products[name], 1e3 / speed.tokens_per_second - sum(products[name])
@@ -109,25 +122,54 @@ def main() -> None:
         results[name]["first_call_s"] = compile_seconds[name]
     if prefills:
         print(f"prefill of {arguments.prefill} tokens")
-        for name, (seconds, ratio) in medians(in_turns(prefills, arguments.rounds)).items():
+        with nothing_compiles():
+            times = in_turns(prefills, arguments.rounds)
+        for name, (seconds, ratio) in medians(times).items():
             print(f"{name:17s} {1e3 * seconds:7.1f} ms {ratio:5.2f}x")
             results[name] |= {"prefill_s": seconds, "prefill_ratio": ratio}
     if arguments.json:
-        facts = {"layers": arguments.layers, "threads": threads, "prefill": arguments.prefill}
-        facts |= {"dtype": arguments.dtype, "kernel": ops.kernel_name("cpu")}
-        arguments.json.write_text(json.dumps(facts | {"variants": results}, indent=1) + "\n")
+        document = facts() | {"layers": arguments.layers, "prefill": arguments.prefill}
+        document |= {"dtype": arguments.dtype, "kernel": ops.kernel_name("cpu")}
+        write_json(arguments.json, document | {"rounds": arguments.rounds, "variants": results})
 
 
 def how(name: str, plans: dict) -> dict:
     """The arguments of torch.compile for a variant."""
     options = {"cpp_wrapper": True} if name.endswith(CPP) else {}
     name = name.removesuffix(CPP)
-    if name == "inductor":
-        return {"backend": "inductor", "options": options}
+    if name in PLAIN:
+        return {"backend": "inductor", "options": options | {"freezing": name == "frozen"}}
     options["plan"] = plans[name]
     if name in OFF:
         options["post_grad_custom_pre_pass"] = None
+    else:
+        options["strict"] = True
     return {"backend": "micromix", "options": options}
+
+
+def bound_of(name: str) -> float:
+    """How far a variant's logits may be from the model's, relatively."""
+    return BOUNDS[name.removesuffix(CPP) in PLAIN]
+
+
+def check(model, decoders: dict[str, Decoder], tokens: list[int]) -> None:
+    """Each variant's logits are the model's within its bound; the C++ wrapper changes no token."""
+
+    def logits(decoder: Decoder) -> torch.Tensor:
+        decoder.restart()
+        arguments = {"past_key_values": decoder.cache, "use_cache": True}
+        with torch.no_grad():
+            steps = [
+                decoder.step(input_ids=torch.tensor([[t]]), **arguments).logits for t in tokens
+            ]
+        return torch.cat(steps, 1).float()
+
+    expected = logits(Decoder(model))
+    for name, decoder in decoders.items():
+        check_close(name, logits(decoder), expected, bound_of(name))
+        base = decoders.get(name.removesuffix(CPP), decoder)
+        if base.generate(tokens, 16) != decoder.generate(tokens, 16):
+            raise RuntimeError(f"{name}: other tokens than without the C++ wrapper")
 
 
 def passes_of(name: str) -> contextlib.AbstractContextManager:

@@ -2,7 +2,7 @@
 
     python benchmarks/decode_cuda.py [--layers 8] [--batches 1 16] [--prompts 512 2048] [--variants NAME ...]
 
-Weights are random: speed does not depend on them. Variants run in turns (A B C A B C ...), a ratio is the median of the
+Weights are random: speed does not depend on them. Variants run in turns, a ratio is the median of the
 rounds' ratios to stock Inductor, which gets `mode="reduce-overhead"` as all do:
 
     inductor    bf16
@@ -19,13 +19,13 @@ for it, and in all else (with "inductor" all products, and the output head's whe
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from checks import check_close, facts, nothing_compiles, write_json
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from turns import in_turns
@@ -40,6 +40,7 @@ RECIPES = {
     "with head": MIX | {"include_lm_head": True},
 }
 VARIANTS = ("inductor", *RECIPES)
+BOUNDS = {True: 0.05, False: 0.6}  # of logits: bf16, quantised
 # Kernels by parts of their names; the first group that has one takes it.
 GROUPS = {
     "products": ("few_rows", "many_rows", "decode_rows", "decode_tiles", "decode_weight"),
@@ -82,20 +83,25 @@ def main() -> None:
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {ops.kernel_name('cuda')}, "
         f"{arguments.layers} layers"
     )
-    results = {"device": torch.cuda.get_device_name(), "layers": arguments.layers, "runs": {}}
+    results = facts() | {"device": torch.cuda.get_device_name(), "layers": arguments.layers}
+    results |= {"rounds": arguments.rounds, "runs": {}}
 
     def report(title: str, runs: dict[str, Callable], steps: int) -> None:
         results["runs"][title] = measure(title, runs, steps, arguments.rounds)
         if arguments.json:  # what is measured is not lost
-            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+            write_json(arguments.json, results)
 
     with torch.inference_mode():
         for batch in arguments.batches:
             sizes = batch, arguments.cache, arguments.steps
+            ids = torch.randint(model.config.vocab_size, (batch, 1), device="cuda")
+            check(model, compiled, ids, arguments.cache)
             runs = {name: decode_of(model, step, *sizes) for name, step in compiled.items()}
             report(f"decode, batch {batch}", runs, arguments.steps)
         for tokens in arguments.prompts:
-            runs = {name: prompt_of(model, step, tokens) for name, step in compiled.items()}
+            ids = torch.randint(model.config.vocab_size, (1, tokens), device="cuda")
+            check(model, compiled, ids, tokens + 64, logits_to_keep=1)
+            runs = {name: prompt_of(model, step, ids) for name, step in compiled.items()}
             report(f"a prompt of {tokens} tokens", runs, 1)
 
 
@@ -144,10 +150,29 @@ def decode_of(model, step, batch: int, room: int, steps: int) -> Callable[[], No
     return run
 
 
-def prompt_of(model, step, tokens: int) -> Callable[[], None]:
+def check(
+    model, compiled: dict[str, Callable], ids: torch.Tensor, room: int, **arguments: int
+) -> None:
+    """The logits of each variant are the uncompiled model's, within what its format loses.
+
+    Called as the timed runs call it: Dynamo makes what differs between calls dynamic.
+    """
+
+    def logits(step) -> torch.Tensor:
+        cache = cache_of(model, len(ids), room)
+        cache.reset()
+        torch.compiler.cudagraph_mark_step_begin()
+        found = step(input_ids=ids, past_key_values=cache, use_cache=True, **arguments)
+        return found.logits.clone()
+
+    expected = logits(model)
+    for name, step in compiled.items():
+        check_close(name, logits(step), expected, BOUNDS[name == "inductor"])
+
+
+def prompt_of(model, step, ids: torch.Tensor) -> Callable[[], None]:
     """A prompt written into an empty cache, and the logits of its last token."""
-    cache = cache_of(model, 1, tokens + 64)
-    ids = torch.randint(model.config.vocab_size, (1, tokens), device="cuda")
+    cache = cache_of(model, 1, ids.shape[1] + 64)
 
     def run() -> None:
         cache.reset()
@@ -171,7 +196,8 @@ def measure(title: str, runs: dict[str, Callable], steps: int, rounds: int) -> d
         for _ in range(3):  # compiles, records, replays
             run()
         compile_seconds[name] = time.perf_counter() - began
-    seconds = in_turns(runs, rounds)
+    with nothing_compiles():
+        seconds = in_turns(runs, rounds)
     base = seconds[next(iter(runs))]
     for name, own in seconds.items():
         ms = 1e3 * statistics.median(own) / steps

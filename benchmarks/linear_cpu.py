@@ -6,21 +6,26 @@
 
 All contenders run in one process, in turn; a figure is the median of its runs, a ratio is of medians
 of the same rounds. With one thread the time is that thread's CPU time, so that other work on the
-machine is not counted; with more it is the clock's. "rotated": each run takes another copy of the
-weight, more copies than the caches hold; "hot": five runs in a row on one, after one that is not
-counted. micromix is the time of quantise and linear together, weight-only that of its one operator,
-reading that of a loop that only reads the same weights' bytes, at 1, 2 or 4 places at once.
-The memory of every contender is in huge pages where the system gives them. Prints a table; writes it
-as JSON, and a roofline picture.
+machine is not counted; with more it is the clock's. "rotated": a run is eight products, each with a
+copy of the weight, and the figure is an eighth of it; before each round other memory is read, --rotate
+MiB of it, which should be more than the caches hold. "hot": five runs of one product in a row, after
+one that is not counted. micromix is the time of quantise and linear together, weight-only that of its one operator,
+reading that of a loop that only reads as many bytes, at 1, 2 or 4 places at once. micromix and
+weight-only are compiled by Inductor, with freezing, and so are its own products: both pay for Dynamo's
+guards and Inductor's wrapper, once a run. "bare" (--bare) is micromix by two calls of operators from
+Python, without them. Every result is compared with the float product before anything is timed, and
+nothing may be compiled while it is. The memory of every contender is in huge pages where the system
+gives them. Prints a table; writes it as JSON, after each group, with the number of runs and their
+quartiles, and a roofline picture.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import gc
 import itertools
-import json
 import math
 import os
 import random
@@ -29,16 +34,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import peers
 import torch
+from checks import check_product, facts, nothing_compiles, write_json
 
 from micromix_compile import ops
 from micromix_compile.mx import MixedLayout
 
 SHAPES = ("4096x4096", "4096x14336", "14336x4096", "576x1536", "1536x576")  # K x N
 ROWS = (1, 4, 8, 16, 64, 512, 2048)
+COPIES = 8  # of a rotated weight
+OURS = ("micromix", "bare", "weight-only", "reading")  # their names begin so
 READ_PLACES = (1, 2, 4)  # at once: memory gives more to who reads at several
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "THP_MEM_ALLOC_ENABLE": "1"}
 
@@ -89,20 +98,35 @@ def machine_limits(probe: ctypes.CDLL | None) -> dict[str, float]:
     return limits
 
 
-def placed_weights(weights: list[torch.Tensor], layout: MixedLayout) -> list[torch.Tensor]:
+def placed_copies(weight: torch.Tensor, layout: MixedLayout, copies: int) -> list[torch.Tensor]:
     counts = (*layout.counts, layout.code)
-    data, scales = torch.ops.micromix.quantize.default(weights[0], None, *counts)
-    return [torch.ops.micromix.place_weight(data, scales, *counts) for _ in weights]
+    data, scales = torch.ops.micromix.quantize.default(weight, None, *counts)
+    return [torch.ops.micromix.place_weight(data, scales, *counts) for _ in range(copies)]
 
 
 def reading(probe: ctypes.CDLL, placed: list[torch.Tensor], places: int) -> list[peers.Product]:
-    """Loops that only read the placed weights: what the memory allows a product with one row."""
-    # Not in the order of the products, whose weight of this round may be in a cache.
-    half = len(placed) // 2
+    """Loops that only read placed weights: what the memory allows a product with one row."""
     return [
-        lambda memory=memory: read_rate(probe, memory, places)
-        for memory in placed[half:] + placed[:half]
+        peers.Product(lambda memory=memory: read_rate(probe, memory, places), None)
+        for memory in placed
     ]
+
+
+class Quantised(torch.nn.Module):
+    """A product as compiled models run it: quantise and linear, or the weight-only operator."""
+
+    def __init__(self, weight: torch.Tensor, n: int, layout: MixedLayout, weight_only: bool):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.n, self.weight_only = n, weight_only
+        self.counts = (*layout.counts, layout.code)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rest = (self.weight, None, self.n, *self.counts, torch.bfloat16)
+        if self.weight_only:
+            return torch.ops.micromix.weight_only_linear.default(x, None, *rest)
+        rows = torch.ops.micromix.quantize.default(x, None, *self.counts)
+        return torch.ops.micromix.linear.default(*rows, *rest)
 
 
 def micromix(
@@ -111,82 +135,102 @@ def micromix(
     x: torch.Tensor,
     layout: MixedLayout,
     weight_only: bool = False,
+    bare: bool = False,
 ) -> list[peers.Product]:
-    counts = (*layout.counts, layout.code)
-    quantize, linear = torch.ops.micromix.quantize.default, torch.ops.micromix.linear.default
+    layers = [Quantised(weight, n, layout, weight_only) for weight in placed]
+    if bare:
+        return [peers.of_function(functools.partial(layer.forward, x)) for layer in layers]
+    return [peers.compiled(layers, x)]
 
-    def product(weight: torch.Tensor) -> torch.Tensor:
-        return linear(*quantize(x, None, *counts), weight, None, n, *counts, torch.bfloat16)
 
-    def weight_only_product(weight: torch.Tensor) -> torch.Tensor:
-        return torch.ops.micromix.weight_only_linear.default(
-            x, None, weight, None, n, *counts, torch.bfloat16
-        )
-
-    run = weight_only_product if weight_only else product
-    return [lambda weight=weight: run(weight) for weight in placed]
+def check(
+    contenders: dict[str, list[peers.Product]], x: torch.Tensor, weight: torch.Tensor
+) -> None:
+    """Every copy of every contender gives the float product, within what its format loses."""
+    expected = torch.nn.functional.linear(x.float(), weight.float())
+    with torch.inference_mode():
+        for name, products in contenders.items():
+            for product in products:
+                if product.result is not None:
+                    for rows in product.result().split(len(x)):
+                        check_product(name, rows, expected)
 
 
 def run_times(
-    contenders: dict[str, list[peers.Product]], rounds: int, hot: bool
+    contenders: dict[str, list[peers.Product]],
+    rounds: int,
+    elsewhere: torch.Tensor | None,
+    copies: int = 1,
 ) -> dict[str, list[float]]:
-    """Seconds of each run; in every round each contender has its turn, on its next weight."""
+    """Seconds a product of each run; in every round each contender has its turn, on all its copies.
+
+    A tensor from elsewhere is read before each round; without one the contenders are hot.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    with torch.inference_mode():
+    with torch.inference_mode(), nothing_compiles():
         for products in contenders.values():
-            for product in products[:2]:
-                product()
+            for product in products:
+                product.run()
         gc.disable()
-        for i in range(rounds):
+        for _ in range(rounds):
+            if elsewhere is not None:
+                elsewhere.sum()
             # In another order each time: whoever follows itself finds its code in the caches.
             for name in random.sample(list(contenders), len(contenders)):
-                products = contenders[name]
-                product = products[i % len(products)]
-                if hot:
-                    product()
-                for _ in range(5 if hot else 1):
+                runs = [product.run for product in contenders[name]]
+                if elsewhere is None:
+                    runs[0]()
+                for _ in range(5 if elsewhere is None else 1):
                     start = clock()
-                    product()
-                    times[name].append(clock() - start)
+                    for run in runs:
+                        run()
+                    times[name].append((clock() - start) / copies)
         gc.enable()
     return times
 
 
-def measure(arguments: argparse.Namespace, probe: ctypes.CDLL | None) -> list[dict]:
+def measure(
+    arguments: argparse.Namespace, probe: ctypes.CDLL | None, save: Callable[[list[dict]], None]
+) -> list[dict]:
+    """Figures of every group; `save` gets those so far after each."""
     results = []
+    one_thread = arguments.threads == 1
     for shape, rows, hot in itertools.product(
         arguments.shapes, arguments.rows, (False, True) if arguments.hot else (False,)
     ):
+        torch.compiler.reset()  # before a group, so that it drops what no contender needs any more
         k, n = map(int, shape.split("x"))
         x = torch.randn(rows, k, dtype=torch.bfloat16)
-        # More copies than the caches hold where memory sets the speed; compute-bound runs need few.
-        copies = 1 if hot else max(2, int(arguments.rotate * 2**20 / (2 * n * k)) + 1)
-        copies = min(copies, 2 if rows > 16 else 400)
+        copies = 1 if hot else COPIES
         weight = (torch.randn(n, k) * 0.02).bfloat16()
-        weights = [weight] + [weight.clone() for _ in range(copies - 1)]
         contenders: dict[str, list[peers.Product]] = {}
         for name in arguments.mixes:
-            placed = placed_weights(weights, mix(name, k))
-            contenders[f"micromix {name}"] = micromix(placed, n, x, mix(name, k))
+            layout = mix(name, k)
+            # Each has copies of its own: nobody finds in the caches what another has read.
+            placed = functools.partial(placed_copies, weight, layout, copies)
+            contenders[f"micromix {name}"] = micromix(placed(), n, x, layout)
+            if arguments.bare:
+                contenders[f"bare {name}"] = micromix(placed(), n, x, layout, bare=True)
             if arguments.weight_only:
-                contenders[f"weight-only {name}"] = micromix(
-                    placed, n, x, mix(name, k), weight_only=True
-                )
-            if rows == 1 and probe is not None and arguments.threads == 1:
+                products = micromix(placed(), n, x, layout, weight_only=True)
+                contenders[f"weight-only {name}"] = products
+            if rows == 1 and probe is not None and one_thread:
                 for places in READ_PLACES:
-                    contenders[f"reading {name} at {places}"] = reading(probe, placed, places)
+                    contenders[f"reading {name} at {places}"] = reading(probe, placed(), places)
         for name, make in arguments.peers.items():
-            contenders[name] = make(weights[: peers.PEERS[name].copies], x)
-        rounds = max(5, min(arguments.rounds, int(arguments.rounds * 64 / (rows + 63))))
-        for name, times in run_times(contenders, rounds, hot).items():
-            seconds = statistics.median(times)
+            contenders[name] = make([weight.clone() for _ in range(copies)], x)
+        check(contenders, x, weight)
+        words = arguments.rotate * 2**20 // 8
+        elsewhere = None if hot else torch.ones(words, dtype=torch.int64)
+        rounds = min(arguments.rounds, max(7, int(arguments.rounds * 64 / (rows + 63))))
+        for name, times in run_times(contenders, rounds, elsewhere, copies).items():
+            lower, seconds, upper = statistics.quantiles(times, method="inclusive")
             reads_only = name.startswith("reading")
-            if name.startswith(("micromix", "weight-only", "reading")):
+            if name.startswith(OURS):
                 stored = n * k * mix(name.split()[1], k).total_bits / 8
             else:
-                bits = peers.PEERS[name].bits
-                stored = n * k * bits / 8
+                stored = n * k * peers.PEERS[name].bits / 8
             results.append(
                 {
                     "shape": shape,
@@ -194,12 +238,15 @@ def measure(arguments: argparse.Namespace, probe: ctypes.CDLL | None) -> list[di
                     "hot": hot,
                     "name": name,
                     "microseconds": seconds * 1e6,
+                    "quartiles": [lower * 1e6, upper * 1e6],
+                    "runs": len(times),
                     "GB/s": stored / seconds / 1e9,
                     "GFLOP/s": 0 if reads_only else 2 * rows * n * k / seconds / 1e9,
                     "flop/byte": 2 * rows * n * k / stored,
                 }
             )
         report([r for r in results if (r["shape"], r["rows"], r["hot"]) == (shape, rows, hot)])
+        save(results)
     return results
 
 
@@ -258,11 +305,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--mixes", nargs="+", default=("4.5", "5.5", "mxfp4", "mxfp8"))
     parser.add_argument("--weight-only", action="store_true", help="also with bf16 activations")
+    parser.add_argument("--bare", action="store_true", help="also the operators, not compiled")
     parser.add_argument("--peers", nargs="*", default=peers.PEERS, choices=peers.PEERS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=50, help="at most so many runs of each")
     parser.add_argument(
-        "--rotate", type=int, default=1024, help="MiB of bf16 weights to rotate over"
+        "--rotate", type=int, default=1024, help="MiB read before each round that is not hot"
     )
     parser.add_argument("--hot", action="store_true", help="also without rotation")
     parser.add_argument("--isa", help="portable, avx2, avx512 or amx; default: the best here")
@@ -284,9 +332,12 @@ def main(argv: list[str] | None = None) -> None:
         "one thread's limits:", ", ".join(f"{name} {value:.3g}" for name, value in limits.items())
     )
     arguments.peers = peers.available(arguments.peers)
-    results = measure(arguments, probe)
-    document = {"kernel": ops.kernel_name("cpu"), "limits": limits, "results": results}
-    arguments.output.with_suffix(".json").write_text(json.dumps(document, indent=1))
+    document = facts() | {"kernel": ops.kernel_name("cpu"), "limits": limits}
+
+    def save(results: list[dict]) -> None:
+        write_json(arguments.output.with_suffix(".json"), document | {"results": results})
+
+    results = measure(arguments, probe, save)
     draw(results, limits, arguments.output.with_suffix(".png"))
     print(f"\nwrote {arguments.output}.json and {arguments.output}.png")
 

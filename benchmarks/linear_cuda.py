@@ -5,7 +5,7 @@
 
 Quantise and product together, on the GPU's own kernel (`micromix env` names it). Each contender is one
 CUDA graph of many calls, on weights that rotate through more memory than the second-level cache
-holds; contenders take turns, a figure is the median of the rounds, a ratio that of the rounds' ratios.
+holds; the results are compared with the float product before; contenders take turns, a figure is the median of the rounds, a ratio that of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import statistics
 
 import torch
+from checks import check_product
 from linear_cpu import mix
 from quantize_cuda import copy_bandwidth, graph_of, in_turns
 
@@ -38,9 +39,16 @@ def measure(k: int, n: int, m: int, name: str, rounds: int) -> tuple[float, floa
         rows = quantize(x, None, *counts)
         return [linear(*rows, weight, None, n, *counts, torch.bfloat16)]
 
+    def bf16(weight: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.nn.functional.linear(x, weight)]
+
+    for weight, own in zip(weights, placed, strict=True):
+        expected = torch.nn.functional.linear(x.double(), weight.double())
+        check_product(f"micromix {name}", *micromix(own), expected)
+        check_product("bf16", *bf16(weight), expected)
     graphs = {
         "micromix": graph_of(micromix, [(weight,) for weight in placed]),
-        "bf16": graph_of(lambda w: [torch.nn.functional.linear(x, w)], [(w,) for w in weights]),
+        "bf16": graph_of(bf16, [(weight,) for weight in weights]),
     }
     times = in_turns(graphs, copies, rounds)
     ratios = [b / a for a, b in zip(times["micromix"], times["bf16"], strict=True)]

@@ -1,4 +1,4 @@
-"""The products that micromix is compared with, each as a function of one bf16 input and one weight."""
+"""The products that micromix is compared with, each of one bf16 input and copies of one weight."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import functools
 import importlib.util
 import itertools
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,49 +14,69 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Product = Callable[[], object]
+
+class Product(NamedTuple):
+    """A product to time, with one copy or, in one graph, with all, and the rows that it computes, to check."""
+
+    run: Callable[[], object]
+    result: Callable[[], Tensor]
+
+
+def of_function(function: Callable[[], Tensor]) -> Product:
+    return Product(function, function)
 
 
 def eager(weights: list[Tensor], x: Tensor) -> list[Product]:
-    """torch's own bf16 product."""
-    return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]
+    """torch's own bf16 product, called as it is: nothing checks its arguments as a compiled call's guards do."""
+    return [of_function(lambda w=w: torch.nn.functional.linear(x, w)) for w in weights]
 
 
 def inductor(
     weights: list[Tensor], x: Tensor, dtype: torch.dtype = torch.bfloat16
 ) -> list[Product]:
     """Inductor with freezing: the weight is packed for oneDNN when the graph is compiled."""
-    products = []
-    weights, x = [weight.to(dtype) for weight in weights], x.to(dtype)
-    for weight in weights:
-        layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
-        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-        products.append(_frozen(layer, x))
-    return products
+    return [compiled([_linear(weight.to(dtype)) for weight in weights], x.to(dtype))]
 
 
-def _frozen(layer: torch.nn.Module, x: Tensor) -> Product:
-    """The layer compiled by Inductor with freezing, and run once."""
+def _linear(weight: Tensor) -> torch.nn.Linear:
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def compiled(layers: list[torch.nn.Module], x: Tensor) -> Product:
+    """One graph of these layers, as a model's is, compiled by Inductor with freezing, and run once; each has an input of
+    its own.
+
+    Dynamo keeps what it has compiled by the code object, and looks through it at every call: the graph gets a code object
+    of its own. Nothing may reset Dynamo afterwards: the next call would compile again, unfrozen.
+    """
     from torch._inductor import config
 
-    torch.compiler.reset()
+    for layer in layers:
+        layer.eval()
+    inputs = [x.clone() for _ in layers]
+
+    def call(*inputs: Tensor) -> list[Tensor]:
+        return [layer(x) for layer, x in zip(layers, inputs)]
+
+    own = types.FunctionType(
+        call.__code__.replace(), call.__globals__, "call", None, call.__closure__
+    )
+    function = torch.compile(own, dynamic=False, fullgraph=True)
     with config.patch(freezing=True), torch.inference_mode():
-        compiled = torch.compile(layer.eval())
-        compiled(x)
-    return lambda: compiled(x)
+        function(*inputs)
+    return Product(lambda: function(*inputs), lambda: torch.cat(function(*inputs)))
 
 
 def torchao_int8(weights: list[Tensor], x: Tensor) -> list[Product]:
     """torchao's int8 dynamic activations, int8 weights, compiled as torchao advises."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-    products = []
-    for weight in weights:
-        layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
-        layer.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    layers = [_linear(weight.clone()) for weight in weights]
+    for layer in layers:
         quantize_(layer, Int8DynamicActivationInt8WeightConfig())
-        products.append(_frozen(layer, x))
-    return products
+    return [compiled(layers, x)]
 
 
 class _GgmlParameters(ctypes.Structure):
@@ -121,12 +142,22 @@ def ggml_q4_0(weights: list[Tensor], x: Tensor, repacks: bool = False) -> list[P
         )
         packed = _repacked(base, cpu, context, plain, rows, (n, k)) if repacks else plain
         graph = ctypes.c_void_p(base.ggml_new_graph(context))
-        base.ggml_build_forward_expand(
-            graph, ctypes.c_void_p(base.ggml_mul_mat(context, packed, rows))
-        )
+        result = ctypes.c_void_p(base.ggml_mul_mat(context, packed, rows))
+        base.ggml_build_forward_expand(graph, result)
         # The context owns the tensors, and is never freed; the backend keeps the scratch of a call.
-        products.append(functools.partial(base.ggml_backend_graph_compute, backend, graph))
+        run = functools.partial(base.ggml_backend_graph_compute, backend, graph)
+        copy = functools.partial(_ggml_values, base, run, result, (len(values), n))
+        products.append(Product(run, copy))
     return products
+
+
+def _ggml_values(base, run, tensor: ctypes.c_void_p, shape: tuple[int, int]) -> Tensor:
+    """A float32 tensor of ggml after a run that fills it."""
+    if run() != 0:
+        raise RuntimeError("llama.cpp did not compute its graph")
+    values = torch.empty(shape)
+    ctypes.memmove(values.data_ptr(), base.ggml_get_data(tensor), values.nbytes)
+    return values
 
 
 def _repacked(base, cpu, context, plain, rows, shape: tuple[int, int]) -> ctypes.c_void_p:
@@ -176,11 +207,13 @@ def openvino_int4(weights: list[Tensor], x: Tensor) -> list[Product]:
         model = openvino.Model([result], [rows])
         request = core.compile_model(model, "CPU", threads).create_infer_request()
         request.set_input_tensor(openvino.Tensor(x.float().numpy()))
-        products.append(request.infer)
+        products.append(
+            Product(
+                request.infer,
+                lambda request=request: torch.from_numpy(request.infer()[0].copy()),
+            )
+        )
     return products
-
-
-FEW = 4  # copies where each is compiled, which takes long
 
 
 class Peer(NamedTuple):
@@ -188,15 +221,14 @@ class Peer(NamedTuple):
     bits: float = 16  # of an element of its weight, scales included
     module: str = "torch"
     package: str = "torch"  # that has the module
-    copies: int = 64  # of the weight, at most
 
 
 PEERS = {
     "eager bf16": Peer(eager),
-    "inductor bf16": Peer(inductor, copies=FEW),
-    "inductor fp32": Peer(functools.partial(inductor, dtype=torch.float32), 32, copies=FEW),
-    "torchao int8": Peer(torchao_int8, 8, "torchao", "torchao", FEW),
-    "openvino int4": Peer(openvino_int4, 4.5, "openvino", "openvino", FEW),
+    "inductor bf16": Peer(inductor),
+    "inductor fp32": Peer(functools.partial(inductor, dtype=torch.float32), 32),
+    "torchao int8": Peer(torchao_int8, 8, "torchao", "torchao"),
+    "openvino int4": Peer(openvino_int4, 4.5, "openvino", "openvino"),
     "ggml q4_0": Peer(ggml_q4_0, 4.5, "llama_cpp", "llama-cpp-python"),
     "ggml q4_0 repacked": Peer(
         functools.partial(ggml_q4_0, repacks=True), 4.5, "llama_cpp", "llama-cpp-python"

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from micromix_compile import ops
 
@@ -29,3 +30,24 @@ def test_quick_benchmark_writes_a_table_and_a_picture(tmp_path):
     assert expected <= measured
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "x eager bf16" in result.stdout
+
+
+def test_two_peers_of_inductor_stay_frozen_and_a_compilation_is_seen(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARK.parent))
+    import checks
+    import peers
+
+    weights = [torch.randn(64, 32).bfloat16() for _ in range(2)]
+    x = torch.randn(1, 32).bfloat16()
+    expected = torch.cat([torch.nn.functional.linear(x, weight) for weight in weights])
+    bf16 = peers.inductor(weights, x)
+    fp32 = peers.inductor(weights, x, dtype=torch.float32)
+    with torch.inference_mode(), checks.nothing_compiles():
+        for product in (*bf16, *fp32):
+            product.run()
+            checks.check_product("bf16", product.result(), expected.float())
+    with pytest.raises(RuntimeError, match="wrong by"):
+        checks.check_product("mxfp8", expected.flip(1), expected)
+    torch.compiler.reset()
+    with pytest.raises(RuntimeError, match="graphs were compiled"), checks.nothing_compiles():
+        bf16[0].run()
