@@ -16,7 +16,7 @@ from tiny_llama import save_tiny
 from micromix_compile import Recipe, load_plan, load_statistics, models
 from micromix_compile.allocation import allocate
 from micromix_compile.cli import main, measure
-from micromix_compile.cli.flags import joined_segments, make_parser
+from micromix_compile.cli.flags import make_parser
 from micromix_compile.errors import EvaluationError
 
 COMMANDS = (
@@ -95,10 +95,10 @@ def test_every_field_of_a_recipe_has_a_flag():
     assert {field.name for field in fields(Recipe)} <= vars(plan).keys()
 
 
-@pytest.mark.parametrize("segments", [["4,6"], ["4", "6"], ["4,", "6"], ["(4, 6)"]], ids="_".join)
+@pytest.mark.parametrize("segments", ["4,6", "(4, 6)"])
 def test_segments_as_in_a_shell_and_as_in_python(segments):
-    arguments = ["quantize", "--hadamard", *segments, "in", "out", "--multiple", "64"]
-    parsed = make_parser().parse_args(joined_segments(arguments))
+    arguments = ["quantize", "--hadamard", segments, "in", "out", "--multiple", "64"]
+    parsed = make_parser().parse_args(arguments)
     assert (parsed.hadamard, parsed.model, parsed.output) == ((4, 6), "in", Path("out"))
 
 

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from micromix_compile.cli.flags import joined_segments, make_parser
+from micromix_compile.cli.flags import make_parser
 from micromix_compile.cli.inputs import check_device
 from micromix_compile.cli.outputs import check_outputs
 from micromix_compile.errors import MicroMixError, MicroMixWarning
@@ -21,7 +21,7 @@ from micromix_compile.errors import MicroMixError, MicroMixWarning
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Wrong usage raises SystemExit(2), as argparse does."""
-    arguments = make_parser().parse_args(joined_segments(sys.argv[1:] if argv is None else argv))
+    arguments = make_parser().parse_args(argv)
     # transformers imports torchao where it is installed, which then tells of every file of its own that this torch cannot load.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)

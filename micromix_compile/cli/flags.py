@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from micromix_compile.checkpoint import check_directory
@@ -49,25 +48,6 @@ def make_parser() -> argparse.ArgumentParser:
     )
     env.add_argument("--json", action="store_true", help="as JSON")
     return parser
-
-
-def joined_segments(arguments: Sequence[str]) -> list[str]:
-    """Arguments with `--hadamard 4 6` as `--hadamard 4,6`.
-
-    A flag of several arguments (nargs="+") would take IN and OUT too, where they come after it.
-    """
-    result: list[str] = []
-    for argument in arguments:
-        if argument in ("4", "6", "8") and _is_segments(result[-2:]):
-            result[-1] += f",{argument}"
-        else:
-            result.append(argument)
-    return result
-
-
-def _is_segments(arguments: list[str]) -> bool:
-    flag, segments = arguments if len(arguments) == 2 else ("", "")
-    return flag == "--hadamard" and set(segments) <= set("468,")
 
 
 def _add_calibrate(command) -> None:
