@@ -438,7 +438,7 @@ def test_a_batch_that_is_a_tensor_of_integers_is_the_ids_of_the_loss():
         (["hello"], "a batch without a tensor, 'hello', and the model failed"),
         ([[1, 2, 3]], r"a batch without a tensor, \[1, 2, 3\]"),
         ([{"input_ids": [[1, 2, 3]]}], "a batch with a list as input_ids"),
-        ([{"input_ids": torch.randn(1, 3)}], "input_ids of torch.float32"),
+        ([{"input_ids": torch.ones(1, 3)}], "input_ids of torch.float32"),
     ],
     ids=str,
 )
