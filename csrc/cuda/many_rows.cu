@@ -56,8 +56,8 @@ struct Shape {
   static constexpr int kThreadBlocks = !kShared && kTokens <= 64 ? 2 : 1;  // of a multiprocessor
   // Of a thread that copies, and of one that multiplies: of all of them no more than the compiler
   // gives (80 or 168 each), or they wait for ever (`make check-sass` looks).
-  [[maybe_unused]] static constexpr int kFewRegisters = 24,
-                                        kRegisters = kThreadBlocks == 2 ? 104 : 240;
+  static constexpr int few_registers() { return 24; }
+  static constexpr int registers() { return kThreadBlocks == 2 ? 104 : 240; }
   // A step's two slices of tokens are there together, or one after the other.
   static constexpr int kStagesOfStep = kTokens >= 64 ? 2 : 1;
   static constexpr int kSlice = kTokens * kSliceBytes, kStage = 2 * kSlice / kStagesOfStep;
@@ -523,13 +523,13 @@ struct Product : Shape<kTokens, kShared> {
       __syncthreads();
     }
     if (warp >= kWarps) {
-      keep_registers<S::kFewRegisters>();
+      keep_registers<S::few_registers()>();
       if (threadIdx.x == kThreads)
         while (next_stage.tile < task.tiles) copy_stage();
       __syncwarp();
       if (!kShared && parts > 1) meet_cluster();
     } else {
-      get_registers<S::kRegisters>();
+      get_registers<S::registers()>();
       if constexpr (kShared) {
         multiply_tiles();
       } else {
