@@ -1,7 +1,6 @@
 """Every private torch name this project uses, in one place.
 
-Each entry says what it is for. The tests of the backend and the passes ran with them on torch 2.11, 2.13, 2.14 and 2.15,
-those of packages on 2.12 to 2.15, on CPUs (2.11 runs no packages). Nothing else in the project may
+Each entry says what it is for; docs/kernels.md#versions-of-torch says with which versions of torch the tests ran. Nothing else in the project may
 import from `torch._dynamo`, `torch._inductor`, `torch._guards` or `torch._functorch`. What graphs hold as targets
 (`torch._ops`, `torch._C._nn`) stands where they are matched.
 """

@@ -37,9 +37,8 @@ def first_device(model: torch.nn.Module) -> torch.device:
 
 def on_device(batch: Any, device: torch.device | str) -> Any:
     """A batch with copies of its tensors on a device: a model may write to what it is given."""
-    if isinstance(
-        batch, UserDict
-    ):  # a tokenizer's, which optree does not know; a loss may read its attributes
+    if isinstance(batch, UserDict):
+        # A tokenizer's, which optree does not know; a loss may read its attributes.
         moved = copy.copy(batch)
         moved.data = on_device(batch.data, device)
         return moved
