@@ -44,10 +44,11 @@ def build_id() -> str:
 def cuda_arguments() -> list[str]:
     """CMake's arguments for the CUDA library."""
     wanted = os.environ.get("CUDACXX")
-    if wanted and shutil.which(wanted) is None:
+    found = shutil.which(wanted) if wanted else None
+    if wanted and found is None:
         sys.exit(f"error: CUDACXX={wanted} is no program; set it to nvcc's path, or unset it")
     candidates = (
-        wanted and shutil.which(wanted),
+        found,
         PACKAGES / "nvidia" / "cu13" / "bin" / "nvcc",
         shutil.which("nvcc"),
         "/usr/local/cuda/bin/nvcc",

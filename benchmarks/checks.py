@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from micromix_compile.files import write_text
+
 # Relative Frobenius error of a product of normally distributed numbers, half as much again as is usual.
 BOUNDS = {
     "fp32": 1e-4,  # sums in another order
@@ -72,6 +74,4 @@ def facts() -> dict[str, object]:
 
 def write_json(path: Path, document: dict) -> None:
     """In one step: a reader, or an end in between, finds the document before or this one."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(document, indent=1) + "\n")
-    beside.replace(path)
+    write_text(path, json.dumps(document, indent=1) + "\n")
