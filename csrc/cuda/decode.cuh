@@ -5,6 +5,7 @@
 // is short of gives the element under its scale, exactly.
 #pragma once
 
+#include "arranged_codes.h"
 #include "decode.h"
 #include "vectors.cuh"
 
@@ -33,20 +34,11 @@ __device__ __forceinline__ Eight scaled(const uint32_t (&placed)[4], uint32_t fa
 }
 
 __device__ __forceinline__ Eight decode_e2m1(uint32_t codes, uint32_t factor) {
-  constexpr uint32_t kMagnitudes = kExponents | kMantissas;
+  constexpr uint32_t kMagnitudes = 0x01C001C0, kSigns = 0x80008000;
   const uint32_t placed[4] = {(codes << 6 & kMagnitudes) | (codes << 12 & kSigns),
                               (codes << 2 & kMagnitudes) | (codes << 8 & kSigns),
                               (codes >> 2 & kMagnitudes) | (codes << 4 & kSigns),
                               (codes >> 6 & kMagnitudes) | (codes & kSigns)};
-  return scaled(placed, factor);
-}
-
-// The same as they are placed.
-__device__ __forceinline__ Eight decode_placed_e2m1(uint32_t codes, uint32_t factor) {
-  constexpr uint32_t kAll = kSigns | kExponents | kMantissas;
-  const uint32_t placed[4] = {
-      codes & kAll, codes << 3 & kAll, codes << 6 & kAll,
-      (codes << 1 & kSigns) | (codes >> 3 & kExponents) | (codes >> 7 & kMantissas)};
   return scaled(placed, factor);
 }
 
@@ -105,16 +97,15 @@ struct BlockCodes {
     }
   }
   __device__ __forceinline__ Eight decode(int g, uint32_t factor) const {
-    if constexpr (kFormat.bits == 4) {
-      return decode_placed_e2m1(word[g], factor);
-    } else if constexpr (kFormat.bits == 8) {
-      return decode_e4m3(word[2 * g], word[2 * g + 1], factor);
-    } else {  // 48 bits, from a multiple of 16 on
-      const int first = 3 * g / 2;
-      const uint32_t low = g % 2 ? __funnelshift_r(word[first], word[first + 1], 16) : word[first];
-      const uint32_t high = g % 2 ? word[first + 1] >> 16 : word[first + 1];
-      return decode_mxfp6<kFormat>(low, __funnelshift_r(low, high, 24), factor);
+    constexpr int kOfUnit = kUnitRegisters<kFormat> / 4;
+    const uint32_t* const unit = word + g / kOfUnit * kUnitWords<kFormat>;
+    uint32_t placed[4] = {};
+    if (g % kOfUnit == 0) {
+      take_registers<kFormat, 0>(unit, placed);
+    } else {
+      take_registers<kFormat, 4>(unit, placed);
     }
+    return scaled(placed, factor);
   }
 };
 

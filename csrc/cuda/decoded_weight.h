@@ -4,8 +4,8 @@
 // and blocks that are not there are zeros. In a matrix instruction of 16 rows a lane has two of
 // them, eight apart, and shares them with three others: a chunk has a block of the first row for
 // each lane, then one of the second. Where blocks are longer than 16 bytes, their first 16 come
-// first, of all lanes. Behind the codes are each lane's two scales, and behind the panels the
-// largest scale of each row.
+// first, of all lanes. In a block codes lie as arranged_codes.h says. Behind the codes are each
+// lane's two scales, and behind the panels the largest scale of each row.
 #pragma once
 
 #include "../mx/layout.h"
@@ -71,24 +71,5 @@ MX_HOST_DEVICE constexpr int64_t panels_of(int64_t n) { return (n + kPanelRows -
 inline int64_t decoded_weight_bytes(const mx::MixedLayout& layout, int64_t n) {
   return panels_of(n) * (Steps(layout.weight()).panel_bytes() + kPanelRows);
 }
-
-// Eight E2M1 codes, the first in the lowest bits, are placed so that few instructions bring them to
-// where bfloat16 has sign, exponent and mantissa: of codes i and i + 4 these bits, in either half,
-// are 3 * i to the right of there, but of the last two codes the sign is 1 to the right, and 3 and
-// 7 to the left are exponent and mantissa.
-constexpr uint32_t kSigns = 0x80008000, kExponents = 0x01800180, kMantissas = 0x00400040;
-
-MX_HOST_DEVICE constexpr uint32_t arrange_e2m1(uint32_t codes) {
-  uint32_t placed = 0;
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t pair = (codes >> (4 * i) & 0xF) | (codes >> (4 * i + 16) & 0xF) << 16;
-    const uint32_t sign = (pair & 0x00080008) << 12, exponent = (pair & 0x00060006) << 6,
-                   mantissa = (pair & 0x00010001) << 6;
-    placed |=
-        i < 3 ? (sign | exponent | mantissa) >> (3 * i) : sign >> 1 | exponent << 3 | mantissa << 7;
-  }
-  return placed;
-}
-static_assert(arrange_e2m1(0xFFFFFFFF) == 0xFFFFFFFF && arrange_e2m1(0) == 0);
 
 }  // namespace micromix::cuda

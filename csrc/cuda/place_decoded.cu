@@ -7,6 +7,15 @@ namespace {
 
 constexpr int kThreads = kChunkBlocks;
 
+// A weight's NaN makes NaN of its row's every product, as a scale that is NaN does: a decoder needs
+// to look for the latter only.
+__device__ __forceinline__ bool has_nan(const uint32_t (&codes)[8]) {
+  uint32_t found = 0;
+#pragma unroll
+  for (const uint32_t four : codes) found |= (four & 0x7F7F7F7F) + 0x01010101 & 0x80808080;
+  return found != 0;
+}
+
 // A thread block a chunk, a thread a block of a row. The first ones of a panel find the largest
 // scales.
 __global__ void __launch_bounds__(kThreads)
@@ -18,7 +27,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row = kPanelRows * panel + lane / 4 + 8 * of_two;
   const auto [first, last] = steps.blocks_of(step);
   const int block = first + lane % 4, bits = steps.bits_of(step);
-  uint32_t words[8] = {}, scale = 0;
+  uint32_t codes[8] = {}, scale = 0;
   if (row < rows.rows && block < last) {
     const int in_row = bits == 4   ? 16 * block
                        : bits == 6 ? rows.start6 + 24 * (block - rows.end4)
@@ -28,10 +37,20 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < 4; ++i) {
       if (2 * i >= bits) continue;
       const uint2 two = __ldg(reinterpret_cast<const uint2*>(from) + i);
-      words[2 * i] = bits == 4 ? arrange_e2m1(two.x) : two.x;
-      words[2 * i + 1] = bits == 4 ? arrange_e2m1(two.y) : two.y;
+      codes[2 * i] = two.x, codes[2 * i + 1] = two.y;
     }
     scale = __ldg(rows.scales + row * rows.blocks + block);
+    if (bits == 8 && has_nan(codes)) scale = mx::kNanScale;
+  }
+  uint32_t words[8] = {};
+  if (bits == 4) {
+    arrange<mx::E2M1>(codes, words);
+  } else if (bits == 8) {
+    arrange<mx::E4M3>(codes, words);
+  } else if (rows.e3m2) {
+    arrange<mx::E3M2>(codes, words);
+  } else {
+    arrange<mx::E2M3>(codes, words);
   }
   uint8_t* const chunk = placed + panel * steps.panel_bytes() + steps.chunk_start(step);
 #pragma unroll

@@ -22,7 +22,7 @@ from .simulator import SOURCES
 HOST = Path(__file__).with_name("host")
 STAND_INS = ("cuda_runtime_api.h", "early_launch.h", "vectors.cuh")
 KERNELS = ("decode.cu", "place_decoded.cu")
-HEADERS = ("decode.h", "decode.cuh", "decoded_weight.h")
+HEADERS = ("arranged_codes.h", "decode.h", "decode.cuh", "decoded_weight.h")
 PAIRS = [0, 4, 1, 5, 2, 6, 3, 7]  # the order of eight decoded channels
 
 
