@@ -107,7 +107,6 @@ MX_HOST_DEVICE constexpr void arrange(const uint32_t* codes, uint32_t* words) {
     const uint32_t beyond = in_word + kFormat.bits > 32 ? codes[bit / 32 + 1] << (32 - in_word) : 0;
     return in_bfloat16<kFormat>((codes[bit / 32] >> in_word | beyond) & ((1u << kFormat.bits) - 1));
   };
-#pragma unroll
   for (int unit = 0; unit < kFormat.bits / kUnitWords<kFormat>; ++unit) {
     for_each_piece<kFormat>([&](auto i) {
       constexpr Piece p = pieces_of<kFormat>()[i];
