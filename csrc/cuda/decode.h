@@ -70,8 +70,9 @@ constexpr int kMostDevices = 64;
 struct Launcher {
   cudaStream_t stream;
   int device;
-  bool early;
-  bool warpgroups;  // whether the device runs many_rows.cu
+  bool early = false;
+  bool warpgroups = false;  // whether the device runs many_rows.cu
+  int multiprocessors = 0;
 };
 
 // place_decoded.cu

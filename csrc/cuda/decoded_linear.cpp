@@ -79,7 +79,7 @@ void place_decoded(const char* op, const OnDevice& on, const Tensor& data, const
   const int64_t n = data.size(0);
   if (n == 0) return;
   check(launch_place(packed_rows(own, bytes_of(data), bytes_of(scales), n), Steps(own),
-                     writable_bytes_of(placed), Launcher{on.stream, on.index, false, false}),
+                     writable_bytes_of(placed), Launcher{on.stream, on.index}),
         op);
 }
 

@@ -41,7 +41,7 @@ struct Task {
   unsigned first_blocks[kMostProducts];  // of a layer; of those that are not there: all of them
 };
 
-template <int kTiles, int kWarps, int kPanels>
+template <int kTiles, int kWarps, int kPanels, int kUnroll>
 struct Product {
   static constexpr int kRows = kPanels * kPanelRows;
   static constexpr int kThreads = 32 * kWarps;
@@ -104,7 +104,7 @@ struct Product {
     const int warp = threadIdx.x / 32;
     const uint8_t* const chunks = panel + first.steps.chunk_start(begin);
     const auto [first_block, last_block] = first.steps.blocks_of(begin);
-#pragma unroll(kPanels == 1 ? 2 : 1)
+#pragma unroll(kUnroll)
     for (int step = begin + (warp + kWarps - begin % kWarps) % kWarps; step < last;
          step += kWarps) {
       const ChunkInMemory chunk{chunks + (step - begin) * chunk_bytes(kFormat.bits)};
@@ -185,17 +185,17 @@ struct Product {
   }
 };
 
-// 16 warps of a multiprocessor have registers for all that they load; four with one panel take
-// fewer, so that more fit.
-template <int kTiles, int kWarps, int kPanels>
-__global__ void __launch_bounds__(32 * kWarps, kPanels == 2 || kWarps == 8 ? 16 / kWarps : 0)
+// kTogether: thread blocks that a multiprocessor has registers for, at least; 0: left to the
+// compiler. Two steps at once take more of them.
+template <int kTiles, int kWarps, int kPanels, int kTogether, int kUnroll>
+__global__ void __launch_bounds__(32 * kWarps, kTogether)
     few_rows_kernel(const void* x, const __grid_constant__ Task task) {
   let_the_next_kernel_start();
   wait_for_the_kernel_before();
-  Product<kTiles, kWarps, kPanels>(x, task).run();
+  Product<kTiles, kWarps, kPanels, kUnroll>(x, task).run();
 }
 
-template <int kTiles, int kWarps, int kPanels>
+template <int kTiles, int kWarps, int kPanels, int kTogether, int kUnroll = 1>
 cudaError_t launch(const void* x, std::span<const LayerProduct> layers, const Launcher& on) {
   Task task{};
   unsigned blocks = 0;
@@ -205,8 +205,8 @@ cudaError_t launch(const void* x, std::span<const LayerProduct> layers, const La
     task.layers[i] = layers[i];
     blocks += static_cast<unsigned>((panels_of(layers[i].weight.rows) + kPanels - 1) / kPanels);
   }
-  return launch_early(few_rows_kernel<kTiles, kWarps, kPanels>, blocks, 32 * kWarps, 0, on.stream,
-                      on.early, x, task);
+  return launch_early(few_rows_kernel<kTiles, kWarps, kPanels, kTogether, kUnroll>, blocks,
+                      32 * kWarps, 0, on.stream, on.early, x, task);
 }
 
 }  // namespace
@@ -214,14 +214,19 @@ cudaError_t launch(const void* x, std::span<const LayerProduct> layers, const La
 cudaError_t launch_few_rows(const void* x, std::span<const LayerProduct> layers,
                             const Launcher& on) {
   static_assert(kFewRows == 2 * kTokens);
-  // Fewer warps have longer loops, more of them fill the device where panels are few. Two tiles of
-  // tokens are more to read than a panel, so two panels share them.
   int64_t panels = 0;
   for (const LayerProduct& layer : layers) panels += panels_of(layer.weight.rows);
-  const auto of_one_tile = panels < 512 ? launch<1, 8, 1> : launch<1, 4, 1>;
-  const auto of_two_tiles = panels <= 256   ? launch<2, 16, 2>
-                            : panels <= 512 ? launch<2, 8, 2>
-                                            : launch<2, 4, 2>;
+  // More warps have shorter loops. As long as it is possible all thread blocks run at once: a few
+  // that come after the others take as long as these.
+  const int64_t each = (panels + on.multiprocessors - 1) / on.multiprocessors;
+  const auto of_one_tile = each <= 2   ? launch<1, 8, 1, 2, 2>
+                           : each <= 3 ? launch<1, 8, 1, 3>
+                           : each <= 4 ? launch<1, 8, 1, 4>
+                                       : launch<1, 4, 1, 0, 2>;
+  // Two tiles of tokens are more to read than a panel, so two panels share them.
+  const auto of_two_tiles = each <= 2   ? launch<2, 16, 2, 1>
+                            : each <= 4 ? launch<2, 8, 2, 2>
+                                        : launch<2, 4, 2, 4>;
   return (layers[0].results.m <= kTokens ? of_one_tile : of_two_tiles)(x, layers, on);
 }
 

@@ -241,7 +241,8 @@ void run(const char* op, Tensor data, Tensor scales, std::span<Layer> layers, in
   if (is_blackwell) {
     blackwell_products(op, device, on, data, scales, m, layers, layout, dtype);
   } else {
-    const cuda::Launcher launcher{on.stream, on.index, device.early, device.warpgroups};
+    const cuda::Launcher launcher{on.stream, on.index, device.early, device.warpgroups,
+                                  device.multiprocessors};
     cuda::decoded_products(op, launcher, data, scales, m, layers, layout);
   }
 }
