@@ -58,8 +58,9 @@ struct Shape {
   // gives (80 or 168 each), or they wait for ever (`make check-sass` looks).
   static constexpr int few_registers() { return 24; }
   static constexpr int registers() { return kThreadBlocks == 2 ? 104 : 240; }
-  // A step's two slices of tokens are there together, or one after the other.
-  static constexpr int kStagesOfStep = kTokens >= 64 ? 2 : 1;
+  // A step's two slices of tokens are there one after the other. (Of 32 tokens they could come at
+  // once, but ptxas makes matrix instructions wait where a stage has all four groups of a step.)
+  static constexpr int kStagesOfStep = 2;
   static constexpr int kSlice = kTokens * kSliceBytes, kStage = 2 * kSlice / kStagesOfStep;
   static constexpr int kStages = kTokens == 128 ? 6 : 4;
   static constexpr int kChunks = kShared && kTokens == 256 ? 2 : 4;
