@@ -61,12 +61,13 @@ class Gated(nn.Module):
         return {"y": y + more["shift"][0], "parts": [y, (x, None)]}
 
 
-def run(*arguments, **environment):
+def run(*arguments, timeout=None, **environment):
     return subprocess.run(
         [str(a) for a in arguments],
         capture_output=True,
         text=True,
         check=False,
+        timeout=timeout,
         env={**os.environ, **environment},
     )
 
@@ -236,6 +237,18 @@ def test_a_fresh_process(decoder):
     result = run(sys.executable, "-c", program)
     expected = micromix.load_package(path).generate(prompt, 8)
     assert list(map(int, result.stdout.split())) == expected[0].tolist(), result.stderr
+
+
+def test_threads_share_a_package(decoder):
+    """In a process of its own: what waits for another thread with the GIL in its hands stops them all."""
+    program = (
+        "import torch, micromix_compile as m; from concurrent.futures import ThreadPoolExecutor;"
+        f"torch.set_num_threads(1); p = m.load_package({str(decoder[1])!r});"
+        "one = lambda i: p.generate(torch.tensor([[1, 2, i]]), 20, eos_token_id=[]).tolist();"
+        "expected = [*map(one, range(60))];"
+        "print(list(ThreadPoolExecutor(4).map(one, range(60))) == expected)"
+    )
+    assert run(sys.executable, "-c", program, timeout=120).stdout == "True\n"
 
 
 def test_the_command_generates_from_both(decoder, capsys):
