@@ -513,6 +513,21 @@ def test_tokens_and_places_that_a_decoder_does_not_have(decoder):
     with pytest.raises(PackageInputError, match="tokens are 0 to 255"):
         package.generate(torch.tensor([[1, 256]]))
     package(two, LENGTH - 2, cache)
+    for ids, message in (
+        ([[1, 2]], "input_ids is a list"),
+        (two.int(), "input_ids is torch.int32"),
+        (two.to("meta"), "input_ids is on meta"),
+        (two.to_sparse(), "torch.sparse_coo, not dense"),
+    ):
+        for call in (lambda ids: package(ids, 0, cache), package.generate):
+            with pytest.raises(PackageInputError, match=message):
+                call(ids)
+    for temperature in (-1.0, float("nan")):
+        with pytest.raises(PackageInputError, match="temperature is"):
+            package.generate(two, 2, temperature=temperature)
+    other = [part.mT.contiguous().mT for part in cache]
+    with pytest.raises(PackageInputError, match="cache is not contiguous"):
+        package(two, 0, other)
 
 
 def test_the_smallest_temperature_is_the_likeliest_token():
