@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import operator
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -112,7 +113,7 @@ class Description:
     def from_dict(cls, facts: Mapping[str, Any], path: str = "config.json") -> Description:
         """The inverse of to_dict. Raises CheckpointError and FileVersionError, which name `path`."""
         try:
-            if int(facts["version"]) > VERSION:
+            if operator.index(facts["version"]) > VERSION:
                 raise FileVersionError(
                     path=path,
                     kind="quantised checkpoint",

@@ -154,5 +154,5 @@ def read_file(
     except safetensors.SafetensorError as error:
         reason = f"it is truncated, or not a safetensors file ({error})"
         raise file_error(path=path, reason=reason) from error
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise file_error(path=path, reason=f"its metadata is damaged ({error})") from error

@@ -86,11 +86,12 @@ class DecoderPackage(Package):
     def __init__(self, archive: Archive, entries: dict[str, _Entry]) -> None:
         super().__init__(archive, entries)
         facts = archive.manifest["decoder"]
-        self.batch_size, self.max_length = int(facts["batch_size"]), int(facts["max_length"])
-        self.eos_token_id = [int(token) for token in facts["eos_token_id"]]
-        self._cache = [[int(n) for n in shape] for shape in facts["cache"]]
+        self.batch_size, self.max_length = map(as_size, (facts["batch_size"], facts["max_length"]))
+        self.eos_token_id = [as_size(token) for token in facts["eos_token_id"]]
+        self._cache = [[as_size(n) for n in shape] for shape in facts["cache"]]
         self._dtype = getattr(torch, facts["dtype"])
-        self.vocabulary = int(facts.get("vocabulary", 1 << 62))  # packages of format 1 do not say
+        most = (1 << 62) - 1  # packages of format 1 do not say
+        self.vocabulary = as_size(facts.get("vocabulary", most))
         self._device = archive.manifest["device"]
         self._archive = archive
         if {"prefill", "decode"} - entries.keys():
@@ -344,7 +345,7 @@ def _check_machine(
     """Raises PackageMismatchError where the code was made for something else than what runs here."""
     try:
         device = torch.device(manifest["device"])
-        flags, capability = set(manifest["cpu_flags"]), manifest["cuda_capability"]
+        flags, capability = set(map(str, manifest["cpu_flags"])), manifest["cuda_capability"]
         made_with = {key: manifest[key] for key in ("torch", "library_version", "abi")}
         digest = manifest["plan_digest"]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

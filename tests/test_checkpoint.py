@@ -288,6 +288,7 @@ FORGERIES = {
     "no groups": lambda q: q.pop("groups"),
     "no version": lambda q: q.pop("version"),
     "a version that is text": lambda q: q.update(version="new"),
+    "an endless version": lambda q: q.update(version=float("inf")),
     "layers are a list": lambda q: q.update(layers=[]),
     "another digest": lambda q: q.update(plan_digest="0" * 64),
 }

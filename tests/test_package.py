@@ -580,6 +580,7 @@ FOREIGN = {
     "library": (lambda m: m.update(abi=999), "operators 999"),
     "device": (lambda m: m.update(device="xpu"), "device xpu"),
     "cpu": (lambda m: m["cpu_flags"].append("avx9000"), "a CPU with avx9000"),
+    "flag of another kind": (lambda m: m["cpu_flags"].append(9000), "a CPU with 9000"),
 }
 
 
@@ -640,7 +641,11 @@ FORGED = {
     "members a list": lambda m: m.update(members=[]),
     "no format": lambda m: m.pop("format"),
     "format text": lambda m: m.update(format="one"),
+    "format endless": lambda m: m.update(format=float("inf")),
     "flags a number": lambda m: m.update(cpu_flags=3),
+    "a size endless": lambda m: m.update(
+        decoder={"batch_size": float("inf"), "max_length": 8, "cache": [], "dtype": "bfloat16", "eos_token_id": []}
+    ),
     "no decoder": lambda m: m.pop("decoder"),
     "decoder text": lambda m: m.update(decoder="x"),
     "decoder without graphs": lambda m: m.update(
