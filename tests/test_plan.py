@@ -493,6 +493,23 @@ def test_a_directory_is_no_plan(tmp_path):
         load_plan(tmp_path)
 
 
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError, match="no ordinary file"):
+        model_plan().save(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder" / "p")
+    for _ in range(2):
+        model_plan().save(tmp_path / "link")
+        assert (tmp_path / "link").is_symlink()
+        assert load_plan(tmp_path / "folder" / "p") == model_plan()
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["p"]
+
+
 def test_saved_files_have_ordinary_permissions(tmp_path):
     model_plan().save(tmp_path / "p")
     (tmp_path / "ordinary").write_text("")
