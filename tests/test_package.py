@@ -374,7 +374,7 @@ def test_the_runner_checks_its_inputs(related, tmp_path):
 
 
 def test_the_runner_leaves_nothing_behind(decoder, tmp_path):
-    """Wrong usage ends the process before the package's code is unpacked."""
+    """Wrong usage ends the process before the package's code is unpacked; later the code is loaded, and its files gone."""
     if not RUNNER.exists():
         pytest.skip("the runner was not built")
     for flags in (["--tokens", "1 x"], ["--input", "float32:3"], ["--input", "float32:3x-1:f"]):
@@ -382,6 +382,20 @@ def test_the_runner_leaves_nothing_behind(decoder, tmp_path):
         assert found.returncode == 2 and not list(tmp_path.iterdir()), found
     found = run(RUNNER, decoder[1], "--tokens", "1 256", TMPDIR=str(tmp_path))
     assert found.returncode == 1 and "tokens are 0 to 255" in found.stderr
+    endless = [RUNNER, decoder[1], "--tokens", "1", "--ignore-eos"]
+    with subprocess.Popen(endless, stdout=subprocess.PIPE, env={"TMPDIR": str(tmp_path)}) as reads:
+        assert reads.stdout.read(1)
+        reads.kill()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_runner_says_where_its_output_is_lost(decoder):
+    if not RUNNER.exists():
+        pytest.skip("the runner was not built")
+    with open("/dev/full", "w") as full:
+        command = [str(RUNNER), str(decoder[1]), "--tokens", "1 2"]
+        found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert found.returncode == 1 and "output cannot be written" in found.stderr
 
 
 def traced(model, sizes, monkeypatch):
