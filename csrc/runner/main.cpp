@@ -228,6 +228,10 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "load: %.3f s, %.1f MB of weights\n", seconds_since(began),
                  static_cast<double>(package.manifest().bytes) / 1e6);
     arguments.inputs.empty() ? generate(package, arguments) : run_once(package, arguments);
+    std::cout.flush();
+    if (std::fflush(stdout) != 0 || std::ferror(stdout) || !std::cout) {
+      throw std::runtime_error("the output cannot be written");
+    }
     return 0;
   } catch (const c10::Error& error) {
     std::cerr << "micromix_runner: error: " << error.what_without_backtrace() << "\n";
