@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -444,6 +445,8 @@ class AotiModel:
 
     def __init__(self, path: str, name: str) -> None:
         self._loader = torch._C._aoti.AOTIModelPackageLoader(path, name, False, 1, -1)
+        # A run frees its inputs, for which it takes the GIL; a thread that waits for its end in C++ would have that.
+        self._one_run = threading.Lock()
 
     def constant_names(self) -> list[str]:
         return self._loader.get_constant_fqns()
@@ -453,7 +456,8 @@ class AotiModel:
         self._loader.load_constants(constants, False, True, True)
 
     def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        return self._loader.boxed_run(inputs)
+        with self._one_run:
+            return self._loader.boxed_run(inputs)
 
 
 def runs_packages() -> bool:

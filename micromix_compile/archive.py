@@ -293,7 +293,7 @@ class Archive:
         if len(set(names)) != len(names):
             self._refuse("it holds a part twice")
         manifest = json.loads(archive.read(f"{root}/{MANIFEST}"))
-        if int(manifest["format"]) > FORMAT:
+        if as_size(manifest["format"]) > FORMAT:
             raise FileVersionError(
                 path=self.path, kind="package", version=manifest["format"], supported=FORMAT
             )

@@ -12,8 +12,10 @@ begun from the same files and plan is continued.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
+import operator
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -112,7 +114,7 @@ class Description:
     def from_dict(cls, facts: Mapping[str, Any], path: str = "config.json") -> Description:
         """The inverse of to_dict. Raises CheckpointError and FileVersionError, which name `path`."""
         try:
-            if int(facts["version"]) > VERSION:
+            if operator.index(facts["version"]) > VERSION:
                 raise FileVersionError(
                     path=path,
                     kind="quantised checkpoint",
@@ -254,40 +256,68 @@ def save_pretrained(
         fingerprint = {"source": files_fingerprint(source), "plan": plan.digest}
         fingerprint["build"] = build_id()
         fingerprint["shards"] = _digest(shards, model)
-    done = _begin(partial, fingerprint)
-    weight_map, total = {}, 0
-    for file, shard in tqdm(shards.items(), "writing", unit="file", disable=None):
-        names = [name for entry in shard for name in entry.sizes]
-        weight_map |= dict.fromkeys(names, file)
-        total += sum(size for entry in shard for size in entry.sizes.values())
-        if file not in done:
-            tensors: dict[str, Tensor] = {}
-            for entry in tqdm(shard, file, unit="layer", leave=False, disable=None, delay=2):
-                tensors |= entry.tensors()
-            write_tensors(partial / file, tensors, {"format": "pt"})
-            del tensors
-            done[file] = file_digest(partial / file)
-            _note_progress(partial, fingerprint, done)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_text(partial / _INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
-    description.files = {file: done[file] for file in shards}
-    _write_documents(model, partial, description, plan, tokenizer)
-    (partial / _PROGRESS).unlink(missing_ok=True)
-    try:
+    with _alone_in(partial):
+        done = _begin(partial, fingerprint)
+        weight_map, total = {}, 0
+        for file, shard in tqdm(shards.items(), "writing", unit="file", disable=None):
+            names = [name for entry in shard for name in entry.sizes]
+            weight_map |= dict.fromkeys(names, file)
+            total += sum(size for entry in shard for size in entry.sizes.values())
+            if file not in done:
+                tensors: dict[str, Tensor] = {}
+                for entry in tqdm(shard, file, unit="layer", leave=False, disable=None, delay=2):
+                    tensors |= entry.tensors()
+                write_tensors(partial / file, tensors, {"format": "pt"})
+                del tensors
+                done[file] = file_digest(partial / file)
+                _note_progress(partial, fingerprint, done)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_text(partial / _INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        description.files = {file: done[file] for file in shards}
+        _write_documents(model, partial, description, plan, tokenizer)
         os.replace(partial, directory)
-    except OSError:  # the files are whole: another call is to find them
-        _note_progress(partial, fingerprint, done)
-        raise
+        # Only now: until then another call is to find the files.
+        (directory / _PROGRESS).unlink()
 
 
 def check_directory(directory: Path) -> None:
     """Say before long work that a checkpoint cannot be written there. Raises CheckpointExistsError and OutputError."""
+    partial = directory.resolve().with_name(directory.resolve().name + ".partial")
+    if os.path.lexists(partial) and not _is_begun(partial):
+        raise CheckpointExistsError(path=partial)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointExistsError(path=directory)
     if os.path.ismount(directory):
         reason = "a file system is mounted there, and a checkpoint gets its name at the end"
         raise OutputError(path=directory, reason=reason, mend="Give a new folder within it")
+
+
+def _is_begun(partial: Path) -> bool:
+    """Whether a directory is that of a checkpoint that was begun, and no one else's: what is not needed there is removed."""
+    if partial.is_symlink() or not partial.is_dir():
+        return False
+    names = [path.name for path in partial.iterdir()]
+    return _PROGRESS in names or all(name.startswith(".progress.") for name in names)
+
+
+@contextlib.contextmanager
+def _alone_in(partial: Path) -> Iterator[None]:
+    """The directory is there, and no other process writes it meanwhile. Raises OutputError."""
+    partial.mkdir(parents=True, exist_ok=True)
+    folder = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            mend = "Wait for that, or give another directory"
+            reason = "another process is writing it"
+            raise OutputError(path=partial, reason=reason, mend=mend) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(folder)
 
 
 @dataclass(eq=False)
@@ -433,7 +463,6 @@ def _begin(partial: Path, fingerprint: Any) -> dict[str, str]:
         for path in partial.iterdir():
             if path.name not in done:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-    partial.mkdir(parents=True, exist_ok=True)
     _note_progress(partial, fingerprint, done)
     return done
 
@@ -459,7 +488,10 @@ def _write_documents(
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(partial)
     if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
+        try:
+            tokenizer.save_pretrained(partial)
+        except Exception as error:  # what tokenizers makes of an OSError
+            raise OSError(f"the tokenizer cannot be written to {partial}: {error}") from error
     write_text(partial / "README.md", model_card(model.config, plan))
 
 

@@ -56,12 +56,15 @@ def as_path(value: str | os.PathLike, option: str, call: str) -> Path:
 def check_output(path: str | os.PathLike) -> None:
     """Say before any work that a file cannot be written there. Raises OutputError."""
     path, mend = Path(path), "Give another path"
-    if not path.parent.is_dir():
-        reason, mend = f"{os.strerror(errno.ENOENT)}: {path.parent}", "Make that folder first"
+    folder = _target(path).parent
+    if not folder.is_dir():
+        reason, mend = f"{os.strerror(errno.ENOENT)}: {folder}", "Make that folder first"
     elif path.is_dir():
         reason = "it is a directory"
-    elif not os.access(path.parent, os.W_OK):
-        reason = f"{os.strerror(errno.EACCES)}: {path.parent}"
+    elif path.exists() and not path.is_file():  # it would be replaced: /dev/null, for one
+        reason = "it is no ordinary file"
+    elif not os.access(folder, os.W_OK):
+        reason = f"{os.strerror(errno.EACCES)}: {folder}"
     else:
         return
     raise OutputError(path=path, reason=reason, mend=mend)
@@ -106,6 +109,7 @@ def file_digest(path: str | os.PathLike) -> str:
 
 def atomically(path: Path, write: Callable[[Path], object]) -> None:
     """`write` a file under another name with the same suffix, which then becomes `path`; gone if anything fails."""
+    path = _target(path)
     # In the same folder: renaming is atomic only within one file system.
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp{path.suffix}")
     try:
@@ -116,6 +120,11 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _target(path: Path) -> Path:
+    """The file that a link leads to, which is written in its place: the link stays."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def read_file(
@@ -154,5 +163,5 @@ def read_file(
     except safetensors.SafetensorError as error:
         reason = f"it is truncated, or not a safetensors file ({error})"
         raise file_error(path=path, reason=reason) from error
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise file_error(path=path, reason=f"its metadata is damaged ({error})") from error

@@ -10,7 +10,6 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -49,11 +48,11 @@ def load(
         tokenizer = None
         if needs_tokenizer or _has_tokenizer(Path(name_or_path)):
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=True)
-    except FileVersionError:
+    except (FileVersionError, MemoryError):
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # transformers and tokenizers raise anything for a damaged file
         if files_of(name_or_path) is not None:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
             mend = "The directory must hold config.json, *.safetensors and the tokenizer's files, whole"
         else:
             reason = "it is neither a directory nor a model in the Hugging Face cache"

@@ -86,11 +86,12 @@ class DecoderPackage(Package):
     def __init__(self, archive: Archive, entries: dict[str, _Entry]) -> None:
         super().__init__(archive, entries)
         facts = archive.manifest["decoder"]
-        self.batch_size, self.max_length = int(facts["batch_size"]), int(facts["max_length"])
-        self.eos_token_id = [int(token) for token in facts["eos_token_id"]]
-        self._cache = [[int(n) for n in shape] for shape in facts["cache"]]
+        self.batch_size, self.max_length = map(as_size, (facts["batch_size"], facts["max_length"]))
+        self.eos_token_id = [as_size(token) for token in facts["eos_token_id"]]
+        self._cache = [[as_size(n) for n in shape] for shape in facts["cache"]]
         self._dtype = getattr(torch, facts["dtype"])
-        self.vocabulary = int(facts.get("vocabulary", 1 << 62))  # packages of format 1 do not say
+        most = (1 << 62) - 1  # packages of format 1 do not say
+        self.vocabulary = as_size(facts.get("vocabulary", most))
         self._device = archive.manifest["device"]
         self._archive = archive
         if {"prefill", "decode"} - entries.keys():
@@ -114,10 +115,19 @@ class DecoderPackage(Package):
             there = f"{start} tokens, {input_ids.shape[1]} more"
             reason = f"start and input_ids are {there}: the cache holds {self.max_length}"
             raise PackageInputError(differences=[reason])
+        if not all(part.is_contiguous() for part in cache if isinstance(part, Tensor)):
+            reason = (
+                "cache is not contiguous, as that of new_cache() is: what is written would be lost"
+            )
+            raise PackageInputError(differences=[reason])
         entry = self.entries["decode" if input_ids.shape[1] == 1 else "prefill"]
         return entry(input_ids, torch.tensor(start, device=self._device), cache)
 
     def _fits(self, input_ids: Tensor) -> bool:
+        """Whether there is a prompt for each row. Raises PackageInputError for what is no tensor of tokens at all."""
+        wrong = _tensor_differences("input_ids", input_ids, torch.int64, self._device, None, {})
+        if wrong:
+            raise PackageInputError(differences=wrong)
         return input_ids.dim() == 2 and len(input_ids) == self.batch_size
 
     def _check_tokens(self, input_ids: Tensor) -> None:
@@ -163,6 +173,9 @@ class DecoderPackage(Package):
         """The new tokens one by one, int64 `[batch]`; see generate."""
         if not self._fits(input_ids) or not 1 <= input_ids.shape[1] < self.max_length:
             reason = f"input_ids is {list(input_ids.shape)}, not [{self.batch_size}, 1 to {self.max_length - 1}]"
+            raise PackageInputError(differences=[reason])
+        if not temperature >= 0:
+            reason = f"temperature is {temperature}, not 0 or more"
             raise PackageInputError(differences=[reason])
         ends = torch.tensor(
             self.eos_token_id if eos_token_id is None else eos_token_id, device=input_ids.device
@@ -245,15 +258,25 @@ class _Entry:
 
 
 def _tensor_differences(
-    where: str, value: Any, dtype: torch.dtype, device: str, sizes: list, symbols: dict[int, int]
+    where: str,
+    value: Any,
+    dtype: torch.dtype,
+    device: str,
+    sizes: list | None,
+    symbols: dict[int, int],
 ) -> list[str]:
+    """What is not as expected; sizes are left out where they are None."""
     if not isinstance(value, Tensor):
         return [f"{where} is a {type(value).__name__}, not a tensor"]
+    if value.layout != torch.strided:
+        return [f"{where} is {value.layout}, not dense"]
     found = []
     if value.dtype != dtype:
         found.append(f"{where} is {value.dtype}, not {dtype}")
     if value.device.type != device:
         found.append(f"{where} is on {value.device}, not on {device}")
+    if sizes is None:
+        return found
     fits = value.dim() == len(sizes)
     for size, expected in zip(value.shape, sizes):
         if isinstance(expected, int):
@@ -322,7 +345,7 @@ def _check_machine(
     """Raises PackageMismatchError where the code was made for something else than what runs here."""
     try:
         device = torch.device(manifest["device"])
-        flags, capability = set(manifest["cpu_flags"]), manifest["cuda_capability"]
+        flags, capability = set(map(str, manifest["cpu_flags"])), manifest["cuda_capability"]
         made_with = {key: manifest[key] for key in ("torch", "library_version", "abi")}
         digest = manifest["plan_digest"]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

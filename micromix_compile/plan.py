@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -140,13 +141,13 @@ class LayerPlan:
     def from_dict(cls, facts: Mapping[str, Any], order: Tensor | None = None) -> LayerPlan:
         """The inverse of :meth:`to_dict`. Raises KeyError, TypeError or ValueError for damaged facts."""
         layout = MixedLayout(
-            *facts["counts"],
+            *map(operator.index, facts["counts"]),
             facts["format6"],
             tuple(facts["rules"]),
             tuple(facts.get("hadamard", ())),  # files of version 1 have none
         )
         return cls(
-            in_features=facts["in_features"],
+            in_features=operator.index(facts["in_features"]),
             layout=layout,
             order=order,
             weights=facts["weights"],

@@ -6,6 +6,7 @@ The thresholds that they serve are those of MicroMix (arXiv 2508.02343).
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
@@ -384,6 +385,8 @@ def load_statistics(path: str | os.PathLike) -> ModelStatistics:
         groups: dict[int, ChannelStatistics] = {}
         for name, (i, *facts) in content["layers"].items():
             shape = LayerShape(*facts)
+            if operator.index(shape.out_features) < 1:
+                raise ValueError(f"{name} has {shape}")
             if i not in groups:
                 groups[i] = _loaded_group(i, shape.in_features, content, tensors)
             if groups[i].channels != shape.in_features:
@@ -401,8 +404,11 @@ def load_statistics(path: str | os.PathLike) -> ModelStatistics:
 def _loaded_group(
     i: int, channels: int, content: Mapping, tensors: dict[str, Tensor]
 ) -> ChannelStatistics:
+    total = tensors[f"total.{i}"]
+    if total.shape != (channels,):  # a number of the file alone allocates nothing
+        raise ValueError(f"total is {total.dtype} {list(total.shape)}")
     result = ChannelStatistics(channels)
-    result.tokens = int(content["tokens"][i])
+    result.tokens = operator.index(content["tokens"][i])
     keys = _TENSORS
     if "graded" in content:  # a file of version 1 has nothing that a budget of bits needs
         keys = (*_TENSORS, *_SENSITIVITY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import functools
 import json
 import os
@@ -288,6 +289,7 @@ FORGERIES = {
     "no groups": lambda q: q.pop("groups"),
     "no version": lambda q: q.pop("version"),
     "a version that is text": lambda q: q.update(version="new"),
+    "an endless version": lambda q: q.update(version=float("inf")),
     "layers are a list": lambda q: q.update(layers=[]),
     "another digest": lambda q: q.update(plan_digest="0" * 64),
 }
@@ -738,6 +740,39 @@ def test_a_link_to_an_empty_directory(source, plan, saved, tmp_path):
     save_pretrained(load(source), tmp_path / "link", plan, max_shard_size=SHARD)
     assert contents(tmp_path / "real") == contents(saved)
     assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_folder_of_the_users_is_not_taken_for_a_partial_one(linked, source, plan, tmp_path):
+    mine = tmp_path / ("mine" if linked else "model.partial")
+    mine.mkdir()
+    (mine / "data.txt").write_text("precious")
+    if linked:
+        (tmp_path / "model.partial").symlink_to("mine")
+    with pytest.raises(CheckpointExistsError, match=r"model\.partial exists"):
+        save_pretrained(load(source), tmp_path / "model", plan)
+    assert (mine / "data.txt").read_text() == "precious"
+
+
+def test_two_processes_do_not_write_one_checkpoint(source, plan, saved, tmp_path):
+    partial = tmp_path / "model.partial"
+    partial.mkdir()
+    folder = os.open(partial, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    with pytest.raises(OutputError, match="another process is writing it"):
+        save_pretrained(load(source), tmp_path / "model", plan, max_shard_size=SHARD)
+    os.close(folder)
+    save_pretrained(load(source), tmp_path / "model", plan, max_shard_size=SHARD)
+    assert contents(tmp_path / "model") == contents(saved)
+
+
+def test_a_full_disk_is_an_os_error_for_the_tokenizer_too(source, plan, tmp_path):
+    class Full:
+        def save_pretrained(self, directory):
+            raise RuntimeError("No space left on device (os error 28)")  # tokenizers: Exception
+
+    with pytest.raises(OSError, match="tokenizer cannot be written .* No space left"):
+        save_pretrained(load(source), tmp_path / "model", plan, tokenizer=Full())
 
 
 def test_a_mount_point_is_refused_before_the_work(source, plan, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -15,7 +16,7 @@ from tiny_llama import save_tiny
 
 from micromix_compile import Recipe, load_plan, load_statistics, models
 from micromix_compile.allocation import allocate
-from micromix_compile.cli import main, measure
+from micromix_compile.cli import deploy, main, measure
 from micromix_compile.cli.flags import make_parser
 from micromix_compile.errors import EvaluationError
 
@@ -458,6 +459,28 @@ def test_generate_says_what_is_wrong(directory, capsys):
     for flags in (["--dtype", "float32"], ["--device", "cpu"]):
         line = failure(capsys, "generate", "some.pt2", "--prompt", "x", *flags)
         assert line.startswith(f"micromix: error: Option '{flags[0]}' cannot be given")
+
+
+def test_letters_that_a_terminal_or_utf_8_lacks(directory, statistics, tmp_path, capsys):
+    assert main(["generate", str(directory), "--prompt", "\udcff"]) == 1
+    assert "--prompt" in capsys.readouterr().err
+    program = "import sys; from micromix_compile.cli import main; sys.exit(main(sys.argv[1:]))"
+    output = tmp_path / "ü.safetensors"
+    found = subprocess.run(
+        [sys.executable, "-c", program, "plan", str(statistics), "--output", str(output)],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert found.returncode == 0 and r"\xfc.safetensors" in found.stdout, found.stderr
+
+
+def test_sigterm_ends_a_command_as_an_interrupt_does(directory, monkeypatch, capsys):
+    monkeypatch.setattr(deploy, "load_model", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(["quantize", str(directory), str(directory) + "-x", "--format", "mxfp8"]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "interrupted" in capsys.readouterr().err
 
 
 def test_generate_runs_a_checkpoint_in_the_dtype_asked_for(

@@ -65,6 +65,21 @@ def test_truncated_weights(tmp_path):
         models.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "5"),
+        ("tokenizer.json", '{"model": []}'),
+        ("tokenizer_config.json", '{"eos_token": 3}'),
+    ],
+)
+def test_files_of_another_content(name, content, tmp_path):
+    """transformers and tokenizers raise whatever comes of it."""
+    (save_tiny(tmp_path) / name).write_text(content)
+    with pytest.raises(ModelLoadError, match=r"must hold config\.json"):
+        models.load(tmp_path)
+
+
 def test_smollm2_that_is_not_installed(monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)

@@ -61,12 +61,13 @@ class Gated(nn.Module):
         return {"y": y + more["shift"][0], "parts": [y, (x, None)]}
 
 
-def run(*arguments, **environment):
+def run(*arguments, timeout=None, **environment):
     return subprocess.run(
         [str(a) for a in arguments],
         capture_output=True,
         text=True,
         check=False,
+        timeout=timeout,
         env={**os.environ, **environment},
     )
 
@@ -238,6 +239,18 @@ def test_a_fresh_process(decoder):
     assert list(map(int, result.stdout.split())) == expected[0].tolist(), result.stderr
 
 
+def test_threads_share_a_package(decoder):
+    """In a process of its own: what waits for another thread with the GIL in its hands stops them all."""
+    program = (
+        "import torch, micromix_compile as m; from concurrent.futures import ThreadPoolExecutor;"
+        f"torch.set_num_threads(1); p = m.load_package({str(decoder[1])!r});"
+        "one = lambda i: p.generate(torch.tensor([[1, 2, i]]), 20, eos_token_id=[]).tolist();"
+        "expected = [*map(one, range(60))];"
+        "print(list(ThreadPoolExecutor(4).map(one, range(60))) == expected)"
+    )
+    assert run(sys.executable, "-c", program, timeout=120).stdout == "True\n"
+
+
 def test_the_command_generates_from_both(decoder, capsys):
     _, path = decoder
     quantised = str(path.with_name("quantised"))
@@ -361,14 +374,30 @@ def test_the_runner_checks_its_inputs(related, tmp_path):
 
 
 def test_the_runner_leaves_nothing_behind(decoder, tmp_path):
-    """Wrong usage ends the process before the package's code is unpacked."""
+    """Wrong usage ends the process before the package's code is unpacked; later the code is loaded, and its files gone."""
     if not RUNNER.exists():
         pytest.skip("the runner was not built")
-    for flags in (["--tokens", "1 x"], ["--input", "float32:3"], ["--input", "float32:3x-1:f"]):
+    many = ["--tokens", "1", "--threads", "100000"]  # OpenMP would crash
+    wrong = (["--tokens", "1 x"], ["--input", "float32:3"], ["--input", "float32:3x-1:f"], many)
+    for flags in wrong:
         found = run(RUNNER, decoder[1], *flags, TMPDIR=str(tmp_path))
         assert found.returncode == 2 and not list(tmp_path.iterdir()), found
     found = run(RUNNER, decoder[1], "--tokens", "1 256", TMPDIR=str(tmp_path))
     assert found.returncode == 1 and "tokens are 0 to 255" in found.stderr
+    endless = [RUNNER, decoder[1], "--tokens", "1", "--ignore-eos"]
+    with subprocess.Popen(endless, stdout=subprocess.PIPE, env={"TMPDIR": str(tmp_path)}) as reads:
+        assert reads.stdout.read(1)
+        reads.kill()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_runner_says_where_its_output_is_lost(decoder):
+    if not RUNNER.exists():
+        pytest.skip("the runner was not built")
+    with open("/dev/full", "w") as full:
+        command = [str(RUNNER), str(decoder[1]), "--tokens", "1 2"]
+        found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert found.returncode == 1 and "output cannot be written" in found.stderr
 
 
 def traced(model, sizes, monkeypatch):
@@ -500,6 +529,21 @@ def test_tokens_and_places_that_a_decoder_does_not_have(decoder):
     with pytest.raises(PackageInputError, match="tokens are 0 to 255"):
         package.generate(torch.tensor([[1, 256]]))
     package(two, LENGTH - 2, cache)
+    for ids, message in (
+        ([[1, 2]], "input_ids is a list"),
+        (two.int(), "input_ids is torch.int32"),
+        (two.to("meta"), "input_ids is on meta"),
+        (two.to_sparse(), "torch.sparse_coo, not dense"),
+    ):
+        for call in (lambda ids: package(ids, 0, cache), package.generate):
+            with pytest.raises(PackageInputError, match=message):
+                call(ids)
+    for temperature in (-1.0, float("nan")):
+        with pytest.raises(PackageInputError, match="temperature is"):
+            package.generate(two, 2, temperature=temperature)
+    other = [part.mT.contiguous().mT for part in cache]
+    with pytest.raises(PackageInputError, match="cache is not contiguous"):
+        package(two, 0, other)
 
 
 def test_the_smallest_temperature_is_the_likeliest_token():
@@ -552,6 +596,7 @@ FOREIGN = {
     "library": (lambda m: m.update(abi=999), "operators 999"),
     "device": (lambda m: m.update(device="xpu"), "device xpu"),
     "cpu": (lambda m: m["cpu_flags"].append("avx9000"), "a CPU with avx9000"),
+    "flag of another kind": (lambda m: m["cpu_flags"].append(9000), "a CPU with 9000"),
 }
 
 
@@ -612,7 +657,11 @@ FORGED = {
     "members a list": lambda m: m.update(members=[]),
     "no format": lambda m: m.pop("format"),
     "format text": lambda m: m.update(format="one"),
+    "format endless": lambda m: m.update(format=float("inf")),
     "flags a number": lambda m: m.update(cpu_flags=3),
+    "a size endless": lambda m: m.update(
+        decoder={"batch_size": float("inf"), "max_length": 8, "cache": [], "dtype": "bfloat16", "eos_token_id": []}
+    ),
     "no decoder": lambda m: m.pop("decoder"),
     "decoder text": lambda m: m.update(decoder="x"),
     "decoder without graphs": lambda m: m.update(

@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -423,7 +424,7 @@ def rewrite(path, change):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     content = json.loads(metadata["content"])
     change(metadata, content, tensors)
-    if "content" in metadata:
+    if "content" in metadata and content:
         metadata["content"] = json.dumps(content)
     safetensors.torch.save_file(tensors, path, metadata)
 
@@ -433,11 +434,13 @@ def rewrite(path, change):
     [
         (lambda m, c, t: m.update(micromix_plan="one"), "metadata is damaged"),
         (lambda m, c, t: m.pop("content"), "metadata is damaged"),
+        (lambda m, c, t: (m.update(content="[" * 10**5), c.clear()), "metadata is damaged"),
         (lambda m, c, t: c.pop("groups"), "content is damaged"),
         (lambda m, c, t: c.update(layers=[]), "content is damaged"),
         (lambda m, c, t: c["groups"].pop(), "content is damaged"),
         (lambda m, c, t: c["groups"][0].pop("counts"), "content is damaged"),
         (lambda m, c, t: c["groups"][0].update(counts=[5, 5, 5]), "content is damaged"),
+        (lambda m, c, t: c["groups"][0].update(in_features=math.nan), "content is damaged"),
         (lambda m, c, t: c["groups"][0].update(format6="e5m0"), "content is damaged"),
         (lambda m, c, t: c["layers"].update(q=[0, 8]), "content is damaged"),
         (lambda m, c, t: c["layers"].update(q=[0, 8, 95, False]), "content is damaged"),
@@ -488,6 +491,23 @@ def test_saving_into_a_missing_folder(tmp_path):
 def test_a_directory_is_no_plan(tmp_path):
     with pytest.raises(PlanFileError, match="it is a directory"):
         load_plan(tmp_path)
+
+
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError, match="no ordinary file"):
+        model_plan().save(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder" / "p")
+    for _ in range(2):
+        model_plan().save(tmp_path / "link")
+        assert (tmp_path / "link").is_symlink()
+        assert load_plan(tmp_path / "folder" / "p") == model_plan()
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["p"]
 
 
 def test_saved_files_have_ordinary_permissions(tmp_path):

@@ -356,6 +356,9 @@ def test_files_that_are_not_statistics(tmp_path):
         {"layers": {"a": [0, 1]}, "tokens": [1]},
         {"layers": {"a": [0, 1, 32]}, "tokens": []},
         {"layers": {"a": [0, 1, 32]}, "tokens": [1]},  # no tensors
+        {"layers": {"a": [0, -1, 32]}, "tokens": [1]},
+        {"layers": {"a": [0, 1, -32]}, "tokens": [1]},
+        {"layers": {"a": [0, 1, 1 << 40]}, "tokens": [1]},  # of a size that no memory has
     ],
 )
 def test_damaged_content(tmp_path, content):

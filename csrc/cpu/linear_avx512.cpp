@@ -446,7 +446,8 @@ void run_panels(const LinearTask& task, const uint8_t* prepared, int64_t first, 
   if (task.m == 4) return run_few_rows<kWide, 4>(task, prepared, first, last);
   // Rows that stay in the second-level cache meet all panels, then the next do.
   constexpr int64_t kCached = 512 << 10;
-  const int64_t groups = kCached / prepared_row_bytes(task.layout) / kMaxRows;
+  const int64_t row_bytes = prepared_row_bytes(task.layout);  // none without channels
+  const int64_t groups = row_bytes > 0 ? kCached / row_bytes / kMaxRows : 1;
   const int64_t chunk = (groups > 0 ? groups : 1) * kMaxRows;
   for (int64_t start = 0; start < task.m; start += chunk) {
     const int64_t end = start + chunk < task.m ? start + chunk : task.m;

@@ -27,6 +27,8 @@ constexpr const char* kUsage =
     "         | --input DTYPE:SIZExSIZE:FILE ... [--output PREFIX]\n"
     "Generates from token ids, or runs the model once on raw tensors (row by row, as in memory).\n";
 
+constexpr int64_t kMostThreads = 1024;  // OpenMP crashes where it cannot start as many
+
 struct Arguments {
   std::string model, output = "output";
   std::vector<int64_t> tokens;
@@ -106,7 +108,11 @@ Arguments parse(int argc, char** argv) {
     } else if (flag == "--new") {
       result.new_tokens = number(value());
     } else if (flag == "--threads") {
-      result.threads = static_cast<int>(number(value()));
+      const int64_t threads = number(value());
+      if (threads > kMostThreads) {
+        wrong_usage("--threads is at most " + std::to_string(kMostThreads));
+      }
+      result.threads = static_cast<int>(threads);
     } else if (flag == "--ignore-eos") {
       result.ignore_eos = true;
     } else if (flag == "--input") {
@@ -222,6 +228,10 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "load: %.3f s, %.1f MB of weights\n", seconds_since(began),
                  static_cast<double>(package.manifest().bytes) / 1e6);
     arguments.inputs.empty() ? generate(package, arguments) : run_once(package, arguments);
+    std::cout.flush();
+    if (std::fflush(stdout) != 0 || std::ferror(stdout) || !std::cout) {
+      throw std::runtime_error("the output cannot be written");
+    }
     return 0;
   } catch (const c10::Error& error) {
     std::cerr << "micromix_runner: error: " << error.what_without_backtrace() << "\n";

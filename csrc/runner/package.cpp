@@ -174,6 +174,25 @@ std::string operators_abi() {
   return line.word();
 }
 
+// Where LibTorch unpacks code, which it needs until it is loaded: a process that is killed later
+// leaves nothing behind.
+class UnpackFolder {
+ public:
+  UnpackFolder() : path_(std::filesystem::temp_directory_path() / "micromix_runner.XXXXXX") {
+    if (!mkdtemp(path_.data())) refuse("no folder can be made at " + path_);
+    setenv("TMPDIR", path_.c_str(), 1);
+  }
+  ~UnpackFolder() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path_, ignored);
+  }
+  UnpackFolder(const UnpackFolder&) = delete;
+  UnpackFolder& operator=(const UnpackFolder&) = delete;
+
+ private:
+  std::string path_;
+};
+
 void check_target(const Manifest& manifest) {
   std::string differences;
   const std::string torch =
@@ -310,6 +329,7 @@ Package::Package(const std::string& path) {
     weights_.push_back(at::from_blob(memory_->data() + weight.offset, weight.shape, weight.stride,
                                      at::TensorOptions().dtype(weight.dtype)));
   }
+  const UnpackFolder folder;
   for (const auto& [name, facts] : manifest_.entries) {
     auto loader = std::make_unique<torch::inductor::AOTIModelPackageLoader>(path, name);
     std::unordered_map<std::string, at::Tensor> constants;

@@ -8,7 +8,9 @@ commands each. What is imported within a function there brings transformers or m
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -21,6 +23,10 @@ from micromix_compile.errors import MicroMixError, MicroMixWarning
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Wrong usage raises SystemExit(2), as argparse does."""
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # temporary files go, as at ^C
+    if hasattr(sys.stdout, "reconfigure"):  # else a letter that it lacks would end long work
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = make_parser().parse_args(argv)
     # transformers imports torchao where it is installed, which then tells of every file of its own that this torch cannot load.
     for name in ("torchao", "torch.utils._pytree"):

@@ -57,6 +57,8 @@ def generate(arguments: argparse.Namespace) -> None:
             reason=f"is {arguments.temperature}",
             valid="0, or 0.0001 and more",
         )
+    if arguments.prompt.encode(errors="ignore").decode() != arguments.prompt:
+        raise OptionError(option="--prompt", reason="is not UTF-8", valid="text in UTF-8")
     packaged = arguments.model.endswith(".pt2")
     model, tokenizer = _package(arguments) if packaged else _model(arguments)
     ids = _prompt(arguments, tokenizer)

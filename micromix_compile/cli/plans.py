@@ -123,7 +123,7 @@ def _is_quantised(model: str) -> bool:
         config = json.loads(Path(folder, "config.json").read_text()) if folder else {}
     except (OSError, ValueError, MicroMixError):
         return False
-    return "quantization_config" in config
+    return isinstance(config, dict) and "quantization_config" in config
 
 
 def _plan_file(arguments: argparse.Namespace) -> tuple[Path, Path]:

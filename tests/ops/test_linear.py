@@ -371,12 +371,13 @@ def test_shapes(isa):
 def test_no_channels(isa):
     """K = 0: the sum of nothing, plus the bias."""
     layout, bias = MixedLayout(0, 0, 0), torch.arange(5.0)
-    nothing = torch.empty(3, 0, dtype=torch.uint8)
     placed = place(
         torch.empty(5, 0, dtype=torch.uint8), torch.empty(5, 0, dtype=torch.uint8), 0, 0, 0, 0
     )
-    actual = linear(nothing, nothing, placed, bias, 5, *arguments(layout), torch.float32)
-    assert torch.equal(actual, bias.expand(3, 5))
+    for m in (1, 3, 20):
+        nothing = torch.empty(m, 0, dtype=torch.uint8)
+        actual = linear(nothing, nothing, placed, bias, 5, *arguments(layout), torch.float32)
+        assert torch.equal(actual, bias.expand(m, 5))
 
 
 @given(
