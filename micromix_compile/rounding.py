@@ -350,10 +350,13 @@ def _stages(
     calls, chained, once = _calls(whole, blocks, layers)
     groups = _groups(whole, {n: layers[n] for n in once}, plan)
     for i, block in enumerate(blocks if chained else ()):
-        inside = [names for names in groups if names[0].startswith(f"{name}.{i}.")]
-        groups = [names for names in groups if names not in inside]
-        yield _Stage(block, calls[i]), inside
-    if groups:
+        # Of a tensor that several blocks read, an encoder's result, each rounds its own layers: those of blocks to come
+        # must be float while these are measured.
+        own = f"{name}.{i}."
+        inside = [[n for n in names if n.startswith(own)] for names in groups]
+        groups = [[n for n in names if not n.startswith(own)] for names in groups]
+        yield _Stage(block, calls[i]), list(filter(None, inside))
+    if groups := list(filter(None, groups)):
         yield whole, groups
 
 
