@@ -83,15 +83,19 @@ def _doubt(batch: Any) -> str | None:
 
 
 def next_token_loss(output: Any, batch: Any) -> torch.Tensor:
-    """The model's own loss, or the summed cross-entropy of each token given those before it.
+    """The summed cross-entropy of each token given those before it, or the model's own loss where it gives one.
 
-    Tokens that the batch's `attention_mask` leaves out are no part of it. Raises CalibrationGradientError if the
-    output has neither a loss nor logits, or the batch no `input_ids`, and is no tensor of them itself.
+    That is taken for the mean over the batch's `labels`, if it has any, and multiplied by their number: else a token
+    of a short batch would count more than one of a long batch, by the square of their lengths. Tokens that the batch's
+    `attention_mask` leaves out are no part of the cross-entropy. Raises CalibrationGradientError if the output has
+    neither a loss nor logits, or the batch no `input_ids`, and is no tensor of them itself.
     """
-    if getattr(output, "loss", None) is not None:
-        return output.loss
-    logits = getattr(output, "logits", None)
     fields = batch if hasattr(batch, "get") else {}
+    if getattr(output, "loss", None) is not None:
+        labels = fields.get("labels")
+        counted = int((labels != -100).sum()) if isinstance(labels, torch.Tensor) else 1
+        return output.loss * counted
+    logits = getattr(output, "logits", None)
     tokens = fields.get("input_ids")
     if isinstance(batch, torch.Tensor) and not batch.is_floating_point():
         tokens = batch

@@ -359,6 +359,20 @@ def test_padding_is_no_text():
     assert loss / torch.tensor(VOCABULARY).log() == pytest.approx(4 + 8)
 
 
+def test_a_mean_over_labels_counts_by_their_number():
+    """As the model's own loss is: a label weighs the same in a batch of 8 as in one of 4, of which 3 are left out."""
+    logits = torch.randn(12, VOCABULARY)
+    labels = torch.randint(0, VOCABULARY, (12,))
+    labels[8:11] = -100
+    losses = []
+    for part in (slice(0, 8), slice(8, 12), slice(0, 12)):
+        mean = nn.functional.cross_entropy(logits[part], labels[part])
+        output = types.SimpleNamespace(loss=mean, logits=logits[None, part])
+        losses.append(next_token_loss(output, {"labels": labels[None, part]}))
+    torch.testing.assert_close(losses[0] + losses[1], losses[2])
+    assert next_token_loss(output, {"pixels": None}) == mean
+
+
 @pytest.mark.parametrize("mask", [{"full": None}, [1, 1], torch.tensor([[0.0, 0.0, -1e9]])])
 def test_masks_of_other_kinds(mask):
     tokens = torch.tensor([[1, 2, 3]])
