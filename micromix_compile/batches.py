@@ -76,6 +76,9 @@ def _doubt(batch: Any) -> str | None:
         return f"has a batch with input_ids of {ids.dtype}"
     if ids is not None and not isinstance(ids, torch.Tensor):
         return f"has a batch with a {type(ids).__name__} as input_ids"
+    tokens = batch if isinstance(batch, torch.Tensor) and not batch.is_floating_point() else ids
+    if tokens is not None and tokens.dim() == 1:  # an item of a tensor of all windows
+        return f"has a batch of shape {list(tokens.shape)}, without a dimension of sequences"
     leaves = optree.tree_leaves(batch.data if isinstance(batch, UserDict) else batch)
     if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
         return f"has a batch without a tensor, {batch!r:.80}"

@@ -8,7 +8,7 @@ import accelerate
 import pytest
 import torch
 from linear_modules import is_linear
-from tiny_llama import VOCABULARY
+from tiny_llama import VOCABULARY, tiny_llama
 from torch import nn
 from transformers import BatchEncoding
 
@@ -459,6 +459,12 @@ def test_a_batch_that_is_a_tensor_of_integers_is_the_ids_of_the_loss():
 def test_what_is_no_batch_is_said(wrong, message):
     with pytest.raises(OptionError, match=message):
         calibrate(Tokens()).run(wrong)
+
+
+def test_a_tensor_of_windows_is_no_list_of_batches():
+    windows = torch.randint(0, VOCABULARY, (3, 16))
+    with pytest.raises(OptionError, match=r"shape \[16\], without a dimension of sequences"):
+        calibrate(tiny_llama()).run(windows)
 
 
 def test_a_model_may_take_batches_without_tensors():
