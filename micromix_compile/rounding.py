@@ -57,7 +57,9 @@ def round_weights(model: nn.Module, plan: ModelPlan, batches: Sequence[Any]) -> 
 
     Blocks of a decoder (the entries of the `ModuleList` that holds most of the planned weights, where each reads
     what the one before it gives) are taken one after the other, each with those before it quantised; a model without
-    such a list is one block. Layers in a float linear module are rounded, all others stay with nearest.
+    such a list is one block. Layers outside of the blocks, an output head, come last: what they should be given is
+    measured behind the quantised blocks, so that nothing of the blocks' drift is made up for there. Layers in a float
+    linear module are rounded, all others stay with nearest.
     The model is changed while this runs and left as it was; it runs uncompiled. What blocks hand on beside their first
     value (a residual of its own) is that of the float model.
 
