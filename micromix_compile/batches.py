@@ -108,7 +108,9 @@ def next_token_loss(output: Any, batch: Any) -> torch.Tensor:
         )
     targets, mask = tokens[:, 1:], fields.get("attention_mask")
     if isinstance(mask, torch.Tensor) and mask.shape == tokens.shape:
-        text = mask >= 0 if mask.is_floating_point() else mask.bool()
+        # One and zero, as transformers reads floats too; or what is added to the scores, zero and below.
+        added = mask.is_floating_point() and not bool((mask > 0).any())
+        text = mask >= 0 if added else mask > 0
         targets = targets.masked_fill(~(text[:, 1:] & text[:, :-1]), -100)  # which is not counted
     return torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(),

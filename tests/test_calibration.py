@@ -373,7 +373,10 @@ def test_a_mean_over_labels_counts_by_their_number():
     assert next_token_loss(output, {"pixels": None}) == mean
 
 
-@pytest.mark.parametrize("mask", [{"full": None}, [1, 1], torch.tensor([[0.0, 0.0, -1e9]])])
+@pytest.mark.parametrize(
+    "mask",
+    [{"full": None}, [1, 1], *(torch.tensor([m]) for m in ((0.0, 0.0, -1e9), (1.0, 1.0, 0.0)))],
+)
 def test_masks_of_other_kinds(mask):
     tokens = torch.tensor([[1, 2, 3]])
     output = types.SimpleNamespace(logits=torch.zeros(1, 3, 4))
