@@ -89,9 +89,10 @@ def next_token_loss(output: Any, batch: Any) -> torch.Tensor:
     """The summed cross-entropy of each token given those before it, or the model's own loss where it gives one.
 
     That is taken for the mean over the batch's `labels`, if it has any, and multiplied by their number: else a token
-    of a short batch would count more than one of a long batch, by the square of their lengths. Tokens that the batch's
-    `attention_mask` leaves out are no part of the cross-entropy. Raises CalibrationGradientError if the output has
-    neither a loss nor logits, or the batch no `input_ids`, and is no tensor of them itself.
+    of a short batch would count more than one of a long batch, by the square of their lengths. Tokens are the batch's
+    `input_ids`, or `decoder_input_ids` where it has them; those that its `attention_mask` (`decoder_attention_mask`)
+    leaves out are no part of the cross-entropy. Raises CalibrationGradientError if the output has neither a loss nor
+    logits of these tokens, or the batch no tokens, and is no tensor of them itself.
     """
     fields = batch if hasattr(batch, "get") else {}
     if getattr(output, "loss", None) is not None:
@@ -99,14 +100,16 @@ def next_token_loss(output: Any, batch: Any) -> torch.Tensor:
         counted = int((labels != -100).sum()) if isinstance(labels, torch.Tensor) else 1
         return output.loss * counted
     logits = getattr(output, "logits", None)
-    tokens = fields.get("input_ids")
+    # An encoder's tokens are not what the logits of a decoder predict.
+    part = "" if fields.get("decoder_input_ids") is None else "decoder_"
+    tokens, mask = fields.get(f"{part}input_ids"), fields.get(f"{part}attention_mask")
     if isinstance(batch, torch.Tensor) and not batch.is_floating_point():
         tokens = batch
-    if logits is None or tokens is None or logits.dim() != 3:
+    if logits is None or tokens is None or logits.dim() != 3 or logits.shape[:2] != tokens.shape:
         raise CalibrationGradientError(
             reason="the output has no loss, and no logits for the batch's input_ids"
         )
-    targets, mask = tokens[:, 1:], fields.get("attention_mask")
+    targets = tokens[:, 1:]
     if isinstance(mask, torch.Tensor) and mask.shape == tokens.shape:
         # One and zero, as transformers reads floats too; or what is added to the scores, zero and below.
         added = mask.is_floating_point() and not bool((mask > 0).any())

@@ -373,6 +373,16 @@ def test_a_mean_over_labels_counts_by_their_number():
     assert next_token_loss(output, {"pixels": None}) == mean
 
 
+def test_the_tokens_of_a_decoder_are_what_it_predicts():
+    logits, ids = torch.randn(1, 5, VOCABULARY), torch.randint(0, VOCABULARY, (3, 1, 5))
+    output = types.SimpleNamespace(logits=logits)
+    batch = {"input_ids": ids[0], "attention_mask": torch.zeros(1, 5), "decoder_input_ids": ids[1]}
+    expected = next_token_loss(output, {"input_ids": ids[1]})
+    torch.testing.assert_close(next_token_loss(output, batch), expected)
+    with pytest.raises(CalibrationGradientError, match="no logits for the batch's input_ids"):
+        next_token_loss(output, {"input_ids": torch.zeros(1, 7, dtype=torch.int64)})
+
+
 @pytest.mark.parametrize(
     "mask",
     [{"full": None}, [1, 1], *(torch.tensor([m]) for m in ((0.0, 0.0, -1e9), (1.0, 1.0, 0.0)))],
