@@ -76,6 +76,9 @@ def _doubt(batch: Any) -> str | None:
         return f"has a batch with input_ids of {ids.dtype}"
     if ids is not None and not isinstance(ids, torch.Tensor):
         return f"has a batch with a {type(ids).__name__} as input_ids"
+    tokens = batch if isinstance(batch, torch.Tensor) and not batch.is_floating_point() else ids
+    if tokens is not None and tokens.dim() == 1:  # an item of a tensor of all windows
+        return f"has a batch of shape {list(tokens.shape)}, without a dimension of sequences"
     leaves = optree.tree_leaves(batch.data if isinstance(batch, UserDict) else batch)
     if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
         return f"has a batch without a tensor, {batch!r:.80}"
@@ -83,25 +86,34 @@ def _doubt(batch: Any) -> str | None:
 
 
 def next_token_loss(output: Any, batch: Any) -> torch.Tensor:
-    """The model's own loss, or the summed cross-entropy of each token given those before it.
+    """The summed cross-entropy of each token given those before it, or the model's own loss where it gives one.
 
-    Tokens that the batch's `attention_mask` leaves out are no part of it. Raises CalibrationGradientError if the
-    output has neither a loss nor logits, or the batch no `input_ids`, and is no tensor of them itself.
+    That is taken for the mean over the batch's `labels`, if it has any, and multiplied by their number: else a token
+    of a short batch would count more than one of a long batch, by the square of their lengths. Tokens are the batch's
+    `input_ids`, or `decoder_input_ids` where it has them; those that its `attention_mask` (`decoder_attention_mask`)
+    leaves out are no part of the cross-entropy. Raises CalibrationGradientError if the output has neither a loss nor
+    logits of these tokens, or the batch no tokens, and is no tensor of them itself.
     """
-    if getattr(output, "loss", None) is not None:
-        return output.loss
-    logits = getattr(output, "logits", None)
     fields = batch if hasattr(batch, "get") else {}
-    tokens = fields.get("input_ids")
+    if getattr(output, "loss", None) is not None:
+        labels = fields.get("labels")
+        counted = int((labels != -100).sum()) if isinstance(labels, torch.Tensor) else 1
+        return output.loss * counted
+    logits = getattr(output, "logits", None)
+    # An encoder's tokens are not what the logits of a decoder predict.
+    part = "" if fields.get("decoder_input_ids") is None else "decoder_"
+    tokens, mask = fields.get(f"{part}input_ids"), fields.get(f"{part}attention_mask")
     if isinstance(batch, torch.Tensor) and not batch.is_floating_point():
         tokens = batch
-    if logits is None or tokens is None or logits.dim() != 3:
+    if logits is None or tokens is None or logits.dim() != 3 or logits.shape[:2] != tokens.shape:
         raise CalibrationGradientError(
             reason="the output has no loss, and no logits for the batch's input_ids"
         )
-    targets, mask = tokens[:, 1:], fields.get("attention_mask")
+    targets = tokens[:, 1:]
     if isinstance(mask, torch.Tensor) and mask.shape == tokens.shape:
-        text = mask >= 0 if mask.is_floating_point() else mask.bool()
+        # One and zero, as transformers reads floats too; or what is added to the scores, zero and below.
+        added = mask.is_floating_point() and not bool((mask > 0).any())
+        text = mask >= 0 if added else mask > 0
         targets = targets.masked_fill(~(text[:, 1:] & text[:, :-1]), -100)  # which is not counted
     return torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(),

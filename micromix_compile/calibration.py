@@ -121,9 +121,9 @@ class Calibration:
         device of the model's first parameter (where accelerate offloads it: the first that is on a device).
 
         Under `calibrate(gradients=True)`, `loss(output, batch)` is differentiated, by default the cross-entropy of
-        the next token (`output.loss` where the model gives one). Raises CalibrationGradientError if there is none,
-        and OptionError for one batch in the place of a list, for what is no list, and where the model fails with a
-        batch that has no tensors.
+        the next token (`output.loss`, times the number of `labels`, where the model gives one). Raises
+        CalibrationGradientError if there is none, and OptionError for one batch in the place of a list, for what is
+        no list, and where the model fails with a batch that has no tensors.
         """
         valid = "a list of batches, as in run([batch])"
         if hasattr(batches, "keys"):

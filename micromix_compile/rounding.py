@@ -57,7 +57,9 @@ def round_weights(model: nn.Module, plan: ModelPlan, batches: Sequence[Any]) -> 
 
     Blocks of a decoder (the entries of the `ModuleList` that holds most of the planned weights, where each reads
     what the one before it gives) are taken one after the other, each with those before it quantised; a model without
-    such a list is one block. Layers in a float linear module are rounded, all others stay with nearest.
+    such a list is one block. Layers outside of the blocks, an output head, come last: what they should be given is
+    measured behind the quantised blocks, so that nothing of the blocks' drift is made up for there. Layers in a float
+    linear module are rounded, all others stay with nearest.
     The model is changed while this runs and left as it was; it runs uncompiled. What blocks hand on beside their first
     value (a residual of its own) is that of the float model.
 
@@ -350,10 +352,13 @@ def _stages(
     calls, chained, once = _calls(whole, blocks, layers)
     groups = _groups(whole, {n: layers[n] for n in once}, plan)
     for i, block in enumerate(blocks if chained else ()):
-        inside = [names for names in groups if names[0].startswith(f"{name}.{i}.")]
-        groups = [names for names in groups if names not in inside]
-        yield _Stage(block, calls[i]), inside
-    if groups:
+        # Of a tensor that several blocks read, an encoder's result, each rounds its own layers: those of blocks to come
+        # must be float while these are measured.
+        own = f"{name}.{i}."
+        inside = [[n for n in names if n.startswith(own)] for names in groups]
+        groups = [[n for n in names if not n.startswith(own)] for names in groups]
+        yield _Stage(block, calls[i]), list(filter(None, inside))
+    if groups := list(filter(None, groups)):
         yield whole, groups
 
 

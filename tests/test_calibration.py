@@ -8,7 +8,7 @@ import accelerate
 import pytest
 import torch
 from linear_modules import is_linear
-from tiny_llama import VOCABULARY
+from tiny_llama import VOCABULARY, tiny_llama
 from torch import nn
 from transformers import BatchEncoding
 
@@ -359,7 +359,34 @@ def test_padding_is_no_text():
     assert loss / torch.tensor(VOCABULARY).log() == pytest.approx(4 + 8)
 
 
-@pytest.mark.parametrize("mask", [{"full": None}, [1, 1], torch.tensor([[0.0, 0.0, -1e9]])])
+def test_a_mean_over_labels_counts_by_their_number():
+    """As the model's own loss is: a label weighs the same in a batch of 8 as in one of 4, of which 3 are left out."""
+    logits = torch.randn(12, VOCABULARY)
+    labels = torch.randint(0, VOCABULARY, (12,))
+    labels[8:11] = -100
+    losses = []
+    for part in (slice(0, 8), slice(8, 12), slice(0, 12)):
+        mean = nn.functional.cross_entropy(logits[part], labels[part])
+        output = types.SimpleNamespace(loss=mean, logits=logits[None, part])
+        losses.append(next_token_loss(output, {"labels": labels[None, part]}))
+    torch.testing.assert_close(losses[0] + losses[1], losses[2])
+    assert next_token_loss(output, {"pixels": None}) == mean
+
+
+def test_the_tokens_of_a_decoder_are_what_it_predicts():
+    logits, ids = torch.randn(1, 5, VOCABULARY), torch.randint(0, VOCABULARY, (3, 1, 5))
+    output = types.SimpleNamespace(logits=logits)
+    batch = {"input_ids": ids[0], "attention_mask": torch.zeros(1, 5), "decoder_input_ids": ids[1]}
+    expected = next_token_loss(output, {"input_ids": ids[1]})
+    torch.testing.assert_close(next_token_loss(output, batch), expected)
+    with pytest.raises(CalibrationGradientError, match="no logits for the batch's input_ids"):
+        next_token_loss(output, {"input_ids": torch.zeros(1, 7, dtype=torch.int64)})
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [{"full": None}, [1, 1], *(torch.tensor([m]) for m in ((0.0, 0.0, -1e9), (1.0, 1.0, 0.0)))],
+)
 def test_masks_of_other_kinds(mask):
     tokens = torch.tensor([[1, 2, 3]])
     output = types.SimpleNamespace(logits=torch.zeros(1, 3, 4))
@@ -445,6 +472,12 @@ def test_a_batch_that_is_a_tensor_of_integers_is_the_ids_of_the_loss():
 def test_what_is_no_batch_is_said(wrong, message):
     with pytest.raises(OptionError, match=message):
         calibrate(Tokens()).run(wrong)
+
+
+def test_a_tensor_of_windows_is_no_list_of_batches():
+    windows = torch.randint(0, VOCABULARY, (3, 16))
+    with pytest.raises(OptionError, match=r"shape \[16\], without a dimension of sequences"):
+        calibrate(tiny_llama()).run(windows)
 
 
 def test_a_model_may_take_batches_without_tensors():

@@ -302,6 +302,39 @@ def test_blocks_that_write_to_their_input_are_as_good_as_others():
     assert same_weights(*plans)
 
 
+class Decoder(torch.nn.Module):
+    """Every block reads one memory, as a decoder reads what its encoder gives; itself or a copy."""
+
+    def __init__(self, copied):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(CrossBlock(copied) for _ in range(2))
+
+    def forward(self, x, memory):
+        for layer in self.layers:
+            x = layer(x, memory)
+        return x
+
+
+class CrossBlock(torch.nn.Module):
+    def __init__(self, copied):
+        super().__init__()
+        self.key, self.out = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+        self.copied = copied
+
+    def forward(self, x, memory):
+        return x + self.out(torch.relu(self.key(memory.clone() if self.copied else memory)))
+
+
+def test_blocks_that_read_one_tensor_are_measured_before_they_are_rounded():
+    models = [Decoder(copied).eval() for copied in (False, True)]
+    models[1].load_state_dict(models[0].state_dict())
+    own = [(torch.randn(64, 64), torch.randn(64, 64)) for _ in range(3)]
+    recipe = Recipe(format="mxfp4", rounding="gptq")
+    plans = [calibrate(model).run(own).plan(recipe) for model in models]
+    assert len(plans[0].rounded) == 4
+    assert same_weights(*plans)
+
+
 @pytest.mark.parametrize("where", ["batch", "part", "given"])
 def test_no_cache_grows(where):
     """Asked for by the batch, by the configuration of a part, or in a way that cannot be known beforehand."""
