@@ -41,12 +41,16 @@ struct Task {
   unsigned first_blocks[kMostProducts];  // of a layer; of those that are not there: all of them
 };
 
-template <int kTiles, int kWarps, int kPanels, int kUnroll>
+// kTogether: thread blocks that a multiprocessor is to have registers for; 0: left to the compiler.
+template <int kTiles, int kWarps, int kPanels, int kTogether>
 struct Product {
   static constexpr int kRows = kPanels * kPanelRows;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kSums = kTiles * kTokens * kRows;
   static constexpr int kOwn = (kSums + kThreads - 1) / kThreads;  // a thread's
+  // What takes registers: two steps at once, and what the end needs on its way.
+  static constexpr int kUnroll = kPanels == 1 && kTogether <= 2 ? 2 : 1;
+  static constexpr bool kAhead = kOwn == 1 && kTogether <= 3;
 
   const Task& task;
   const PlacedRows& first;  // layer's: the steps of all are the same, and take no registers there
@@ -151,9 +155,9 @@ struct Product {
 
   __device__ __forceinline__ void run() {
     __shared__ float parts[kWarps][kTiles][kTokens][kRows];
-    // Where a thread has one result, what that needs is there before the sums are.
+    // Where a thread has one result, what that needs may be there before the sums are.
     Finish ahead;
-    if constexpr (kOwn == 1) ahead = load_finish(results(), place_of(0).token, place_of(0).n);
+    if constexpr (kAhead) ahead = load_finish(results(), place_of(0).token, place_of(0).n);
     const int32_t (&ends)[3] = first.steps.step_ends;
     add_segment<mx::E2M1>(0, ends[0]);
     if (first.e3m2) {
@@ -179,23 +183,21 @@ struct Product {
       float sum = 0.0f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum += parts[w][p.token / kTokens][p.token % kTokens][p.row];
-      const Finish finish = kOwn == 1 ? ahead : load_finish(results(), p.token, p.n);
+      const Finish finish = kAhead ? ahead : load_finish(results(), p.token, p.n);
       store_finished(results(), sum, finish, p.token, p.n);
     }
   }
 };
 
-// kTogether: thread blocks that a multiprocessor has registers for, at least; 0: left to the
-// compiler. Two steps at once take more of them.
-template <int kTiles, int kWarps, int kPanels, int kTogether, int kUnroll>
+template <int kTiles, int kWarps, int kPanels, int kTogether>
 __global__ void __launch_bounds__(32 * kWarps, kTogether)
     few_rows_kernel(const void* x, const __grid_constant__ Task task) {
   let_the_next_kernel_start();
   wait_for_the_kernel_before();
-  Product<kTiles, kWarps, kPanels, kUnroll>(x, task).run();
+  Product<kTiles, kWarps, kPanels, kTogether>(x, task).run();
 }
 
-template <int kTiles, int kWarps, int kPanels, int kTogether, int kUnroll = 1>
+template <int kTiles, int kWarps, int kPanels, int kTogether>
 cudaError_t launch(const void* x, std::span<const LayerProduct> layers, const Launcher& on) {
   Task task{};
   unsigned blocks = 0;
@@ -205,8 +207,8 @@ cudaError_t launch(const void* x, std::span<const LayerProduct> layers, const La
     task.layers[i] = layers[i];
     blocks += static_cast<unsigned>((panels_of(layers[i].weight.rows) + kPanels - 1) / kPanels);
   }
-  return launch_early(few_rows_kernel<kTiles, kWarps, kPanels, kTogether, kUnroll>, blocks,
-                      32 * kWarps, 0, on.stream, on.early, x, task);
+  return launch_early(few_rows_kernel<kTiles, kWarps, kPanels, kTogether>, blocks, 32 * kWarps, 0,
+                      on.stream, on.early, x, task);
 }
 
 }  // namespace
@@ -219,10 +221,10 @@ cudaError_t launch_few_rows(const void* x, std::span<const LayerProduct> layers,
   // More warps have shorter loops. As long as it is possible all thread blocks run at once: a few
   // that come after the others take as long as these.
   const int64_t each = (panels + on.multiprocessors - 1) / on.multiprocessors;
-  const auto of_one_tile = each <= 2   ? launch<1, 8, 1, 2, 2>
+  const auto of_one_tile = each <= 2   ? launch<1, 8, 1, 2>
                            : each <= 3 ? launch<1, 8, 1, 3>
                            : each <= 4 ? launch<1, 8, 1, 4>
-                                       : launch<1, 4, 1, 0, 2>;
+                                       : launch<1, 4, 1, 0>;
   // Two tiles of tokens are more to read than a panel, so two panels share them.
   const auto of_two_tiles = each <= 2   ? launch<2, 16, 2, 1>
                             : each <= 4 ? launch<2, 8, 2, 2>
