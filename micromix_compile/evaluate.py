@@ -72,8 +72,7 @@ def perplexity(
     first = _first_scored(windows, context)
     losses = []
     for window in tqdm(windows, desc=label, unit="window", disable=label is None, leave=False):
-        logits = _logits(forward, window)[first - 1 : -1]
-        losses.append(F.cross_entropy(logits, window[first:].to(logits.device)).item())
+        losses.append(_loss(_logits(forward, window)[first - 1 : -1], window[first:]))
     return Perplexity(_finite(losses), len(windows) * (windows.shape[1] - first))
 
 
@@ -120,10 +119,9 @@ def compare(
     divergences, agreements = [], []
     for window in tqdm(windows, desc=label, unit="window", disable=label is None, leave=False):
         expected, found = (_logits(model, window)[first - 1 : -1] for model in (base, forward))
-        target = window[first:].to(found.device)
         for own, logits in zip(losses, (expected, found), strict=True):
-            own.append(F.cross_entropy(logits, target).item())
-        expected, found = expected.log_softmax(-1), found.log_softmax(-1)
+            own.append(_loss(logits, window[first:]))
+        expected, found = (logits.float().log_softmax(-1) for logits in (expected, found))
         divergence = F.kl_div(found, expected, reduction="batchmean", log_target=True)
         divergences.append(divergence.item())
         agreements.append((expected.argmax(-1) == found.argmax(-1)).float().mean().item())
@@ -165,9 +163,19 @@ def _first_scored(windows: torch.Tensor, context: int) -> int:
 
 
 def _logits(forward: Callable[[torch.Tensor], object], window: torch.Tensor) -> torch.Tensor:
-    """float32 `[length, vocabulary]`."""
+    """`[length, vocabulary]`."""
     output = forward(input_ids=window[None])
-    return getattr(output, "logits", output)[0].float()
+    return getattr(output, "logits", output)[0]
+
+
+def _loss(logits: torch.Tensor, target: torch.Tensor) -> float:
+    """The mean negative log-likelihood, computed in float32.
+
+    Of a few tokens at a time: those of all, in float32, would be fresh memory of hundreds of megabytes, twice.
+    """
+    pairs = zip(logits.split(32), target.to(logits.device).split(32), strict=True)
+    sums = [F.cross_entropy(few.float(), own, reduction="sum") for few, own in pairs]
+    return torch.stack(sums).double().sum().item() / len(target)
 
 
 def _finite(losses: list[float]) -> tuple[float, ...]:

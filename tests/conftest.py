@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 
@@ -5,6 +7,17 @@ import torch
 def pytest_collection_modifyitems(items):
     """The file that takes longest comes first: at the end one process would wait for the other."""
     items.sort(key=lambda item: item.path.name != "test_accuracy.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_heap():
+    """A file's tests collect their own garbage only: with all of transformers loaded, a collection takes a second.
+
+    `explain` runs one at each call.
+    """
+    torch.compiler.reset()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
