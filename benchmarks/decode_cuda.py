@@ -19,6 +19,7 @@ for it, and in all else (with "inductor" all products, and the output head's whe
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -40,7 +41,9 @@ RECIPES = {
     "with head": MIX | {"include_lm_head": True},
 }
 VARIANTS = ("inductor", *RECIPES)
-BOUNDS = {True: 0.05, False: 0.6}  # of logits: bf16, quantised
+# Of logits, against the uncompiled model and against the emulated kernel. A step of batch 1 has that one's bits; in
+# prompts roundings that fell otherwise grow from layer to layer.
+BOUNDS = {True: 0.05, False: 0.4}
 # Kernels by parts of their names; the first group that has one takes it.
 GROUPS = {
     "products": ("few_rows", "many_rows", "decode_rows", "decode_tiles", "decode_weight"),
@@ -70,14 +73,16 @@ def main() -> None:
     model = random_llama(arguments.layers)
     ids = torch.randint(model.config.vocab_size, (1, 512), device="cuda")
     calibration = calibrate(model).run([ids])
-    compiled = {}
+    compiled, exact = {}, {}
     for name in arguments.variants:
-        options = {"mode": "reduce-overhead"}
+        graphs = {"mode": "reduce-overhead"}
         if name == "inductor":
-            compiled[name] = torch.compile(model, **options)
+            compiled[name], exact[name] = torch.compile(model, **graphs), model
         else:
-            options |= {"plan": calibration.plan(Recipe(**RECIPES[name])), "strict": True}
-            compiled[name] = torch.compile(model, backend="micromix", options=options)
+            options = {"plan": calibration.plan(Recipe(**RECIPES[name])), "strict": True}
+            micromix = functools.partial(torch.compile, model, backend="micromix")
+            compiled[name] = micromix(options=options | graphs)
+            exact[name] = micromix(options=options | {"kernel": "mx_emulated"})
 
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {ops.kernel_name('cuda')}, "
@@ -95,12 +100,12 @@ def main() -> None:
         for batch in arguments.batches:
             sizes = batch, arguments.cache, arguments.steps
             ids = torch.randint(model.config.vocab_size, (batch, 1), device="cuda")
-            check(model, compiled, ids, arguments.cache)
+            check(model, compiled, exact, ids, arguments.cache)
             runs = {name: decode_of(model, step, *sizes) for name, step in compiled.items()}
             report(f"decode, batch {batch}", runs, arguments.steps)
         for tokens in arguments.prompts:
             ids = torch.randint(model.config.vocab_size, (1, tokens), device="cuda")
-            check(model, compiled, ids, tokens + 64, logits_to_keep=1)
+            check(model, compiled, exact, ids, tokens + 64, logits_to_keep=1)
             runs = {name: prompt_of(model, step, ids) for name, step in compiled.items()}
             report(f"a prompt of {tokens} tokens", runs, 1)
 
@@ -151,10 +156,16 @@ def decode_of(model, step, batch: int, room: int, steps: int) -> Callable[[], No
 
 
 def check(
-    model, compiled: dict[str, Callable], ids: torch.Tensor, room: int, **arguments: int
+    model,
+    compiled: dict[str, Callable],
+    exact: dict[str, Callable],
+    ids: torch.Tensor,
+    room: int,
+    **arguments: int,
 ) -> None:
-    """The logits of each variant are the uncompiled model's, within what its format loses.
+    """The logits of each variant are those of the same arithmetic by another kernel; of bf16 by the uncompiled model.
 
+    (How far the quantised ones are from bf16's says nothing: with random weights 4.5 bits are 0.66 to 0.84 off.)
     Called as the timed runs call it: Dynamo makes what differs between calls dynamic.
     """
 
@@ -165,9 +176,8 @@ def check(
         found = step(input_ids=ids, past_key_values=cache, use_cache=True, **arguments)
         return found.logits.clone()
 
-    expected = logits(model)
     for name, step in compiled.items():
-        check_close(name, logits(step), expected, BOUNDS[name == "inductor"])
+        check_close(name, logits(step), logits(exact[name]), BOUNDS[name == "inductor"])
 
 
 def prompt_of(model, step, ids: torch.Tensor) -> Callable[[], None]:
