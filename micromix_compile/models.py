@@ -190,6 +190,7 @@ def token_windows(
 ) -> torch.Tensor:
     """int64 `[windows, length]`: consecutive windows of the tokens of `text`, each overlapping the one before by `context`.
 
+    Each begins with the token for the beginning of a text, if the tokenizer puts it before one: a Gemma is lost without.
     With `count`, that many windows at most, spread evenly over the text. Raises `TextError` when the text does not fill one window, and
     `OptionError` for a length, count or context that gives none.
     """
@@ -197,13 +198,16 @@ def token_windows(
     # verbose=False: a text longer than the model's context is the normal case here, not something to warn of.
     tokens = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)
     tokens = tokens.input_ids[0]
-    if tokens.numel() < length:
+    first = [tokenizer.bos_token_id]
+    begin = torch.tensor(first if tokenizer("a").input_ids[:1] == first else [], dtype=torch.long)
+    if tokens.numel() < length - len(begin):
         raise TextError(
             text=f"{text[:20]!r}...",
             reason=f"it has {tokens.numel()} tokens, fewer than one window of {length}",
             mend="Give a longer text or shorter windows (--seqlen)",
         )
-    windows = tokens.unfold(0, length, length - context)
+    windows = tokens.unfold(0, length - len(begin), length - max(context, len(begin)))
+    windows = torch.cat([begin.expand(len(windows), -1), windows], 1)
     if count is None or count >= len(windows):
         return windows
     return windows[torch.arange(count) * len(windows) // count]

@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 from tiny_llama import save_tiny, tiny_llama, tiny_tokenizer
+from tokenizers import processors
 
 from micromix_compile import models
 from micromix_compile.errors import ModelLoadError, OptionError, TextError
@@ -126,6 +127,23 @@ def test_token_windows_with_context_overlap():
     windows = models.token_windows(tokenizer, text, 64, context=16)
     assert torch.equal(windows[1, :16], windows[0, -16:])
     assert len(windows) == (len(tokenizer(text).input_ids) - 16) // 48
+
+
+@pytest.mark.parametrize("context", [0, 1, 16])
+def test_token_windows_begin_as_a_text_does(context):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "</s>"})
+    text = models.builtin_text()[:5000]
+    tokens = tokenizer(text).input_ids
+    processor = processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", tokenizer.bos_token_id)]
+    )
+    tokenizer.backend_tokenizer.post_processor = processor
+    windows = models.token_windows(tokenizer, text, 64, context=context)
+    assert (windows[:, 0] == tokenizer.bos_token_id).all()
+    # Every other token is scored, once: those of a window from its context on.
+    scored = torch.cat([windows[0, 1:], windows[1:, max(context, 1) :].flatten()])
+    assert scored.tolist() == tokens[: len(scored)]
 
 
 def test_token_windows_that_are_counted_spread_over_the_text():
