@@ -98,8 +98,8 @@ MX_HOST_DEVICE constexpr uint32_t in_bfloat16(uint32_t code) {
   return (code & ((1u << kSign) - 1)) << (7 - kFormat.mantissa_bits) | code >> kSign << 15;
 }
 
-// The codes of a block, one after another from the lowest bit on, to its words. Register i of eight
-// channels has i and i + 4.
+// The codes of a block, one after another from the lowest bit on, to its words, which are zeros
+// before. Register i of eight channels has i and i + 4.
 template <mx::ElementFormat kFormat>
 MX_HOST_DEVICE constexpr void arrange(const uint32_t* codes, uint32_t* words) {
   const auto in_half = [&](int channel) {
@@ -124,11 +124,17 @@ consteval bool fills_its_words() {
   uint32_t codes[kFormat.bits], words[kFormat.bits] = {};
   for (uint32_t& word : codes) word = ~0u;
   arrange<kFormat>(codes, words);
-  int bits = 0;
-  for (const Piece& p : pieces_of<kFormat>()) bits += std::popcount(p.mask);
+  constexpr uint32_t kCode = in_bfloat16<kFormat>((1u << kFormat.bits) - 1);
+  uint32_t taken[kUnitRegisters<kFormat>] = {};
+  for (const Piece& p : pieces_of<kFormat>()) {
+    if (taken[p.reg] & p.mask) return false;
+    taken[p.reg] |= p.mask;
+  }
+  for (const uint32_t reg : taken)
+    if (reg != (kCode | kCode << 16)) return false;
   for (const uint32_t word : words)
     if (word != ~0u) return false;
-  return bits == 32 * kUnitWords<kFormat>;
+  return true;
 }
 static_assert(fills_its_words<mx::E2M1>() && fills_its_words<mx::E2M3>() &&
               fills_its_words<mx::E3M2>() && fills_its_words<mx::E4M3>());

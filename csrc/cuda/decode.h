@@ -72,7 +72,7 @@ struct Launcher {
   int device;
   bool early = false;
   bool warpgroups = false;  // whether the device runs many_rows.cu
-  int multiprocessors = 0;
+  int multiprocessors = 1;
 };
 
 // place_decoded.cu

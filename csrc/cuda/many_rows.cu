@@ -58,10 +58,10 @@ struct Shape {
   // gives (80 or 168 each), or they wait for ever (`make check-sass` looks).
   static constexpr int few_registers() { return 24; }
   static constexpr int registers() { return kThreadBlocks == 2 ? 104 : 240; }
-  // A step's two slices of tokens are there one after the other. (Of 32 tokens they could come at
-  // once, but ptxas makes matrix instructions wait where a stage has all four groups of a step.)
+  // A stage is a slice of tokens, half a step. (Of 32 tokens a whole step could come at once, but
+  // ptxas makes matrix instructions wait where a stage has all four groups of a step.)
   static constexpr int kStagesOfStep = 2;
-  static constexpr int kSlice = kTokens * kSliceBytes, kStage = 2 * kSlice / kStagesOfStep;
+  static constexpr int kStage = kTokens * kSliceBytes;
   static constexpr int kStages = kTokens == 128 ? 6 : 4;
   static constexpr int kChunks = kShared && kTokens == 256 ? 2 : 4;
   static constexpr int kChunk = chunk_bytes(8);  // the largest
@@ -103,7 +103,7 @@ struct SharedChunk {
 template <int kTokens, bool kShared>
 struct Product : Shape<kTokens, kShared> {
   using S = Shape<kTokens, kShared>;
-  using S::kChunk, S::kChunks, S::kSlice, S::kStage, S::kStages, S::kStagesOfStep, S::kSumStride;
+  using S::kChunk, S::kChunks, S::kStage, S::kStages, S::kStagesOfStep, S::kSumStride;
   static constexpr int kColumns = kTokens < 128 ? kTokens : 128;  // of an instruction
   static constexpr int kPieces = kTokens / kColumns;
   static constexpr int kCopies = kShared ? kSharers : 1;  // of a slice
@@ -175,7 +175,7 @@ struct Product : Shape<kTokens, kShared> {
   __device__ __forceinline__ const Results& results() const { return task.layers[layer].results; }
   __device__ __forceinline__ const uint8_t* tokens_of(int tile) const {
     return task.tiles_of_tokens + (2 * begin * task.padded + token_of(tile)) * kSliceBytes +
-           rank * (kSlice / kCopies);
+           rank * (kStage / kCopies);
   }
   __device__ __forceinline__ const uint8_t* chunks_of(int tile) const {
     // The last panel stands in for those beyond it.
@@ -205,18 +205,15 @@ struct Product : Shape<kTokens, kShared> {
     if (next.tile >= task.tiles) return;
     const int i = next.copied++;
     if (i >= kStages) wait(empty(i), (i / kStages - 1) % 2);
-    constexpr int kSlices = 2 / kStagesOfStep, kBytes = kSlice / kCopies;
+    constexpr int kBytes = kStage / kCopies;
     expect(full(i), kStage);
-#pragma unroll
-    for (int j = 0; j < kSlices; ++j) {
-      const uint32_t to = stage(i) + j * kSlice + rank * kBytes;
-      if constexpr (kShared) {
-        copy_bulk_to_cluster(to, next.from, kBytes, full(i), (1 << kSharers) - 1);
-      } else {
-        copy_bulk(to, next.from, kBytes, full(i));
-      }
-      next.from += task.padded * kSliceBytes;
+    const uint32_t to = stage(i) + rank * kBytes;
+    if constexpr (kShared) {
+      copy_bulk_to_cluster(to, next.from, kBytes, full(i), (1 << kSharers) - 1);
+    } else {
+      copy_bulk(to, next.from, kBytes, full(i));
     }
+    next.from += task.padded * kSliceBytes;
     if (++next.i == kStagesOfStep * (end - begin)) {
       next.tile = tile_after(next.tile), next.i = 0;
       if (next.tile < task.tiles) next.from = tokens_of(next.tile);
@@ -275,10 +272,9 @@ struct Product : Shape<kTokens, kShared> {
         for (int j = 0; j < 2; ++j)
 #pragma unroll
           for (int piece = 0; piece < kPieces; ++piece)
-            multiply<kColumns>(sums + piece * kColumns / 2, operand[j],
-                               columns + (g / 2 * kSlice + piece * kColumns * kSliceBytes +
-                                          32 * (2 * (g % 2) + j)) /
-                                             16);
+            multiply<kColumns>(
+                sums + piece * kColumns / 2, operand[j],
+                columns + (piece * kColumns * kSliceBytes + 32 * (2 * (g % 2) + j)) / 16);
         commit_matrix_instructions();
         wait_for_matrix_instructions<1>();
         if (g == 0 && i > 0) release_stage(i - 1);

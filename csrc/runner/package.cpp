@@ -178,11 +178,13 @@ std::string operators_abi() {
 // leaves nothing behind.
 class UnpackFolder {
  public:
-  UnpackFolder() : path_(std::filesystem::temp_directory_path() / "micromix_runner.XXXXXX") {
+  UnpackFolder()
+      : parent_(std::filesystem::temp_directory_path()), path_(parent_ / "micromix_runner.XXXXXX") {
     if (!mkdtemp(path_.data())) refuse("no folder can be made at " + path_);
     setenv("TMPDIR", path_.c_str(), 1);
   }
   ~UnpackFolder() {
+    setenv("TMPDIR", parent_.c_str(), 1);
     std::error_code ignored;
     std::filesystem::remove_all(path_, ignored);
   }
@@ -190,6 +192,7 @@ class UnpackFolder {
   UnpackFolder& operator=(const UnpackFolder&) = delete;
 
  private:
+  std::filesystem::path parent_;
   std::string path_;
 };
 

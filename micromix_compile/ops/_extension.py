@@ -12,7 +12,7 @@ from micromix_compile.errors import ExtensionError
 
 from ._schemas import EMULATED, NAMESPACE, SCHEMAS
 
-ABI = 5
+ABI = 6
 """What this Python code expects of the library: MICROMIX_ABI of csrc/abi.h."""
 
 LIBRARY = Path(__file__).parent.parent / "_C" / "libmicromix.so"
