@@ -88,8 +88,9 @@ def _doubt(batch: Any) -> str | None:
 def next_token_loss(output: Any, batch: Any) -> torch.Tensor:
     """The summed cross-entropy of each token given those before it, or the model's own loss where it gives one.
 
-    That is taken for the mean over the batch's `labels`, if it has any, and multiplied by their number: else a token
-    of a short batch would count more than one of a long batch, by the square of their lengths. Tokens are the batch's
+    That is taken for the mean over the batch's `labels`, if it has any, and multiplied by their number (of a causal
+    model one too many for each sequence, whose first it does not score): else a token of a short batch would count
+    more than one of a long batch, by the square of their lengths. Tokens are the batch's
     `input_ids`, or `decoder_input_ids` where it has them; those that its `attention_mask` (`decoder_attention_mask`)
     leaves out are no part of the cross-entropy. Raises CalibrationGradientError if the output has neither a loss nor
     logits of these tokens, or the batch no tokens, and is no tensor of them itself.

@@ -277,13 +277,13 @@ def save_pretrained(
         description.files = {file: done[file] for file in shards}
         _write_documents(model, partial, description, plan, tokenizer)
         os.replace(partial, directory)
-        # Only now: until then another call is to find the files.
-        (directory / _PROGRESS).unlink()
+        # Only now: until then another call is to find the files. (Killed here, a whole checkpoint keeps the note.)
+        (directory / _PROGRESS).unlink(missing_ok=True)
 
 
 def check_directory(directory: Path) -> None:
     """Say before long work that a checkpoint cannot be written there. Raises CheckpointExistsError and OutputError."""
-    partial = directory.resolve().with_name(directory.resolve().name + ".partial")
+    partial = Path(os.path.realpath(directory) + ".partial")
     if os.path.lexists(partial) and not _is_begun(partial):
         raise CheckpointExistsError(path=partial)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -314,7 +314,10 @@ def _alone_in(partial: Path) -> Iterator[None]:
             reason = "another process is writing it"
             raise OutputError(path=partial, reason=reason, mend=mend) from None
         except OSError:
-            pass  # a file system without locks
+            pass  # a file system without locks, as NFS is for a folder
+        if not partial.is_dir() or not os.path.samestat(os.fstat(folder), os.stat(partial)):
+            reason = "another process has just given it its name"
+            raise OutputError(path=partial, reason=reason, mend="Give another directory")
         yield
     finally:
         os.close(folder)
@@ -461,7 +464,7 @@ def _begin(partial: Path, fingerprint: Any) -> dict[str, str]:
             }
     if partial.is_dir():
         for path in partial.iterdir():
-            if path.name not in done:
+            if path.name not in done and path.name != _PROGRESS:  # which says whose the folder is
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     _note_progress(partial, fingerprint, done)
     return done

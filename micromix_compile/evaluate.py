@@ -171,7 +171,7 @@ def _logits(forward: Callable[[torch.Tensor], object], window: torch.Tensor) -> 
 def _loss(logits: torch.Tensor, target: torch.Tensor) -> float:
     """The mean negative log-likelihood, computed in float32.
 
-    Of a few tokens at a time: those of all, in float32, would be fresh memory of hundreds of megabytes, twice.
+    Of a few tokens at a time: those of all, in float32, would be fresh memory of hundreds of megabytes.
     """
     pairs = zip(logits.split(32), target.to(logits.device).split(32), strict=True)
     sums = [F.cross_entropy(few.float(), own, reduction="sum") for few, own in pairs]

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from micromix_compile.errors import (
-    FileVersionError,
+    CheckpointError,
+    MicroMixError,
     MissingPackageError,
     ModelLoadError,
     OptionError,
@@ -48,9 +49,11 @@ def load(
         tokenizer = None
         if needs_tokenizer or _has_tokenizer(Path(name_or_path)):
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=True)
-    except (FileVersionError, MemoryError):
+    except (ImportError, MemoryError):
         raise
     except Exception as error:  # transformers and tokenizers raise anything for a damaged file
+        if isinstance(error, MicroMixError) and not isinstance(error, CheckpointError):
+            raise  # it says what to do
         if files_of(name_or_path) is not None:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
             mend = "The directory must hold config.json, *.safetensors and the tokenizer's files, whole"
@@ -190,7 +193,8 @@ def token_windows(
 ) -> torch.Tensor:
     """int64 `[windows, length]`: consecutive windows of the tokens of `text`, each overlapping the one before by `context`.
 
-    Each begins with the token for the beginning of a text, if the tokenizer puts it before one: a Gemma is lost without.
+    Each begins with the token for the beginning of a text, if the tokenizer puts it before one: a Gemma is lost without. It is one of
+    `length`, and of `context`.
     With `count`, that many windows at most, spread evenly over the text. Raises `TextError` when the text does not fill one window, and
     `OptionError` for a length, count or context that gives none.
     """

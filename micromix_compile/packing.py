@@ -180,8 +180,14 @@ def owners() -> Counter[int]:
 
 
 def _modules() -> list[torch.nn.Module]:
+    """All there are: also those that gc.freeze, which servers call once they have loaded, hides from get_objects."""
+    frozen = gc.get_freeze_count() > 0
+    gc.unfreeze()
     # By type: isinstance asks objects for __class__, which some compute.
-    return [found for found in gc.get_objects() if issubclass(type(found), torch.nn.Module)]
+    found = [found for found in gc.get_objects() if issubclass(type(found), torch.nn.Module)]
+    if frozen:
+        gc.freeze()
+    return found
 
 
 def is_released(parameter: torch.Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import fcntl
 import functools
 import json
@@ -22,7 +23,7 @@ from tiny_llama import save_tiny, tiny_llama
 from transformers import AutoModel, AutoModelForCausalLM
 
 import micromix_compile as micromix
-from micromix_compile import Recipe, calibrate, explain, save_pretrained
+from micromix_compile import Recipe, calibrate, checkpoint, explain, save_pretrained
 from micromix_compile.allocation import uniform_plan
 from micromix_compile.cli import main
 from micromix_compile.errors import (
@@ -386,7 +387,8 @@ KILLED = """
         save_pretrained(model, target, plan, max_shard_size=20_000, source=source if resumes else None)
 
     def state(directory):
-        return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir()}
+        files = (p for p in directory.iterdir() if p.name != "progress.json")  # killed before that could go
+        return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
     save(work / "warm")
     start = time.perf_counter()
@@ -434,6 +436,32 @@ def test_kill_9_at_20_points(resumes, source, plan, tmp_path):
     finished, continued = map(int, run.stdout.split())
     assert finished < 18, "hardly any was killed half-way"
     assert (continued > 0) == resumes
+
+
+def test_a_resume_that_fails_at_once_is_resumed(source, plan, tmp_path, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(source)
+    target, partial = tmp_path / "out", tmp_path / "out.partial"
+    write, written = checkpoint.write_tensors, []
+
+    def save():
+        save_pretrained(model, target, plan, max_shard_size=20_000, source=source)
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write_one(*arguments):
+        written.append(write(*arguments) if not written else fail())
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(checkpoint, "write_tensors", write_one)
+        save()
+    (first,) = partial.glob("model-*.safetensors")
+    done = first.stat().st_mtime_ns
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(checkpoint, "_note_progress", fail)
+        save()
+    save()
+    assert (target / first.name).stat().st_mtime_ns == done
 
 
 MEMORY = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import textwrap
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import micromix_compile as micromix
 from micromix_compile import Recipe, calibrate
 from micromix_compile.errors import CheckpointError, ReleasedWeightError
-from micromix_compile.packing import is_released
+from micromix_compile.packing import is_released, owners
 
 PEAK = """
     import torch
@@ -176,3 +177,10 @@ def test_restore_is_all_or_nothing(released, tmp_path):
         with pytest.raises(CheckpointError):
             micromix.restore(model, source)
         assert sum(map(is_released, model.parameters())) == 14
+
+
+def test_modules_that_gc_freeze_hides_are_owners_too():
+    embedding = torch.nn.Embedding(4, 8)
+    gc.freeze()
+    assert owners()[id(embedding.weight)] == 2
+    assert gc.get_freeze_count() > 0

@@ -12,8 +12,9 @@ import contextlib
 import logging
 import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from micromix_compile.cli.flags import make_parser
 from micromix_compile.cli.inputs import check_device
@@ -22,16 +23,17 @@ from micromix_compile.errors import MicroMixError, MicroMixWarning
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. Wrong usage raises SystemExit(2), as argparse does."""
-    with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # temporary files go, as at ^C
+    """Run one command; returns the exit code: 130 where ^C or SIGTERM ended it.
+
+    Wrong usage raises SystemExit(2), as argparse does.
+    """
     if hasattr(sys.stdout, "reconfigure"):  # else a letter that it lacks would end long work
         sys.stdout.reconfigure(errors="backslashreplace")
     arguments = make_parser().parse_args(argv)
     # transformers imports torchao where it is installed, which then tells of every file of its own that this torch cannot load.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _terminated_as_interrupted():
         warnings.showwarning = _show_warning
         try:
             check_outputs(arguments)
@@ -48,6 +50,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("micromix: interrupted", file=sys.stderr)
             return 130
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM removes temporary files too, unless somebody else has a say about it."""
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
