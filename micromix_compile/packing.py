@@ -180,14 +180,10 @@ def owners() -> Counter[int]:
 
 
 def _modules() -> list[torch.nn.Module]:
-    """All there are: also those that gc.freeze, which servers call once they have loaded, hides from get_objects."""
-    frozen = gc.get_freeze_count() > 0
+    """All there are. A gc.freeze is undone: it hides them from get_objects, and to freeze anew would keep garbage for ever."""
     gc.unfreeze()
     # By type: isinstance asks objects for __class__, which some compute.
-    found = [found for found in gc.get_objects() if issubclass(type(found), torch.nn.Module)]
-    if frozen:
-        gc.freeze()
-    return found
+    return [found for found in gc.get_objects() if issubclass(type(found), torch.nn.Module)]
 
 
 def is_released(parameter: torch.Tensor) -> bool:
