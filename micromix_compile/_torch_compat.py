@@ -443,8 +443,13 @@ class AotiModel:
     torch's own loader for Python, `load_package`, loads every graph of an archive at each call, and reads pickles.
     """
 
-    def __init__(self, path: str, name: str) -> None:
-        self._loader = torch._C._aoti.AOTIModelPackageLoader(path, name, False, 1, -1)
+    def __init__(self, path: str, name: str, device: torch.device) -> None:
+        index = -1 if device.index is None else device.index
+        self._loader = torch._C._aoti.AOTIModelPackageLoader(path, name, False, 1, index)
+        # A run is on the stream of the current device.
+        self._on_device = contextlib.nullcontext()
+        if device.type == "cuda":
+            self._on_device = torch.cuda.device(device)
         # A run frees its inputs, for which it takes the GIL; a thread that waits for its end in C++ would have that.
         self._one_run = threading.Lock()
 
@@ -456,7 +461,7 @@ class AotiModel:
         self._loader.load_constants(constants, False, True, True)
 
     def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        with self._one_run:
+        with self._one_run, self._on_device:
             return self._loader.boxed_run(inputs)
 
 

@@ -316,8 +316,8 @@ class Archive:
     def _refuse(self, reason: str) -> None:
         raise PackageError(path=self.path, reason=reason)
 
-    def constants(self) -> list[Tensor]:
-        """The weights as tensors over the memory that they were read into; on the GPU, copies there.
+    def constants(self, device: torch.device) -> list[Tensor]:
+        """The weights as tensors over the memory that they were read into; on a GPU, copies there.
 
         Raises ValueError where the manifest contradicts itself.
         """
@@ -340,7 +340,7 @@ class Archive:
                 raise ValueError("a weight lies outside of the weights")
             flat = whole[start + offset : start + end].view(dtype)
             tensor = flat.as_strided(shape, stride)
-            result.append(tensor if manifest["device"] == "cpu" else tensor.to(manifest["device"]))
+            result.append(tensor.to(device))
         return result
 
     def tokenizer(self) -> Any:

@@ -31,21 +31,23 @@ def load_package(path: str | os.PathLike, *, plan: ModelPlan | None = None) -> P
     the code was made for; the plan's digest with that of `plan`, if one is given. The result is called like the model
     that was exported. A causal language model that `export_decoder` wrote has `generate` too.
 
+    A package for a GPU stays on the current CUDA device (`torch.cuda.device(1)` for the second), and so do its arguments.
+
     Raises PackageError, FileVersionError and PackageMismatchError.
     """
     archive = Archive(path)
-    _check_machine(path, archive.manifest, plan)
+    device = _check_machine(path, archive.manifest, plan)
     try:
-        constants = archive.constants()
+        constants = archive.constants(device)
         entries = {
-            name: _Entry(name, facts, constants, archive)
+            name: _Entry(name, facts, constants, archive, device)
             for name, facts in archive.manifest["entries"].items()
         }
         if not entries:
             raise ValueError("there is no graph in it")
         if archive.manifest["decoder"] is not None:
-            return DecoderPackage(archive, entries)
-        return Package(archive, entries)
+            return DecoderPackage(archive, entries, device)
+        return Package(archive, entries, device)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         if isinstance(error, PackageError):
             raise
@@ -54,10 +56,16 @@ def load_package(path: str | os.PathLike, *, plan: ModelPlan | None = None) -> P
 
 
 class Package:
-    """A loaded package; call it as the model. `plan_digest` is that of the plan it was made with."""
+    """A loaded package; call it as the model, with tensors on its `device`.
 
-    def __init__(self, archive: Archive, entries: dict[str, _Entry]) -> None:
+    `plan_digest` is that of the plan it was made with.
+    """
+
+    def __init__(
+        self, archive: Archive, entries: dict[str, _Entry], device: torch.device
+    ) -> None:
         self.path = archive.path
+        self.device = device
         self.plan_digest: str = archive.manifest["plan_digest"]
         self.weight_bytes: int = archive.manifest["weight_bytes"]
         self.entries = entries
@@ -83,8 +91,10 @@ class Output(dict):
 class DecoderPackage(Package):
     """A package of a causal language model: `generate`, or `prefill` and `decode` one by one."""
 
-    def __init__(self, archive: Archive, entries: dict[str, _Entry]) -> None:
-        super().__init__(archive, entries)
+    def __init__(
+        self, archive: Archive, entries: dict[str, _Entry], device: torch.device
+    ) -> None:
+        super().__init__(archive, entries, device)
         facts = archive.manifest["decoder"]
         self.batch_size, self.max_length = map(as_size, (facts["batch_size"], facts["max_length"]))
         self.eos_token_id = [as_size(token) for token in facts["eos_token_id"]]
@@ -92,7 +102,6 @@ class DecoderPackage(Package):
         self._dtype = getattr(torch, facts["dtype"])
         most = (1 << 62) - 1  # packages of format 1 do not say
         self.vocabulary = as_size(facts.get("vocabulary", most))
-        self._device = archive.manifest["device"]
         self._archive = archive
         if {"prefill", "decode"} - entries.keys():
             raise ValueError("a graph of the decoder is missing")
@@ -103,7 +112,7 @@ class DecoderPackage(Package):
 
     def new_cache(self) -> list[Tensor]:
         """An empty cache: keys and values, layer by layer."""
-        return [torch.zeros(shape, dtype=self._dtype, device=self._device) for shape in self._cache]
+        return [torch.zeros(shape, dtype=self._dtype, device=self.device) for shape in self._cache]
 
     def __call__(self, input_ids: Tensor, start: int, cache: list[Tensor]) -> Tensor:
         """Logits `[batch, vocabulary]` after the last of some tokens, of which `start` came before; writes the cache.
@@ -121,11 +130,11 @@ class DecoderPackage(Package):
             )
             raise PackageInputError(differences=[reason])
         entry = self.entries["decode" if input_ids.shape[1] == 1 else "prefill"]
-        return entry(input_ids, torch.tensor(start, device=self._device), cache)
+        return entry(input_ids, torch.tensor(start, device=self.device), cache)
 
     def _fits(self, input_ids: Tensor) -> bool:
         """Whether there is a prompt for each row. Raises PackageInputError for what is no tensor of tokens at all."""
-        wrong = _tensor_differences("input_ids", input_ids, torch.int64, self._device, None, {})
+        wrong = _tensor_differences("input_ids", input_ids, torch.int64, self.device, None, {})
         if wrong:
             raise PackageInputError(differences=wrong)
         return input_ids.dim() == 2 and len(input_ids) == self.batch_size
@@ -183,7 +192,7 @@ class DecoderPackage(Package):
         ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         cache, length = self.new_cache(), input_ids.shape[1]
         logits, token = self(input_ids, 0, cache), input_ids[:, -1]
-        start = torch.tensor(length, device=self._device)
+        start = torch.tensor(length, device=self.device)
         decode = self.entries["decode"]
         for left in reversed(range(min(max_new_tokens, self.max_length - length + 1))):
             token = torch.where(ended, token, _choose(logits, temperature, generator))
@@ -208,17 +217,27 @@ class _Entry:
     """One compiled graph with its constants."""
 
     def __init__(
-        self, name: str, facts: dict[str, Any], constants: Sequence[Tensor], archive: Archive
+        self,
+        name: str,
+        facts: dict[str, Any],
+        constants: Sequence[Tensor],
+        archive: Archive,
+        device: torch.device,
     ) -> None:
         self.inputs = [
-            (tuple(i["path"]), getattr(torch, i["dtype"]), i["device"], _sizes(i["shape"]))
+            (
+                tuple(i["path"]),
+                getattr(torch, i["dtype"]),
+                device if i["device"] == device.type else torch.device(i["device"]),
+                _sizes(i["shape"]),
+            )
             for i in facts["inputs"]
         ]
         self.constants = {tuple(c["path"]): c["value"] for c in facts["constants"]}
         self.positional = [str(n) for n in facts["positional"]]
         self.output = facts["output"]
         weights = {str(fqn): constants[as_size(i)] for fqn, i in facts["weights"].items()}
-        self._model = compat.AotiModel(os.fspath(archive.path), name)
+        self._model = compat.AotiModel(os.fspath(archive.path), name, device)
         if set(self._model.constant_names()) != weights.keys():
             raise ValueError(f"the code of {name} wants other weights")
         self._model.load_constants(weights)
@@ -261,7 +280,7 @@ def _tensor_differences(
     where: str,
     value: Any,
     dtype: torch.dtype,
-    device: str,
+    device: torch.device,
     sizes: list | None,
     symbols: dict[int, int],
 ) -> list[str]:
@@ -273,7 +292,7 @@ def _tensor_differences(
     found = []
     if value.dtype != dtype:
         found.append(f"{where} is {value.dtype}, not {dtype}")
-    if value.device.type != device:
+    if value.device != device:
         found.append(f"{where} is on {value.device}, not on {device}")
     if sizes is None:
         return found
@@ -341,10 +360,13 @@ def _rebuilt(form: Mapping[str, Any], flat: Sequence[Tensor]) -> Any:
 
 def _check_machine(
     path: str | os.PathLike, manifest: Mapping[str, Any], plan: ModelPlan | None
-) -> None:
-    """Raises PackageMismatchError where the code was made for something else than what runs here."""
+) -> torch.device:
+    """The device that the package will run on; for a GPU the current one.
+
+    Raises PackageMismatchError where the code was made for something else than what runs here.
+    """
     try:
-        device = torch.device(manifest["device"])
+        device = torch.device(str(manifest["device"]))
         flags, capability = set(map(str, manifest["cpu_flags"])), manifest["cuda_capability"]
         made_with = {key: manifest[key] for key in ("torch", "library_version", "abi")}
         digest = manifest["plan_digest"]
@@ -356,6 +378,8 @@ def _check_machine(
     elif device.type not in ("cpu", "cuda"):
         differences.append(f"it was made for the device {device.type}")
     if not differences:
+        if device.type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device())
         here = this_machine(device)
         if _minor(made_with["torch"]) != _minor(here["torch"]):
             differences.append(f"torch {made_with['torch']}, and here is {here['torch']}")
@@ -376,6 +400,7 @@ def _check_machine(
         differences.append("another plan than the one given")
     if differences:
         raise PackageMismatchError(path=path, differences=differences)
+    return device
 
 
 def _minor(version: Any) -> tuple[str, ...]:

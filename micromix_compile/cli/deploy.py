@@ -61,7 +61,7 @@ def generate(arguments: argparse.Namespace) -> None:
         raise OptionError(option="--prompt", reason="is not UTF-8", valid="text in UTF-8")
     packaged = arguments.model.endswith(".pt2")
     model, tokenizer = _package(arguments) if packaged else _model(arguments)
-    ids = _prompt(arguments, tokenizer)
+    ids = _prompt(arguments, tokenizer).to(model.device)
     start = time.monotonic()
     if packaged:
         tokens = model.generate(ids, arguments.max_new_tokens, temperature=arguments.temperature)
@@ -69,7 +69,6 @@ def generate(arguments: argparse.Namespace) -> None:
         sampling = {"do_sample": arguments.temperature > 0}
         if sampling["do_sample"]:
             sampling["temperature"] = arguments.temperature
-        ids = ids.to(model.device)
         with torch.inference_mode():
             tokens = model.generate(ids, max_new_tokens=arguments.max_new_tokens, **sampling)
     seconds = time.monotonic() - start

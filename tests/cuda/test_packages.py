@@ -1,0 +1,138 @@
+"""Packages for a GPU: what runs ahead-of-time compiled is what torch.compile runs there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_llama import save_tiny, tiny_tokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import micromix_compile as micromix
+from micromix_compile import Recipe, calibrate
+from micromix_compile import _torch_compat as compat
+from micromix_compile.errors import PackageInputError
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(not compat.runs_packages(), reason="torch 2.11 runs none"),
+]
+MIX = Recipe(split=(0.5, 0.25, 0.25))
+LENGTH = 48
+
+
+class Gated(nn.Module):
+    """A norm, gate and up that share an input, down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(64)
+        self.gate, self.up = nn.Linear(64, 96), nn.Linear(64, 96, bias=False)
+        self.down = nn.Linear(96, 64)
+
+    def forward(self, x):
+        x = self.norm(x)
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+def in_a_fresh_process(program: str):
+    """What a program prints as JSON, in a Python that has compiled nothing."""
+    result = subprocess.run(
+        [sys.executable, "-c", "import json, torch, micromix_compile as m; " + program],
+        capture_output=True, text=True, check=False, env=dict(os.environ), timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_package_gives_what_torch_compile_gives(tmp_path, dtype):
+    torch.manual_seed(0)
+    model = Gated().eval().to("cuda", dtype)
+    x = torch.randn(40, 64, device="cuda", dtype=dtype)
+    plan = calibrate(model).run([x]).plan(MIX)
+    shapes = {"x": {0: torch.export.Dim("batch", min=1, max=64)}}
+    micromix.export(model, tmp_path / "gated.pt2", (x,), plan=plan, dynamic_shapes=shapes)
+    package = micromix.load_package(tmp_path / "gated.pt2", plan=plan)
+    plan.attach(model)
+    compiled = torch.compile(model, backend="micromix", dynamic=True, options={"strict": True})
+    for rows in (1, 7, 40):
+        with torch.no_grad():
+            expected = compiled(x[:rows])
+        given = package(x[:rows])
+        assert given.is_cuda and torch.equal(given, expected)
+    with pytest.raises(PackageInputError, match="argument 0 is on cpu, not on cuda"):
+        package(x.cpu())
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+        again = package(x)
+        torch.cuda.current_stream().synchronize()
+    assert torch.equal(again, given)
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    """A quantised tiny Llama on the GPU, and its package with prefill and decode."""
+    folder = tmp_path_factory.mktemp("decoder")
+    save_tiny(folder / "float")
+    model = AutoModelForCausalLM.from_pretrained(folder / "float", device_map="cuda")
+    plan = calibrate(model).run([torch.randint(0, 128, (2, 24), device="cuda")]).plan(MIX)
+    micromix.save_pretrained(model, folder / "quantised", plan, tokenizer=tiny_tokenizer())
+    model = AutoModelForCausalLM.from_pretrained(folder / "quantised", device_map="cuda")
+    micromix.export_decoder(
+        model, folder / "decoder.pt2", max_length=LENGTH, tokenizer=tiny_tokenizer()
+    )
+    return model, folder / "decoder.pt2"
+
+
+def test_prefill_and_decode_are_the_compiled_model(decoder):
+    model, path = decoder
+    package = micromix.load_package(path)
+    compiled = torch.compile(model, backend="micromix", dynamic=True)
+    ids = torch.randint(0, 128, (1, 30), device="cuda")
+    with torch.no_grad():
+        expected = compiled(ids).logits[0].float()
+    cache = package.new_cache()
+    rows = [package(ids[:, :12], 0, cache)]
+    rows += [package(ids[:, i : i + 1], i, cache) for i in range(12, 30)]
+    # Attention runs over the whole cache here, and so sums in another order.
+    assert (torch.cat(rows).float() - expected[11:]).norm() < 0.03 * expected[11:].norm()
+
+
+def test_a_decoder_generates_in_a_fresh_process(decoder):
+    _, path = decoder
+    package = micromix.load_package(path)
+    prompt = torch.randint(0, 128, (1, 9), device="cuda")
+    expected = package.generate(prompt, 20, eos_token_id=[])
+    assert expected.is_cuda and expected.shape == (1, 29)
+    sampled = [
+        package.generate(prompt, 12, temperature=5.0, generator=torch.Generator("cuda").manual_seed(s))
+        for s in (0, 0, 1)
+    ]
+    assert torch.equal(sampled[0], sampled[1]) and not torch.equal(sampled[0], sampled[2])
+    with pytest.raises(PackageInputError, match="is on cpu, not on cuda"):
+        package.generate(prompt.cpu(), 2)
+    program = (
+        f"p = m.load_package({str(path)!r}); ids = torch.tensor({prompt.tolist()}, device='cuda');"
+        "print(json.dumps(p.generate(ids, 20, eos_token_id=[]).tolist()))"
+    )
+    assert in_a_fresh_process(program) == expected.tolist()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_package_runs_on_the_device_it_was_loaded_on(decoder):
+    _, path = decoder
+    prompt = torch.randint(0, 128, (1, 9), device="cuda")
+    expected = micromix.load_package(path).generate(prompt, 8, eos_token_id=[])
+    with torch.cuda.device(1):
+        package = micromix.load_package(path)
+    found = package.generate(prompt.to("cuda:1"), 8, eos_token_id=[])
+    assert found.device.index == 1 and torch.equal(found.cpu(), expected.cpu())
+    with pytest.raises(PackageInputError, match="is on cuda:0, not on cuda:1"):
+        package.generate(prompt, 2)
