@@ -445,12 +445,13 @@ class AotiModel:
 
     def __init__(self, path: str, name: str, device: torch.device) -> None:
         index = -1 if device.index is None else device.index
-        self._loader = torch._C._aoti.AOTIModelPackageLoader(path, name, False, 1, index)
+        # Without threads, that is without events, which no CUDA graph can capture.
+        self._loader = torch._C._aoti.AOTIModelPackageLoader(path, name, True, 1, index)
         # A run is on the stream of the current device.
         self._on_device = contextlib.nullcontext()
         if device.type == "cuda":
             self._on_device = torch.cuda.device(device)
-        # A run frees its inputs, for which it takes the GIL; a thread that waits for its end in C++ would have that.
+        # One run at a time. In C++ a thread would wait with the GIL, which a run takes to free its inputs.
         self._one_run = threading.Lock()
 
     def constant_names(self) -> list[str]:

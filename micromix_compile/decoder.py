@@ -166,22 +166,26 @@ class _Step(nn.Module):
         self.max_length = max_length
 
     def _static_cache(self):
-        from transformers import StaticCache
+        from transformers import StaticCache, __version__
         from transformers.cache_utils import StaticLayer
 
+        if not isinstance(getattr(StaticLayer(1), "cumulative_length", None), Tensor):
+            reason = (
+                f"transformers {__version__} has no static cache that counts its tokens in a tensor"
+            )
+            raise ExportError(reason=reason, mend="Use transformers 5.4 or newer")
         cache = StaticCache(config=self.model.config, max_cache_len=self.max_length)
         # A sliding window is in the mask; a cache that slides has control flow that no graph holds.
         cache.layers = [StaticLayer(self.max_length) for _ in cache.layers]
         return cache
 
+    @torch.no_grad()
     def empty_cache(self, batch_size: int) -> list[Tensor]:
-        """Keys and values of each layer, zeros."""
-        from transformers.configuration_utils import get_head_shapes
-
+        """Keys and values of each layer, zeros. One token runs: only the layers know what they keep."""
         cache = self._static_cache()
-        heads, sizes = get_head_shapes(self.model.config.get_text_config(decoder=True))
-        cache.early_initialization(batch_size, heads, sizes, self.model.dtype, self.model.device)
-        return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.model.device)
+        self.model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        return [tensor.zero_() for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
     @torch.no_grad()
     def difference(self) -> float:

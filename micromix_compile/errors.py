@@ -55,6 +55,7 @@ __all__ = [
     "StrictError",
     "TextError",
     "TiedLayersWarning",
+    "UncapturedStepWarning",
     "UnmatchedPatternWarning",
     "UnplannedLayersWarning",
     "UnsavableLayerError",
@@ -396,6 +397,15 @@ class LeftAloneWarning(MicroMixWarning):
     template = (
         "These modules derive from nn.Linear and run other code than its forward, so they stay float:{layers}\n"
         "torch.compile(model, backend='micromix') quantises the products in them."
+    )
+
+
+class UncapturedStepWarning(MicroMixWarning):
+    """A package on a GPU decodes without a CUDA graph. Facts: path, reason."""
+
+    template = (
+        "The decode step of {path} cannot be captured as a CUDA graph ({reason}). Its kernels are launched one by one for "
+        "each token, which is slower; the tokens are the same."
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,12 @@ from torch import Tensor
 
 from micromix_compile import _torch_compat as compat
 from micromix_compile.archive import Archive, as_size, this_machine
-from micromix_compile.errors import PackageError, PackageInputError, PackageMismatchError
+from micromix_compile.errors import (
+    PackageError,
+    PackageInputError,
+    PackageMismatchError,
+    UncapturedStepWarning,
+)
 from micromix_compile.plan import ModelPlan
 
 __all__ = ["DecoderPackage", "Output", "Package", "load_package"]
@@ -61,9 +67,7 @@ class Package:
     `plan_digest` is that of the plan it was made with.
     """
 
-    def __init__(
-        self, archive: Archive, entries: dict[str, _Entry], device: torch.device
-    ) -> None:
+    def __init__(self, archive: Archive, entries: dict[str, _Entry], device: torch.device) -> None:
         self.path = archive.path
         self.device = device
         self.plan_digest: str = archive.manifest["plan_digest"]
@@ -91,9 +95,7 @@ class Output(dict):
 class DecoderPackage(Package):
     """A package of a causal language model: `generate`, or `prefill` and `decode` one by one."""
 
-    def __init__(
-        self, archive: Archive, entries: dict[str, _Entry], device: torch.device
-    ) -> None:
+    def __init__(self, archive: Archive, entries: dict[str, _Entry], device: torch.device) -> None:
         super().__init__(archive, entries, device)
         facts = archive.manifest["decoder"]
         self.batch_size, self.max_length = map(as_size, (facts["batch_size"], facts["max_length"]))
@@ -192,16 +194,66 @@ class DecoderPackage(Package):
         ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         cache, length = self.new_cache(), input_ids.shape[1]
         logits, token = self(input_ids, 0, cache), input_ids[:, -1]
-        start = torch.tensor(length, device=self.device)
-        decode = self.entries["decode"]
+        step = _Steps(self, cache, length)
         for left in reversed(range(min(max_new_tokens, self.max_length - length + 1))):
             token = torch.where(ended, token, _choose(logits, temperature, generator))
             yield token
             ended |= torch.isin(token, ends)
             if ended.all() or not left:
                 return
-            (logits,) = decode.run([token[:, None], start, *cache])
-            start += 1
+            logits = step(token)
+
+
+class _Steps:
+    """The decode graph over one cache, token by token.
+
+    On a GPU, where launching its kernels takes longer than they do, the second step is captured as a CUDA graph,
+    which it and all later ones replay.
+    """
+
+    def __init__(self, package: DecoderPackage, cache: list[Tensor], length: int) -> None:
+        self._package, self._cache = package, cache
+        self._token = torch.zeros(package.batch_size, 1, dtype=torch.int64, device=package.device)
+        self._start = torch.tensor(length, device=package.device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._first, self._captures = True, package.device.type == "cuda"
+
+    def __call__(self, token: Tensor) -> Tensor:
+        """int64 `[batch]` -> the logits that follow, until the next call."""
+        self._token.copy_(token[:, None])
+        if self._captures and not self._first and self._graph is None:
+            self._graph = self._captured()
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._run()
+        self._first = False
+        return self._logits
+
+    def _run(self) -> None:
+        decode = self._package.entries["decode"]
+        (self._logits,) = decode.run([self._token, self._start, *self._cache])
+        self._start += 1
+
+    def _captured(self) -> torch.cuda.CUDAGraph | None:
+        """The step as a graph, of which nothing ran; None, with a warning, where something in it cannot be captured."""
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._package.device)
+        stream.wait_stream(torch.cuda.current_stream(self._package.device))
+        try:
+            with torch.cuda.stream(stream):
+                graph.capture_begin(capture_error_mode="thread_local")  # others may allocate
+                try:
+                    self._run()
+                finally:
+                    graph.capture_end()
+        except RuntimeError as error:
+            self._captures = False
+            reason = str(error).strip().splitlines()[0]
+            warnings.warn(
+                UncapturedStepWarning(path=self._package.path, reason=reason), stacklevel=4
+            )
+            return None
+        return graph
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:

@@ -16,6 +16,7 @@ import transformers as tf
 from tiny_llama import save_tiny, tiny_llama, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.cache_utils import StaticLayer
 
 import micromix_compile as micromix
 from micromix_compile import Recipe, calibrate
@@ -455,9 +456,6 @@ NO_STATIC_CACHE = {
             attention_types=[[["global", "local"], 1]], initializer_range=0.2,
         )
     ),
-    "falcon": lambda: tf.FalconForCausalLM(
-        tf.FalconConfig(**SMALL, **HEADS, multi_query=True, new_decoder_architecture=False)
-    ),
     "falcon_alibi": lambda: tf.FalconForCausalLM(tf.FalconConfig(**SMALL, **HEADS, alibi=True)),
     "mamba": lambda: tf.MambaForCausalLM(tf.MambaConfig(**SMALL)),
     "dynamic_rope": lambda: tf.LlamaForCausalLM(
@@ -476,6 +474,28 @@ def test_models_that_no_static_cache_fits(name, tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="static cache|cannot trace"):
         export_decoder(model, tmp_path / "x.pt2", plan=Recipe(format="mxfp8"), max_length=40)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_cache_is_what_the_layers_keep(tmp_path, not_compiled):
+    """One head of keys for all of the queries, which no field of the configuration says."""
+    config = tf.FalconConfig(**SMALL, **HEADS, multi_query=True, new_decoder_architecture=False)
+    model = tf.FalconForCausalLM(config).eval()
+    export_decoder(
+        model, tmp_path / "x.pt2", plan=Recipe(format="mxfp8"), batch_size=2, max_length=40
+    )
+    assert not_compiled[0][3]["cache"] == 4 * [[2, 1, 40, 16]]
+
+
+def test_a_transformers_whose_cache_counts_elsewhere(tmp_path, monkeypatch):
+    own = StaticLayer.__init__
+
+    def counts_elsewhere(self, *args, **kwargs):
+        own(self, *args, **kwargs)
+        del self.cumulative_length
+
+    monkeypatch.setattr(StaticLayer, "__init__", counts_elsewhere)
+    with pytest.raises(ExportError, match="Use transformers 5.4 or newer"):
+        export_decoder(tiny_llama(), tmp_path / "x.pt2", plan=Recipe(format="mxfp8"))
 
 
 def test_a_quantised_model_that_no_static_cache_fits(tmp_path):

@@ -147,11 +147,13 @@ def test_nan_scales_and_elements_are_nan(m):
     product.scales[2, :] = 0xFF
     product.weights[0][1][5, 3] = 0xFF
     product.data[3, -1] = 0x7F
+    product.weights[0][0][9, -1] = 0x7F
+    product.weights[0][0][20, -64] = 0xFF
     (found,) = product.on_gpu()
     assert not product.fault([found], torch.bfloat16)
     others = torch.cat((found[:1], found[4:]))
-    assert found[1:4].isnan().all() and others.isnan().sum() == len(others)
-    assert others[:, 5].isnan().all()
+    assert found[1:4].isnan().all() and others.isnan().sum() == 3 * len(others)
+    assert others[:, [5, 9, 20]].isnan().all()
 
 
 def test_views_and_leading_dimensions():

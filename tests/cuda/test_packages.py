@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import micromix_compile as micromix
 from micromix_compile import Recipe, calibrate
 from micromix_compile import _torch_compat as compat
-from micromix_compile.errors import PackageInputError
+from micromix_compile.errors import PackageInputError, UncapturedStepWarning
 
 pytestmark = [
     pytest.mark.gpu,
@@ -112,7 +112,9 @@ def test_a_decoder_generates_in_a_fresh_process(decoder):
     expected = package.generate(prompt, 20, eos_token_id=[])
     assert expected.is_cuda and expected.shape == (1, 29)
     sampled = [
-        package.generate(prompt, 12, temperature=5.0, generator=torch.Generator("cuda").manual_seed(s))
+        package.generate(
+            prompt, 12, temperature=5.0, generator=torch.Generator("cuda").manual_seed(s)
+        )
         for s in (0, 0, 1)
     ]
     assert torch.equal(sampled[0], sampled[1]) and not torch.equal(sampled[0], sampled[2])
@@ -123,6 +125,36 @@ def test_a_decoder_generates_in_a_fresh_process(decoder):
         "print(json.dumps(p.generate(ids, 20, eos_token_id=[]).tolist()))"
     )
     assert in_a_fresh_process(program) == expected.tolist()
+
+
+def test_steps_replay_a_cuda_graph(decoder):
+    _, path = decoder
+    package = micromix.load_package(path)
+    prompt = torch.randint(0, 128, (1, 9), device="cuda")
+    cache = package.new_cache()
+    token, expected = package(prompt, 0, cache).argmax(-1), []
+    for place in range(9, 29):
+        expected.append(token)
+        token = package(token[:, None], place, cache).argmax(-1)
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        tokens = package.generate(prompt, 20, eos_token_id=[])
+    assert tokens[0, 9:].tolist() == torch.cat(expected).tolist()
+    # 19 steps, of which the first one runs by itself.
+    assert sum("GraphLaunch" in event.name for event in profile.events()) == 18
+
+
+def test_a_step_that_cannot_be_captured_says_so(decoder, monkeypatch):
+    _, path = decoder
+    package = micromix.load_package(path)
+    prompt = torch.randint(0, 128, (1, 9), device="cuda")
+    expected = package.generate(prompt, 8, eos_token_id=[])
+    decode = package.entries["decode"]
+    run, waits = decode.run, lambda inputs: inputs[1].item()
+    monkeypatch.setattr(decode, "run", lambda inputs: (waits(inputs), run(inputs))[1])
+    with pytest.warns(UncapturedStepWarning, match="cannot be captured as a CUDA graph") as warned:
+        tokens = package.generate(prompt, 8, eos_token_id=[])
+    assert len(warned) == 1 and torch.equal(tokens, expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
