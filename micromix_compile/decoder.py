@@ -173,7 +173,7 @@ class _Step(nn.Module):
             reason = (
                 f"transformers {__version__} has no static cache that counts its tokens in a tensor"
             )
-            raise ExportError(reason=reason, mend="Use transformers 5.4 or newer")
+            raise ExportError(reason=reason, mend="Use transformers 5.14 or newer")
         cache = StaticCache(config=self.model.config, max_cache_len=self.max_length)
         # A sliding window is in the mask; a cache that slides has control flow that no graph holds.
         cache.layers = [StaticLayer(self.max_length) for _ in cache.layers]

@@ -117,6 +117,7 @@ def trace(
     files, constants = compat.aot_compile(
         gm, args, kwargs, {"post_grad_custom_pre_pass": pass_manager()}
     )
+    _check_linking(files)
     names = [
         p.name
         for p in inspect.signature(model.forward).parameters.values()
@@ -127,6 +128,16 @@ def trace(
         {name: tensor.detach() for name, tensor in constants.items()},
         {**inputs, "positional": names[: len(args)], "output": output},
     )
+
+
+def _check_linking(files: Sequence[str]) -> None:
+    """Raises ExportError for code that holds libstdc++ itself: where torch loads it, its locales meet torch's and it crashes."""
+    for file in files:
+        if file.endswith(".so") and b"libstdc++.so" not in Path(file).read_bytes():
+            raise ExportError(
+                reason="the C++ compiler links libstdc++ statically, and torch crashes on such code when it loads it",
+                mend="Set CXX to one that does not, as /usr/bin/g++",
+            )
 
 
 def _lower(gm: fx.GraphModule) -> None:

@@ -36,7 +36,7 @@ from micromix_compile.errors import (
     PackageInputError,
     PackageMismatchError,
 )
-from micromix_compile.export import trace
+from micromix_compile.export import _check_linking, trace
 from micromix_compile.ops import _extension
 from micromix_compile.package import _choose
 from micromix_compile.planned import quantised
@@ -294,6 +294,19 @@ def test_a_torch_that_runs_no_packages_makes_none(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_compiler_that_links_its_own_libstdcxx(tmp_path):
+    source = tmp_path / "regex.cpp"
+    source.write_text(
+        '#include <regex>\nbool f(const char* s) { return std::regex_match(s, std::regex("[a-z]")); }\n'
+    )
+    made = [str(tmp_path / "shared.so"), str(tmp_path / "static.so")]
+    for file, flags in zip(made, ([], ["-static-libstdc++"]), strict=True):
+        assert not run("g++", *flags, "-shared", "-fPIC", "-o", file, source).returncode
+    _check_linking([*made[:1], str(source)])
+    with pytest.raises(ExportError, match="libstdc.* statically.*Set CXX"):
+        _check_linking(made)
+
+
 def test_what_cannot_be_exported_says_so(gated, tmp_path):
     model, plan, _, more = gated
     x = torch.randn(4, 64)
@@ -494,7 +507,7 @@ def test_a_transformers_whose_cache_counts_elsewhere(tmp_path, monkeypatch):
         del self.cumulative_length
 
     monkeypatch.setattr(StaticLayer, "__init__", counts_elsewhere)
-    with pytest.raises(ExportError, match="Use transformers 5.4 or newer"):
+    with pytest.raises(ExportError, match="Use transformers 5.14 or newer"):
         export_decoder(tiny_llama(), tmp_path / "x.pt2", plan=Recipe(format="mxfp8"))
 
 
