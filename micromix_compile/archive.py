@@ -317,11 +317,12 @@ class Archive:
         raise PackageError(path=self.path, reason=reason)
 
     def constants(self, device: torch.device) -> list[Tensor]:
-        """The weights as tensors over the memory that they were read into; on a GPU, copies there.
+        """The weights as tensors over the memory that they were read into; on a GPU copies there, and that memory goes.
 
-        Raises ValueError where the manifest contradicts itself.
+        To be called once. Raises ValueError where the manifest contradicts itself.
         """
         manifest, memory = self.manifest, self._weights
+        del self._weights
         start, size = _aligned_start(memory), as_size(manifest["weight_bytes"])
         whole = torch.frombuffer(memory, dtype=torch.uint8)
         if size > len(whole) - _HUGE_PAGE:
