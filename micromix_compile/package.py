@@ -248,7 +248,8 @@ class _Steps:
                     graph.capture_end()
         except RuntimeError as error:
             self._captures = False
-            reason = str(error).strip().splitlines()[0]
+            cause = error.__context__ or error  # the end of a broken capture raises too
+            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
             warnings.warn(
                 UncapturedStepWarning(path=self._package.path, reason=reason), stacklevel=4
             )
