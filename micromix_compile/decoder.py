@@ -40,7 +40,7 @@ def export_decoder(
     """Compile a causal language model of transformers into a package that generates.
 
     The package has two graphs, `prefill` for prompts of 2 to `max_length` tokens and `decode` for one token, which
-    share the weights. Keys and values are arguments, `[batch, heads, max_length, head size]` each in the model's
+    share the weights. Keys and values are arguments, `[batch, heads, max_length, head size]` each in one
     dtype, written in place.
 
     Args:
@@ -181,11 +181,17 @@ class _Step(nn.Module):
 
     @torch.no_grad()
     def empty_cache(self, batch_size: int) -> list[Tensor]:
-        """Keys and values of each layer, zeros. One token runs: only the layers know what they keep."""
+        """Keys and values, zeros, of the layers that keep any. One token runs: only the layers know."""
+        if getattr(self.model, "_is_stateful", False):
+            raise ValueError("its layers keep a state of their own")
         cache = self._static_cache()
         tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.model.device)
         self.model(input_ids=tokens, past_key_values=cache, use_cache=True)
-        return [tensor.zero_() for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        self.kept = [i for i, layer in enumerate(cache.layers) if layer.is_initialized]
+        if not self.kept:
+            raise ValueError("none of its layers keeps keys in it")
+        layers = [cache.layers[i] for i in self.kept]
+        return [tensor.zero_() for layer in layers for tensor in (layer.keys, layer.values)]
 
     @torch.no_grad()
     def difference(self) -> float:
@@ -209,7 +215,8 @@ class _Step(nn.Module):
     def forward(self, input_ids: Tensor, start: Tensor, cache: list[Tensor]) -> Tensor:
         """int64 `[batch, length]`, the number of tokens before them, the cache -> logits `[batch, vocabulary]`."""
         static = self._static_cache()
-        for layer, keys, values in zip(static.layers, cache[::2], cache[1::2], strict=True):
+        for i, keys, values in zip(self.kept, cache[::2], cache[1::2], strict=True):
+            layer = static.layers[i]
             layer.keys, layer.values = keys, values
             layer.dtype, layer.device = keys.dtype, keys.device
             layer.batch_size, layer.num_heads = keys.shape[:2]

@@ -55,7 +55,7 @@ def load_package(path: str | os.PathLike, *, plan: ModelPlan | None = None) -> P
             return DecoderPackage(archive, entries, device)
         return Package(archive, entries, device)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        if isinstance(error, PackageError):
+        if isinstance(error, (PackageError, torch.OutOfMemoryError)):
             raise
         reason = f"its manifest is damaged ({type(error).__name__}: {error})"
         raise PackageError(path=path, reason=reason) from error
@@ -105,6 +105,7 @@ class DecoderPackage(Package):
         most = (1 << 62) - 1  # packages of format 1 do not say
         self.vocabulary = as_size(facts.get("vocabulary", most))
         self._archive = archive
+        self.captures = device.type == "cuda"  # until a step cannot be captured
         if {"prefill", "decode"} - entries.keys():
             raise ValueError("a graph of the decoder is missing")
 
@@ -216,12 +217,12 @@ class _Steps:
         self._token = torch.zeros(package.batch_size, 1, dtype=torch.int64, device=package.device)
         self._start = torch.tensor(length, device=package.device)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._first, self._captures = True, package.device.type == "cuda"
+        self._first = True
 
     def __call__(self, token: Tensor) -> Tensor:
         """int64 `[batch]` -> the logits that follow, until the next call."""
         self._token.copy_(token[:, None])
-        if self._captures and not self._first and self._graph is None:
+        if self._package.captures and not self._first and self._graph is None:
             self._graph = self._captured()
         if self._graph is not None:
             self._graph.replay()
@@ -239,16 +240,21 @@ class _Steps:
         """The step as a graph, of which nothing ran; None, with a warning, where something in it cannot be captured."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._package.device)
         stream.wait_stream(torch.cuda.current_stream(self._package.device))
-        try:
-            with torch.cuda.stream(stream):
+        torch.cuda.empty_cache()  # of graphs that are gone: another one cannot use their memory
+        cause = None
+        with torch.cuda.stream(stream):
+            try:
                 graph.capture_begin(capture_error_mode="thread_local")  # others may allocate
+                self._run()
+            except RuntimeError as error:
+                cause = error
+            finally:
                 try:
-                    self._run()
-                finally:
                     graph.capture_end()
-        except RuntimeError as error:
-            self._captures = False
-            cause = error.__context__ or error  # the end of a broken capture raises too
+                except RuntimeError as error:  # that of a broken capture raises too
+                    cause = cause or error
+        if cause is not None:
+            self._package.captures = False
             reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
             warnings.warn(
                 UncapturedStepWarning(path=self._package.path, reason=reason), stacklevel=4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +37,7 @@ from micromix_compile.errors import (
     PackageError,
     PackageInputError,
     PackageMismatchError,
+    UncapturedStepWarning,
 )
 from micromix_compile.export import _check_linking, trace
 from micromix_compile.ops import _extension
@@ -192,6 +195,44 @@ def test_rows_of_a_batch_are_those_of_single_prompts(decoder, tmp_path):
     for size in (0, 1.5, True):
         with pytest.raises(ExportError, match=f"batch_size cannot be {size}. Give 1 or more"):
             micromix.export_decoder(model, tmp_path / "x.pt2", batch_size=size)
+
+
+class BrokenGraph:
+    """A capture in which something is not allowed; its end raises too, as CUDA's does."""
+
+    def capture_begin(self, capture_error_mode):
+        raise RuntimeError("a wait is not permitted.\nMore of it")
+
+    def capture_end(self):
+        raise RuntimeError("the capture was broken")
+
+
+def test_a_step_that_no_graph_can_hold(decoder, monkeypatch):
+    """What a GPU does then, without one."""
+    package = micromix.load_package(decoder[1])
+    prompt = torch.randint(0, 128, (1, 9))
+    expected = package.generate(prompt, 8, eos_token_id=[])
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in {
+        "CUDAGraph": BrokenGraph,
+        "Stream": lambda device: stream,
+        "current_stream": lambda device: stream,
+        "stream": lambda given: contextlib.nullcontext(),
+        "empty_cache": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    package.captures = True
+    with pytest.warns(UncapturedStepWarning, match=r"\(a wait is not permitted\)") as warned:
+        tokens = [package.generate(prompt, 8, eos_token_id=[]) for _ in range(2)]
+    assert len(warned) == 1 and all(torch.equal(found, expected) for found in tokens)
+    package.captures = True
+    monkeypatch.setattr(BrokenGraph, "capture_begin", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        package.generate(prompt, 8, eos_token_id=[])
+
+
+def interrupted(self, capture_error_mode):
+    raise KeyboardInterrupt
 
 
 def test_the_runner_gives_the_same_tokens_without_python(decoder):
@@ -497,6 +538,19 @@ def test_the_cache_is_what_the_layers_keep(tmp_path, not_compiled):
         model, tmp_path / "x.pt2", plan=Recipe(format="mxfp8"), batch_size=2, max_length=40
     )
     assert not_compiled[0][3]["cache"] == 4 * [[2, 1, 40, 16]]
+
+
+def test_layers_that_keep_no_keys(tmp_path, not_compiled):
+    """The last two layers read what earlier ones keep."""
+    config = tf.Gemma3nTextConfig(
+        vocab_size=128, vocab_size_per_layer_input=128, hidden_size=64, intermediate_size=96,
+        hidden_size_per_layer_input=16, num_hidden_layers=4, num_kv_shared_layers=2, laurel_rank=8,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, altup_num_inputs=2,
+        layer_types=["sliding_attention", "full_attention"] * 2, activation_sparsity_pattern=None,
+    )  # fmt: skip
+    model = tf.Gemma3nForCausalLM(config).eval()
+    export_decoder(model, tmp_path / "x.pt2", plan=Recipe(format="mxfp8"), max_length=40)
+    assert not_compiled[0][3]["cache"] == 4 * [[1, 2, 40, 16]]
 
 
 def test_a_transformers_whose_cache_counts_elsewhere(tmp_path, monkeypatch):

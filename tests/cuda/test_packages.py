@@ -144,6 +144,15 @@ def test_steps_replay_a_cuda_graph(decoder):
     assert sum("GraphLaunch" in event.name for event in profile.events()) == 18
 
 
+def test_graphs_that_are_gone_leave_no_memory(decoder):
+    package = micromix.load_package(decoder[1])
+    prompt, reserved = torch.randint(0, 128, (1, 9), device="cuda"), []
+    for _ in range(12):
+        package.generate(prompt, 4, eos_token_id=[])
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[-1] <= reserved[1]
+
+
 def test_a_step_that_cannot_be_captured_says_so(decoder, monkeypatch):
     _, path = decoder
     package = micromix.load_package(path)
@@ -152,9 +161,9 @@ def test_a_step_that_cannot_be_captured_says_so(decoder, monkeypatch):
     decode = package.entries["decode"]
     run, waits = decode.run, lambda inputs: inputs[1].item()
     monkeypatch.setattr(decode, "run", lambda inputs: (waits(inputs), run(inputs))[1])
-    with pytest.warns(UncapturedStepWarning, match="cannot be captured as a CUDA graph") as warned:
-        tokens = package.generate(prompt, 8, eos_token_id=[])
-    assert len(warned) == 1 and torch.equal(tokens, expected)
+    with pytest.warns(UncapturedStepWarning, match=r"cannot be captured.*not permitted") as warned:
+        tokens = [package.generate(prompt, 8, temperature=t, eos_token_id=[]) for t in (0.0, 1.0)]
+    assert len(warned) == 1 and torch.equal(tokens[0], expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
