@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as tf
+from gated import Gated
 from tiny_llama import save_tiny, tiny_llama, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -50,18 +51,12 @@ MIX = Recipe(split=(0.5, 0.25, 0.25))
 LENGTH = 48
 
 
-class Gated(nn.Module):
-    """A norm, gate and up that share an input, down; takes and gives nested values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(64)
-        self.gate, self.up = nn.Linear(64, 96), nn.Linear(64, 96, bias=False)
-        self.down = nn.Linear(96, 64)
+class Nested(Gated):
+    """Takes and gives nested values."""
 
     def forward(self, x, more, scale=1.0):
         x = self.norm(x)
-        y = self.down(nn.functional.silu(self.gate(x)) * self.up(x)) * scale
+        y = self.products(x) * scale
         return {"y": y + more["shift"][0], "parts": [y, (x, None)]}
 
 
@@ -80,7 +75,7 @@ def run(*arguments, timeout=None, **environment):
 def gated(tmp_path_factory):
     """A model, its plan, its package with a dynamic batch, and example arguments."""
     torch.manual_seed(0)
-    model = Gated().eval()
+    model = Nested().eval()
     # An example of other strides than the package gets.
     x, more = torch.randn(64, 4).T, {"shift": [torch.randn(64)]}
     with micromix.calibrate(model) as calibration, torch.no_grad():
@@ -327,7 +322,7 @@ def test_a_torch_that_runs_no_packages_makes_none(tmp_path, monkeypatch):
     monkeypatch.setattr(compat, "runs_packages", lambda: False)
     with pytest.raises(ExportError, match="Use torch 2.12 or newer"):
         micromix.export(
-            Gated().eval(),
+            Nested().eval(),
             tmp_path / "x.pt2",
             (torch.randn(2, 64),),
             plan=Recipe(format="mxfp8"),
@@ -356,7 +351,7 @@ def test_what_cannot_be_exported_says_so(gated, tmp_path):
     with pytest.raises(ExportError, match="holds a slice"):
         micromix.export(model, tmp_path / "a.pt2", (x, slice(3)), plan=plan)
     with pytest.raises(GradientError):
-        micromix.export(Gated(), tmp_path / "a.pt2", (x, more), plan=Recipe(format="mxfp8"))
+        micromix.export(Nested(), tmp_path / "a.pt2", (x, more), plan=Recipe(format="mxfp8"))
     assert not list(tmp_path.iterdir())
 
 

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 import torch
+from gated import Gated
 from tiny_llama import save_tiny, tiny_tokenizer
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 import micromix_compile as micromix
@@ -25,20 +25,6 @@ pytestmark = [
 ]
 MIX = Recipe(split=(0.5, 0.25, 0.25))
 LENGTH = 48
-
-
-class Gated(nn.Module):
-    """A norm, gate and up that share an input, down."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(64)
-        self.gate, self.up = nn.Linear(64, 96), nn.Linear(64, 96, bias=False)
-        self.down = nn.Linear(96, 64)
-
-    def forward(self, x):
-        x = self.norm(x)
-        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
 def in_a_fresh_process(program: str):
