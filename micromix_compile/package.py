@@ -105,7 +105,7 @@ class DecoderPackage(Package):
         most = (1 << 62) - 1  # packages of format 1 do not say
         self.vocabulary = as_size(facts.get("vocabulary", most))
         self._archive = archive
-        self.captures = device.type == "cuda"  # until a step cannot be captured
+        self._idle: list[_Steps] = []  # at most one: what a text that is done used
         if {"prefill", "decode"} - entries.keys():
             raise ValueError("a graph of the decoder is missing")
 
@@ -193,38 +193,64 @@ class DecoderPackage(Package):
             self.eos_token_id if eos_token_id is None else eos_token_id, device=input_ids.device
         )
         ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        cache, length = self.new_cache(), input_ids.shape[1]
-        logits, token = self(input_ids, 0, cache), input_ids[:, -1]
-        step = _Steps(self, cache, length)
-        for left in reversed(range(min(max_new_tokens, self.max_length - length + 1))):
-            token = torch.where(ended, token, _choose(logits, temperature, generator))
-            yield token
-            ended |= torch.isin(token, ends)
-            if ended.all() or not left:
-                return
-            logits = step(token)
+        length, token = input_ids.shape[1], input_ids[:, -1]
+        steps = self._steps(length)
+        try:
+            logits = self(input_ids, 0, steps.cache)
+            for left in reversed(range(min(max_new_tokens, self.max_length - length + 1))):
+                token = torch.where(ended, token, _choose(logits, temperature, generator))
+                yield token
+                ended |= torch.isin(token, ends)
+                if ended.all() or not left:
+                    return
+                logits = steps(token)
+        finally:
+            if steps.captured:
+                self._idle[:] = [steps]
+
+    def _steps(self, length: int) -> _Steps:
+        try:
+            steps = self._idle.pop()
+        except IndexError:
+            with torch.inference_mode(False):  # tensors of that mode could be written in it alone
+                return _Steps(self, length)
+        steps.restart(length)
+        return steps
 
 
 class _Steps:
     """The decode graph over one cache, token by token.
 
     On a GPU, where launching its kernels takes longer than they do, the second step is captured as a CUDA graph,
-    which it and all later ones replay.
+    which it and all later ones replay, those of later texts too.
     """
 
-    def __init__(self, package: DecoderPackage, cache: list[Tensor], length: int) -> None:
-        self._package, self._cache = package, cache
+    def __init__(self, package: DecoderPackage, length: int) -> None:
+        self.cache = package.new_cache()
+        self._decode, self._path = package.entries["decode"], package.path
         self._token = torch.zeros(package.batch_size, 1, dtype=torch.int64, device=package.device)
         self._start = torch.tensor(length, device=package.device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._first = True
 
+    @property
+    def captured(self) -> bool:
+        return self._graph is not None
+
+    def restart(self, length: int) -> None:
+        """Begins another text after what was given to the stream of the last one, maybe another stream."""
+        torch.cuda.current_stream(self._start.device).wait_stream(self._stream)
+        for part in self.cache:
+            part.zero_()  # attention multiplies what it masks by zero: a NaN would stay
+        self._start.fill_(length)
+
     def __call__(self, token: Tensor) -> Tensor:
         """int64 `[batch]` -> the logits that follow, until the next call."""
         self._token.copy_(token[:, None])
-        if self._package.captures and not self._first and self._graph is None:
+        if self._decode.captures and not self._first and self._graph is None:
             self._graph = self._captured()
         if self._graph is not None:
+            self._stream = torch.cuda.current_stream(self._start.device)
             self._graph.replay()
         else:
             self._run()
@@ -232,14 +258,14 @@ class _Steps:
         return self._logits
 
     def _run(self) -> None:
-        decode = self._package.entries["decode"]
-        (self._logits,) = decode.run([self._token, self._start, *self._cache])
+        (self._logits,) = self._decode.run([self._token, self._start, *self.cache])
         self._start += 1
 
     def _captured(self) -> torch.cuda.CUDAGraph | None:
         """The step as a graph, of which nothing ran; None, with a warning, where something in it cannot be captured."""
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._package.device)
-        stream.wait_stream(torch.cuda.current_stream(self._package.device))
+        device = self._start.device
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         torch.cuda.empty_cache()  # of graphs that are gone: another one cannot use their memory
         cause = None
         with torch.cuda.stream(stream):
@@ -254,11 +280,9 @@ class _Steps:
                 except RuntimeError as error:  # that of a broken capture raises too
                     cause = cause or error
         if cause is not None:
-            self._package.captures = False
+            self._decode.captures = False
             reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
-            warnings.warn(
-                UncapturedStepWarning(path=self._package.path, reason=reason), stacklevel=4
-            )
+            warnings.warn(UncapturedStepWarning(path=self._path, reason=reason), stacklevel=4)
             return None
         return graph
 
@@ -301,6 +325,7 @@ class _Entry:
             raise ValueError(f"the code of {name} wants other weights")
         self._model.load_constants(weights)
         self._weights = weights  # the graph reads their memory
+        self.captures = device.type == "cuda"  # until a run could not be captured
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         flat = self._model.run(self._flat(args, kwargs))

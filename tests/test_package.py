@@ -216,11 +216,11 @@ def test_a_step_that_no_graph_can_hold(decoder, monkeypatch):
         "empty_cache": lambda: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    package.captures = True
+    package.entries["decode"].captures = True
     with pytest.warns(UncapturedStepWarning, match=r"\(a wait is not permitted\)") as warned:
         tokens = [package.generate(prompt, 8, eos_token_id=[]) for _ in range(2)]
     assert len(warned) == 1 and all(torch.equal(found, expected) for found in tokens)
-    package.captures = True
+    package.entries["decode"].captures = True
     monkeypatch.setattr(BrokenGraph, "capture_begin", interrupted)
     with pytest.raises(KeyboardInterrupt):
         package.generate(prompt, 8, eos_token_id=[])

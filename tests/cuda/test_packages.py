@@ -127,16 +127,51 @@ def test_steps_replay_a_cuda_graph(decoder):
         tokens = package.generate(prompt, 20, eos_token_id=[])
     assert tokens[0, 9:].tolist() == torch.cat(expected).tolist()
     # 19 steps, of which the first one runs by itself.
-    assert sum("GraphLaunch" in event.name for event in profile.events()) == 18
+    assert launches(profile) == 18
+    aside = torch.cuda.stream(torch.cuda.Stream())
+    with torch.profiler.profile(activities=activities) as profile, aside, torch.inference_mode():
+        again = package.generate(prompt, 20, eos_token_id=[])
+    assert torch.equal(again, tokens) and launches(profile) == 19
+
+
+def launches(profile: torch.profiler.profile) -> int:
+    """Of CUDA graphs."""
+    return sum("GraphLaunch" in event.name for event in profile.events())
+
+
+def test_texts_at_once_and_one_left_half_way(decoder):
+    package = micromix.load_package(decoder[1])
+    prompts = torch.randint(0, 128, (3, 1, 9), device="cuda")
+    expected = [package.generate(prompt, 12, eos_token_id=[])[0, 9:] for prompt in prompts]
+    next(package.stream(prompts[0], 12, eos_token_id=[]))
+    streams = [package.stream(prompt, 12, eos_token_id=[]) for prompt in prompts]
+    found = torch.stack([torch.cat(tokens) for tokens in zip(*streams, strict=True)])
+    assert torch.equal(found.T, torch.stack(expected))
+
+
+def test_a_text_leaves_nothing_to_the_next_one(decoder):
+    package = micromix.load_package(decoder[1])
+    prompt = torch.randint(0, 128, (1, 9), device="cuda")
+    expected = package.generate(prompt, 12, eos_token_id=[])
+    (steps,) = package._idle
+    for part in steps.cache:
+        part.fill_(float("nan"))
+    assert torch.equal(package.generate(prompt, 12, eos_token_id=[]), expected)
+    assert package._idle == [steps]
 
 
 def test_graphs_that_are_gone_leave_no_memory(decoder):
     package = micromix.load_package(decoder[1])
     prompt, reserved = torch.randint(0, 128, (1, 9), device="cuda"), []
     for _ in range(12):
-        package.generate(prompt, 4, eos_token_id=[])
+        streams = [package.stream(prompt, 4, eos_token_id=[]) for _ in range(2)]
+        for _ in zip(*streams, strict=True):
+            pass
         reserved.append(torch.cuda.memory_reserved())
     assert reserved[-1] <= reserved[1]
+    before = torch.cuda.memory_allocated()
+    del package, streams
+    assert torch.cuda.memory_allocated() < before
 
 
 def test_a_step_that_cannot_be_captured_says_so(decoder, monkeypatch):
