@@ -200,10 +200,17 @@ class DecoderPackage(Package):
             for left in reversed(range(min(max_new_tokens, self.max_length - length + 1))):
                 token = torch.where(ended, token, _choose(logits, temperature, generator))
                 yield token
-                ended |= torch.isin(token, ends)
-                if ended.all() or not left:
+                if not left:
                     return
-                logits = steps(token)
+                ended |= torch.isin(token, ends)
+                over = _Fetched(ended.all())
+                if over.ready and over.value():
+                    return
+                logits = steps(
+                    token
+                )  # while a GPU still has the answer to find; this one is for nothing then
+                if over.value():
+                    return
         finally:
             if steps.captured:
                 self._idle[:] = [steps]
@@ -285,6 +292,21 @@ class _Steps:
             warnings.warn(UncapturedStepWarning(path=self._path, reason=reason), stacklevel=4)
             return None
         return graph
+
+
+class _Fetched:
+    """A bool of a device, without holding up what its stream is given after it."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.ready = not value.is_cuda
+        self._value = value.to("cpu", non_blocking=True)
+        if not self.ready:
+            self._event = torch.cuda.current_stream(value.device).record_event()
+
+    def value(self) -> bool:
+        if not self.ready:
+            self._event.synchronize()
+        return bool(self._value)
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:

@@ -149,6 +149,16 @@ def test_texts_at_once_and_one_left_half_way(decoder):
     assert torch.equal(found.T, torch.stack(expected))
 
 
+def test_an_end_token_ends_a_text(decoder):
+    package = micromix.load_package(decoder[1])
+    prompt = torch.randint(0, 128, (1, 9), device="cuda")
+    free = package.generate(prompt, 24, eos_token_id=[])
+    for end in free[0, 9:].unique().tolist():
+        length = 10 + free[0, 9:].tolist().index(end)
+        found = package.generate(prompt, 24, eos_token_id=[end])
+        assert torch.equal(found, free[:, :length])
+
+
 def test_a_text_leaves_nothing_to_the_next_one(decoder):
     package = micromix.load_package(decoder[1])
     prompt = torch.randint(0, 128, (1, 9), device="cuda")
@@ -178,7 +188,7 @@ def test_a_step_that_cannot_be_captured_says_so(decoder, monkeypatch):
     _, path = decoder
     package = micromix.load_package(path)
     prompt = torch.randint(0, 128, (1, 9), device="cuda")
-    expected = package.generate(prompt, 8, eos_token_id=[])
+    expected = micromix.load_package(path).generate(prompt, 8, eos_token_id=[])
     decode = package.entries["decode"]
     run, waits = decode.run, lambda inputs: inputs[1].item()
     monkeypatch.setattr(decode, "run", lambda inputs: (waits(inputs), run(inputs))[1])
