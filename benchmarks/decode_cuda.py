@@ -10,6 +10,7 @@ rounds' ratios to stock Inductor, which gets `mode="reduce-overhead"` as all do:
     mxfp4       MXFP4 alone
     mxfp8       MXFP8 alone
     with head   the mix, and the output head quantised too
+    weights     the mix, weights alone: activations stay in bfloat16
 
 A decode step is one token for each row of a batch, over a static cache. A profile of more steps tells the milliseconds
 on the GPU in quantised products, in quantises and what is fused with them, in attention and what Inductor prepares
@@ -32,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from turns import in_turns
 
 from micromix_compile import Recipe, calibrate, ops
+from micromix_compile.reference import reference_model
 
 MIX = {"split": (13 / 16, 1 / 8, 1 / 16)}
 RECIPES = {
@@ -39,14 +41,23 @@ RECIPES = {
     "mxfp4": {"format": "mxfp4"},
     "mxfp8": {"format": "mxfp8"},
     "with head": MIX | {"include_lm_head": True},
+    "weights": MIX | {"activations": "bfloat16"},
 }
 VARIANTS = ("inductor", *RECIPES)
-# Of logits, against the uncompiled model and against the emulated kernel. A step of batch 1 has that one's bits; in
+# Of logits, against the uncompiled model and against the emulated kernel, or the reference. A step of batch 1 has that one's bits; in
 # prompts roundings that fell otherwise grow from layer to layer.
 BOUNDS = {True: 0.05, False: 0.4}
 # Kernels by parts of their names; the first group that has one takes it.
 GROUPS = {
-    "products": ("few_rows", "many_rows", "decode_rows", "decode_tiles", "decode_weight"),
+    "products": (
+        "few_rows",
+        "many_rows",
+        "decode_rows",
+        "decode_tiles",
+        "decode_weight",
+        "float_rows",
+        "float_tiles",
+    ),
     "quantise": ("micromix",),
     "attention": ("sdpa", "flash", "fmha", "attention"),
 }
@@ -82,7 +93,11 @@ def main() -> None:
             options = {"plan": calibration.plan(Recipe(**RECIPES[name])), "strict": True}
             micromix = functools.partial(torch.compile, model, backend="micromix")
             compiled[name] = micromix(options=options | graphs)
-            exact[name] = micromix(options=options | {"kernel": "mx_emulated"})
+            exact[name] = (
+                reference_model(model, options["plan"])
+                if name == "weights"
+                else micromix(options=options | {"kernel": "mx_emulated"})
+            )
 
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {ops.kernel_name('cuda')}, "

@@ -2,4 +2,4 @@
 // same number: raise both when a schema, the placed layout or the meaning of an argument changes.
 #pragma once
 
-#define MICROMIX_ABI 6
+#define MICROMIX_ABI 7

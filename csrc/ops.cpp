@@ -172,6 +172,17 @@ void add_layer(const char* op, cpu::LinearTask& task, const Tensor& like, Layer&
   task.out = layer.result->mutable_data_ptr();
 }
 
+// One launch for as many of the products that share their activations as have one kernel.
+void launch_all(cpu::LinearTask* tasks, size_t count) {
+  for (size_t first = 0; first < count;) {
+    const cpu::LinearKernel& kernel = cpu::linear_kernel(tasks[first]);
+    size_t last = first + 1;
+    while (last < count && &cpu::linear_kernel(tasks[last]) == &kernel) ++last;
+    launch(kernel, tasks + first, last - first);
+    first = last;
+  }
+}
+
 // Products of one activation with several layers of one layout, in one launch: the activations are
 // decoded once, and the panels of all weights are shared out together.
 void products(const char* op, Tensor data, Tensor scales, std::span<Layer> layers, int64_t k4,
@@ -192,32 +203,33 @@ void products(const char* op, Tensor data, Tensor scales, std::span<Layer> layer
     add_layer(op, task, data, layer, dtype);
     count += m > 0 && layer.n > 0;
   }
-  for (size_t first = 0; first < count;) {
-    const cpu::LinearKernel& kernel = cpu::linear_kernel(tasks[first]);
-    size_t last = first + 1;
-    while (last < count && &cpu::linear_kernel(tasks[last]) == &kernel) ++last;
-    launch(kernel, tasks + first, last - first);
-    first = last;
-  }
+  launch_all(tasks, count);
 }
 
-Tensor weight_only_linear(Tensor x, std::optional<Tensor> order, Tensor weight,
-                          std::optional<Tensor> bias, int64_t n, int64_t k4, int64_t k6, int64_t k8,
+// Products of one float activation with several layers of one layout, the same way.
+void weight_only_products(const char* op, Tensor x, std::optional<Tensor> order,
+                          std::span<Layer> layers, int64_t k4, int64_t k6, int64_t k8,
                           int64_t format, ScalarType dtype) {
-  const char* const op = "weight_only_linear";
   const mx::MixedLayout layout = checked_layout(op, k4, k6, k8, format);
   MICROMIX_CHECK(x.dim() > 0, "micromix::", op, ": x needs at least one dimension, the channels");
-  cpu::LinearTask task{layout, rows_of(x), 0};
-  task.weight_only = true;
-  task.x_dtype = checked_dtype(op, "x", x.scalar_type());
-  task.k = x.size(x.dim() - 1);
+  const Dtype x_dtype = checked_dtype(op, "x", x.scalar_type());
+  const int64_t k = x.size(x.dim() - 1), m = rows_of(x);
   x = dense(x);
-  task.x = x.const_data_ptr();
-  task.order = checked_order(op, x, order, layout, task.k);
-  Layer layer{weight, bias, n};
-  add_layer(op, task, x, layer, dtype);
-  if (task.m > 0 && n > 0) launch(cpu::linear_kernel(task), &task, 1);
-  return *layer.result;
+  const int32_t* const channels = checked_order(op, x, order, layout, k);
+
+  cpu::LinearTask tasks[kMostLayers];
+  size_t count = 0;
+  for (Layer& layer : layers) {
+    cpu::LinearTask& task = tasks[count] = {layout, m, 0};
+    task.weight_only = true;
+    task.x_dtype = x_dtype;
+    task.k = k;
+    task.x = x.const_data_ptr();
+    task.order = channels;
+    add_layer(op, task, x, layer, dtype);
+    count += m > 0 && layer.n > 0;
+  }
+  launch_all(tasks, count);
 }
 
 // A copy. Inductor neither looks into it nor computes it again for each of its readers.
@@ -261,6 +273,14 @@ STABLE_TORCH_LIBRARY(micromix, m) {
   m.def(
       "weight_only_linear(Tensor x, Tensor? order, Tensor weight, Tensor? bias, int n, int k4, "
       "int k6, int k8, int format, ScalarType dtype) -> Tensor");
+  m.def(
+      "weight_only_linears.two(Tensor x, Tensor? order, Tensor weight0, Tensor? bias0, int n0, "
+      "Tensor weight1, Tensor? bias1, int n1, int k4, int k6, int k8, int format, "
+      "ScalarType dtype) -> (Tensor, Tensor)");
+  m.def(
+      "weight_only_linears.three(Tensor x, Tensor? order, Tensor weight0, Tensor? bias0, int n0, "
+      "Tensor weight1, Tensor? bias1, int n1, Tensor weight2, Tensor? bias2, int n2, int k4, "
+      "int k6, int k8, int format, ScalarType dtype) -> (Tensor, Tensor, Tensor)");
   m.def("place_weight(Tensor data, Tensor scales, int k4, int k6, int k8, int format) -> Tensor");
   m.def(
       "unplace_weight(Tensor weight, int n, int k4, int k6, int k8, int format) "
@@ -276,7 +296,9 @@ STABLE_TORCH_LIBRARY_IMPL(micromix, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear<products>));
   m.impl("linears.two", TORCH_BOX(&linears_two<products>));
   m.impl("linears.three", TORCH_BOX(&linears_three<products>));
-  m.impl("weight_only_linear", TORCH_BOX(&weight_only_linear));
+  m.impl("weight_only_linear", TORCH_BOX(&weight_only_linear<weight_only_products>));
+  m.impl("weight_only_linears.two", TORCH_BOX(&weight_only_linears_two<weight_only_products>));
+  m.impl("weight_only_linears.three", TORCH_BOX(&weight_only_linears_three<weight_only_products>));
   m.impl("materialize", TORCH_BOX(&materialize));
   m.impl("place_weight", TORCH_BOX(&place_weight));
   m.impl("unplace_weight", TORCH_BOX(&unplace_weight));

@@ -1,5 +1,6 @@
-// micromix::linear and the overloads of micromix::linears, the same on every device. `kRun` is the
-// device's own part: it checks the operands and fills in the results of the layers.
+// micromix::linear, micromix::weight_only_linear and the overloads of both for several layers, the
+// same on every device. `kRun` is the device's own part: it checks the operands and fills in the
+// results of the layers.
 #pragma once
 
 #include <span>
@@ -54,6 +55,42 @@ std::tuple<Tensor, Tensor, Tensor> linears_three(Tensor data, Tensor scales, Ten
                                                  ScalarType dtype) {
   Layer layers[] = {{weight0, bias0, n0}, {weight1, bias1, n1}, {weight2, bias2, n2}};
   kRun("linears", data, scales, std::span<Layer>(layers), k4, k6, k8, format, dtype);
+  return {*layers[0].result, *layers[1].result, *layers[2].result};
+}
+
+using RunWeightOnly = void (*)(const char* op, Tensor x, std::optional<Tensor> order,
+                               std::span<Layer> layers, int64_t k4, int64_t k6, int64_t k8,
+                               int64_t format, ScalarType dtype);
+
+template <RunWeightOnly kRun>
+Tensor weight_only_linear(Tensor x, std::optional<Tensor> order, Tensor weight,
+                          std::optional<Tensor> bias, int64_t n, int64_t k4, int64_t k6, int64_t k8,
+                          int64_t format, ScalarType dtype) {
+  Layer layers[] = {{weight, bias, n}};
+  kRun("weight_only_linear", x, order, std::span<Layer>(layers), k4, k6, k8, format, dtype);
+  return *layers[0].result;
+}
+
+template <RunWeightOnly kRun>
+std::tuple<Tensor, Tensor> weight_only_linears_two(Tensor x, std::optional<Tensor> order,
+                                                   Tensor weight0, std::optional<Tensor> bias0,
+                                                   int64_t n0, Tensor weight1,
+                                                   std::optional<Tensor> bias1, int64_t n1,
+                                                   int64_t k4, int64_t k6, int64_t k8,
+                                                   int64_t format, ScalarType dtype) {
+  Layer layers[] = {{weight0, bias0, n0}, {weight1, bias1, n1}};
+  kRun("weight_only_linears", x, order, std::span<Layer>(layers), k4, k6, k8, format, dtype);
+  return {*layers[0].result, *layers[1].result};
+}
+
+template <RunWeightOnly kRun>
+std::tuple<Tensor, Tensor, Tensor> weight_only_linears_three(
+    Tensor x, std::optional<Tensor> order, Tensor weight0, std::optional<Tensor> bias0, int64_t n0,
+    Tensor weight1, std::optional<Tensor> bias1, int64_t n1, Tensor weight2,
+    std::optional<Tensor> bias2, int64_t n2, int64_t k4, int64_t k6, int64_t k8, int64_t format,
+    ScalarType dtype) {
+  Layer layers[] = {{weight0, bias0, n0}, {weight1, bias1, n1}, {weight2, bias2, n2}};
+  kRun("weight_only_linears", x, order, std::span<Layer>(layers), k4, k6, k8, format, dtype);
   return {*layers[0].result, *layers[1].result, *layers[2].result};
 }
 

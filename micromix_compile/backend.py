@@ -20,7 +20,7 @@ from micromix_compile.errors import (
     RecompileLimitError,
 )
 from micromix_compile.explain import GraphReport, record
-from micromix_compile.ops import EMULATED, blackwell_kernel, kernel_name, refuse_weight_only
+from micromix_compile.ops import EMULATED, blackwell_kernel, kernel_name
 from micromix_compile.options import VALID, Options
 from micromix_compile.packing import (
     AUTO,
@@ -37,6 +37,7 @@ from micromix_compile.passes.find_linears import Linear, find_linears, source_pa
 from micromix_compile.passes.fold_order import Folds, fold_orders
 from micromix_compile.passes.lower_linears import Lowering
 from micromix_compile.passes.nodes import nodes_in, value_of
+from micromix_compile.plan import LayerPlan
 from micromix_compile.runner import Runner
 
 _DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"}
@@ -107,9 +108,7 @@ def _pack(
     for choice in tqdm(chosen, "packing weights", delay=2, leave=False, disable=None):
         linear, plan, row = choice.linear, choice.plan, choice.row
         device, rows = linear.parameter.device, folds.rows.get(linear)
-        _check_kernel(options.kernel, linear)
-        if plan.weight_only:
-            refuse_weight_only(device)
+        _check_kernel(options.kernel, linear, plan)
         weight = None
         if linear.quantised is None:
             weight = placed_weight(
@@ -140,13 +139,15 @@ def _pack(
     return lowerings
 
 
-def _check_kernel(kernel: str, linear: Linear) -> None:
+def _check_kernel(kernel: str, linear: Linear, plan: LayerPlan) -> None:
     """Refuse a kernel that was asked for by name where it cannot run."""
     device = linear.parameter.device
     if kernel == AUTO:
         return
     if linear.quantised is not None:
         reason = f"{linear.name} is quantised already, and placed for the device's own kernel"
+    elif plan.weight_only:
+        reason = f"the plan leaves the activations of {linear.name} in bfloat16, and that kernel wants them quantised"
     elif not blackwell_kernel(device, EMULATED):
         reason = (
             f"{linear.name} is on {device}, and that kernel needs a CUDA device of compute capability 8.0 or newer, "

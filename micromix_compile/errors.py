@@ -59,7 +59,6 @@ __all__ = [
     "UnmatchedPatternWarning",
     "UnplannedLayersWarning",
     "UnsavableLayerError",
-    "WeightOnlyDeviceError",
 ]
 
 _LISTED = 8
@@ -355,16 +354,6 @@ class ExtensionError(MicroMixError):
     template = (
         "The micromix extension {path} cannot be used: {reason}. Rebuild it: `make install` in the "
         "checkout, or there `pip install --no-build-isolation --force-reinstall --no-deps .`."
-    )
-
-
-class WeightOnlyDeviceError(MicroMixError):
-    """A layer whose activations stay in bfloat16 is on a device that has no kernel for it.
-    Facts: device."""
-
-    template = (
-        "Weights in mixed formats with activations in bfloat16 run on the CPU only, and the model is on "
-        "{device}. Make the plan with Recipe(activations='match'), or move the model to the CPU."
     )
 
 

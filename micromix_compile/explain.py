@@ -107,16 +107,16 @@ class GraphReport:
     def add_products(self, quantise: int | None, products: list[list[str]]) -> None:
         """A quantise, by its number, and the names of the layers that read it, those of one product together.
 
-        None for weight-only products, a layer each.
+        None for weight-only products, which read no quantise.
         """
         readers = [name for product in products for name in product]
         self.passes["lowered"] += len(readers)
         if quantise is None:
-            self.passes["micromix::weight_only_linear"] += len(readers)
-            return
-        self.readers[quantise] = readers
-        self.passes["micromix::quantize"] += 1
-        self.passes["micromix::linear"] += len(products)
+            self.passes["micromix::weight_only_linear"] += len(products)
+        else:
+            self.readers[quantise] = readers
+            self.passes["micromix::quantize"] += 1
+            self.passes["micromix::linear"] += len(products)
         for product in products:
             for row in self._rows(product):
                 row.merged_with = [name for name in product if name != row.name]

@@ -22,7 +22,7 @@ from . import attachment
 from .errors import InvalidPlanError, PlanFileError, PlanMismatchError
 from .files import read_file, write_file
 from .layers import LayerShape
-from .mx.layout import WEIGHT_IS_MXFP4, MixedLayout
+from .mx.layout import WEIGHT_IS_MXFP4, WEIGHT_ONLY, MixedLayout
 from .recipe import ACTIVATIONS, WEIGHTS
 
 __all__ = [
@@ -102,7 +102,8 @@ class LayerPlan:
     @property
     def format_code(self) -> int:
         """The ``format`` argument of the operators."""
-        return self.layout.code | (WEIGHT_IS_MXFP4 if self.weights == "mxfp4" else 0)
+        weight = WEIGHT_IS_MXFP4 if self.weights == "mxfp4" else 0
+        return self.layout.code | weight | (WEIGHT_ONLY if self.weight_only else 0)
 
     @property
     def weight_only(self) -> bool:

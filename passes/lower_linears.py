@@ -1,7 +1,7 @@
 """Lower linear layers to `micromix::quantize` + `micromix::linear`, or to `micromix::weight_only_linear`.
 
 Layers that read one value under one plan share one quantise, and are one product, `micromix::linears`, three at a
-time. Where activations stay in bfloat16 there is nothing to share: each layer is a product of its own.
+time; where activations stay in bfloat16, `micromix::weight_only_linears`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ _PRODUCTS = {
     1: torch.ops.micromix.linear.default,
     2: torch.ops.micromix.linears.two,
     3: torch.ops.micromix.linears.three,
+}
+_WEIGHT_ONLY = {
+    1: torch.ops.micromix.weight_only_linear.default,
+    2: torch.ops.micromix.weight_only_linears.two,
+    3: torch.ops.micromix.weight_only_linears.three,
 }
 
 
@@ -115,14 +120,13 @@ def lower_linears(
             elif order is not None:
                 order = constant((plan, device), f"{_tag(of_plan[0])}_order", order.to(device))
             x = lowered.get(of_plan[0].input, of_plan[0].input)
-            operands, key = (x, order), lambda linear: linear
+            operands = (x, order)
             if not plan.weight_only:
-                key = _product_key
                 # Before the group's first layer: what is written in place after it does not concern the group.
                 with graph.inserting_before(of_plan[0].node):
                     operands = _quantise(graph, of_plan[0], x, order, plan)
             used, products = set(), []
-            for layers in _of_at_most(max(_PRODUCTS), _grouped(of_plan, key).values()):
+            for layers in _of_at_most(max(_PRODUCTS), _grouped(of_plan, _product_key).values()):
                 product = [lowering_of[linear] for linear in layers]
                 weights = [
                     p.linear.weight
@@ -206,9 +210,7 @@ def _products(
     rest = (*first.plan.layout.counts, code, value_of(first.linear.node).dtype)
     n = [lowering.linear.out_features for lowering in product]
     layers = [argument for layer in zip(weights, biases, n) for argument in layer]
-    op = _PRODUCTS[len(product)]
-    if first.plan.weight_only:
-        op = torch.ops.micromix.weight_only_linear.default
+    op = (_WEIGHT_ONLY if first.plan.weight_only else _PRODUCTS)[len(product)]
     both = graph.call_function(op, (*operands, *layers, *rest))
     results = [both]
     if len(product) > 1:

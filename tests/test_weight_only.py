@@ -11,7 +11,6 @@ from test_backend import Block, Writes, planned, run
 from test_plan import model_plan, rewrite
 from tiny_llama import save_tiny, tiny_llama
 from torch import nn
-from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 import micromix_compile as micromix
@@ -24,10 +23,8 @@ from micromix_compile.errors import (
     InvalidPlanError,
     PlanMismatchError,
     RecipeError,
-    WeightOnlyDeviceError,
 )
 from micromix_compile.mx import MixedLayout
-from micromix_compile.ops import refuse_weight_only
 from micromix_compile.passes.find_linears import find_linears
 from micromix_compile.plan import ModelPlan
 from micromix_compile.quantized_linear import QuantizedLinear
@@ -111,7 +108,7 @@ def test_numbers_are_those_of_the_reference(block, dtype, inductor):
         change = (reference - block(x).float()).norm()
     assert y.dtype == dtype
     assert (y.float() - reference).norm() <= 0.1 * change
-    assert explain(compiled).passes == {"lowered": 3, "micromix::weight_only_linear": 3}
+    assert explain(compiled).passes == {"lowered": 3, "micromix::weight_only_linear": 2}
     assert str(explain(compiled)).count("activations bfloat16") == 3
 
 
@@ -150,7 +147,7 @@ def test_other_architectures(name):
         exact, lowered, reference = (
             run(**arguments).logits for run in (model, compiled, reference_model(model, plan))
         )
-    assert explain(compiled).passes["micromix::weight_only_linear"] == len(plan)
+    assert explain(compiled).passes["lowered"] == len(plan)
     assert distance(lowered, reference) <= 0.1 * distance(exact, reference)
 
 
@@ -253,7 +250,7 @@ def test_a_quantised_layer(block):
     assert [linear.quantised.plan for linear in found] == [plan[linear.name] for linear in found]
     y, compiled = run(block, x, strict=True)
     assert torch.equal(y, expected)
-    assert explain(compiled).passes["micromix::weight_only_linear"] == 3
+    assert explain(compiled).passes["micromix::weight_only_linear"] == 2
     torch.compiler.reset()
     with pytest.raises(PlanMismatchError, match="quantised already"):
         run(
@@ -329,12 +326,6 @@ def test_a_package(block, tmp_path):
     with torch.no_grad():
         expected = reference_model(block, plan)(x)
     assert distance(micromix.load_package(tmp_path / "block.pt2")(x), expected) <= 0.01
-
-
-def test_other_devices_are_refused_at_compile_time(block):
-    with FakeTensorMode(), pytest.raises(WeightOnlyDeviceError, match="on cuda:0") as caught:
-        refuse_weight_only(torch.empty(1, device="cuda").device)
-    assert "activations='match'" in str(caught.value)
 
 
 def test_the_command_line(tmp_path, capsys):

@@ -36,9 +36,7 @@ __global__ void __launch_bounds__(kThreads)
     values[int64_t{blockIdx.x} * groups + at] = decode_group(rows, group, block, most);
 }
 
-// Thread blocks share out a row. A thread has one group of the four blocks of a step: the four
-// lanes' operands of two matrix instructions, which are pieces of 16 bytes. In a slice a piece lies
-// where a swizzle of 128 bytes has it.
+// Thread blocks share out a row. A thread has one group of the four blocks of a step.
 __global__ void __launch_bounds__(kThreads)
     decode_tiles_kernel(const PackedRows rows, const Steps steps, int64_t padded, uint4* tiles,
                         uint8_t* largest) {
@@ -59,13 +57,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int i = 0; i < kStepBlocks; ++i)
     of_blocks[i] = decode_group(rows, groups[i], min(first + i, last - 1), most);
-  const auto& [a, b, c, d] = of_blocks;
-  const uint4 pieces[4] = {
-      {a.x, b.x, c.x, d.x}, {a.y, b.y, c.y, d.y}, {a.z, b.z, c.z, d.z}, {a.w, b.w, c.w, d.w}};
-  constexpr int kPieces = kSliceBytes / 16;
-  uint4* const slice = tiles + ((2 * step + g / 2) * padded + row) * kPieces;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) slice[(4 * (g % 2) + i) ^ (row % kPieces)] = pieces[i];
+  store_tile_group(tiles, padded, row, step, g, of_blocks);
 }
 
 // A warp a chunk.

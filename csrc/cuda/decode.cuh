@@ -162,6 +162,21 @@ __device__ __forceinline__ Eight decode_group(const PackedRows& rows, const Pack
   return decode_e4m3(x.codes[0], x.codes[1], factor_of_block<mx::E4M3>(scale, largest));
 }
 
+// Group g of the four blocks of a step, of one row, to the tiles that many_rows.cu reads: the four
+// lanes' operands of two matrix instructions, which are pieces of 16 bytes. In a slice a piece lies
+// where a swizzle of 128 bytes has it.
+__device__ __forceinline__ void store_tile_group(uint4* tiles, int64_t padded, int64_t row,
+                                                 int step, int g,
+                                                 const Eight (&of_blocks)[kStepBlocks]) {
+  const auto& [a, b, c, d] = of_blocks;
+  const uint4 pieces[4] = {
+      {a.x, b.x, c.x, d.x}, {a.y, b.y, c.y, d.y}, {a.z, b.z, c.z, d.z}, {a.w, b.w, c.w, d.w}};
+  constexpr int kPieces = kSliceBytes / 16;
+  uint4* const slice = tiles + ((2 * step + g / 2) * padded + row) * kPieces;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) slice[(4 * (g % 2) + i) ^ (row % kPieces)] = pieces[i];
+}
+
 // The largest of a row's scales that are numbers, found by the lanes of a warp.
 __device__ __forceinline__ int largest_scale(const uint8_t* scales, int blocks, int first,
                                              int apart) {

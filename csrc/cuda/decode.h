@@ -38,6 +38,19 @@ inline PackedRows packed_rows(const mx::MixedLayout& layout, const uint8_t* data
           .e3m2 = layout.format6() == mx::E3M2};
 }
 
+// Float rows [rows, k], of which the products take channel order[i] as their i-th of 32 * blocks,
+// or, without an order, channel i; where there is none, zero. The segments' blocks that `rotated`
+// has a bit for are rotated, and all are rounded to bfloat16.
+struct FloatRows {
+  const void* data;
+  Dtype dtype;
+  int64_t rows;
+  int32_t k;
+  const int32_t* order;  // aligned to 16 bytes, or null
+  int32_t end4, end6, blocks;
+  uint32_t rotated;
+};
+
 // A weight, or some of its panels, as decoded_weight.h has it.
 struct PlacedRows {
   const uint8_t* panels;
@@ -83,6 +96,8 @@ cudaError_t launch_place(const PackedRows& rows, const Steps& steps, uint8_t* pl
 // of each: to bfloat16 [rows, channels], in the order of decode.cuh.
 cudaError_t launch_decode(const PackedRows& rows, void* values, uint8_t* largest,
                           const Launcher& on);
+cudaError_t launch_decode(const FloatRows& rows, void* values, uint8_t* largest,
+                          const Launcher& on);  // float_rows.cu: each with the scale of one
 cudaError_t launch_decode_weight(const PlacedRows& weight, void* values, const Launcher& on);
 // Brings float32 sums [m, n] to the results.
 cudaError_t launch_finish(const float* sums, const Results& results, const Launcher& on);
@@ -104,6 +119,8 @@ inline int64_t tile_bytes(const Steps& steps, int64_t m) {
 }
 cudaError_t find_many_rows(bool& there);  // whether the current device runs it
 cudaError_t launch_decode_tiles(const PackedRows& rows, const Steps& steps, void* tiles,
+                                uint8_t* largest, const Launcher& on);
+cudaError_t launch_decode_tiles(const FloatRows& rows, const Steps& steps, void* tiles,
                                 uint8_t* largest, const Launcher& on);
 cudaError_t launch_many_rows(const void* tiles, std::span<const LayerProduct> layers,
                              const Launcher& on);

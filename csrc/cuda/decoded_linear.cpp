@@ -71,28 +71,16 @@ Tensor product(const Tensor& a, const Tensor& b) {
   return to<Tensor>(stack[0]);
 }
 
-}  // namespace
-
-void place_decoded(const char* op, const OnDevice& on, const Tensor& data, const Tensor& scales,
-                   const mx::MixedLayout& layout, Tensor& placed) {
-  const mx::MixedLayout own = layout.weight();
-  const int64_t n = data.size(0);
-  if (n == 0) return;
-  check(launch_place(packed_rows(own, bytes_of(data), bytes_of(scales), n), Steps(own),
-                     writable_bytes_of(placed), Launcher{on.stream, on.index}),
-        op);
-}
-
-void decoded_products(const char* op, const Launcher& launcher, const Tensor& data,
-                      const Tensor& scales, int64_t m, std::span<Layer> layers,
-                      const mx::MixedLayout& layout) {
+template <typename Rows>
+void products_of(const char* op, const Launcher& launcher, const Tensor& like, const Rows& rows,
+                 std::span<Layer> layers, const mx::MixedLayout& layout) {
+  const int64_t m = rows.rows;
   if (m == 0) return;
   const mx::MixedLayout own = layout.weight();
-  const PackedRows rows = packed_rows(layout, bytes_of(data), bytes_of(scales), m);
   const bool few = m <= kFewRows, tiled = !few && launcher.warpgroups;
-  Tensor largest = empty_vector(data, tiled ? padded_rows(m) : m, aoti_torch_dtype_uint8());
-  Tensor x = tiled ? empty_vector(data, tile_bytes(Steps(own), m), aoti_torch_dtype_uint8())
-                   : empty_values(data, m, layout.channels());
+  Tensor largest = empty_vector(like, tiled ? padded_rows(m) : m, aoti_torch_dtype_uint8());
+  Tensor x = tiled ? empty_vector(like, tile_bytes(Steps(own), m), aoti_torch_dtype_uint8())
+                   : empty_values(like, m, layout.channels());
   check(tiled ? launch_decode_tiles(rows, Steps(own), x.mutable_data_ptr(),
                                     writable_bytes_of(largest), launcher)
               : launch_decode(rows, x.mutable_data_ptr(), writable_bytes_of(largest), launcher),
@@ -119,7 +107,7 @@ void decoded_products(const char* op, const Launcher& launcher, const Tensor& da
         std::max<int64_t>(kMostWeightBytes / row_bytes / kPanelRows, 1) * kPanelRows;
     for (int64_t first = 0; first < layer.n; first += most) {
       const PlacedRows weight = placed_rows(own, layer, first, std::min(most, layer.n - first));
-      Tensor values = empty_values(data, weight.rows, own.channels());
+      Tensor values = empty_values(like, weight.rows, own.channels());
       check(launch_decode_weight(weight, values.mutable_data_ptr(), launcher), op);
       const Tensor sums = product(x, values);
       check(launch_finish(static_cast<const float*>(sums.const_data_ptr()),
@@ -127,6 +115,29 @@ void decoded_products(const char* op, const Launcher& launcher, const Tensor& da
             op);
     }
   }
+}
+
+}  // namespace
+
+void place_decoded(const char* op, const OnDevice& on, const Tensor& data, const Tensor& scales,
+                   const mx::MixedLayout& layout, Tensor& placed) {
+  const mx::MixedLayout own = layout.weight();
+  const int64_t n = data.size(0);
+  if (n == 0) return;
+  check(launch_place(packed_rows(own, bytes_of(data), bytes_of(scales), n), Steps(own),
+                     writable_bytes_of(placed), Launcher{on.stream, on.index}),
+        op);
+}
+
+void decoded_products(const char* op, const Launcher& launcher, const Tensor& like,
+                      const PackedRows& rows, std::span<Layer> layers,
+                      const mx::MixedLayout& layout) {
+  products_of(op, launcher, like, rows, layers, layout);
+}
+void decoded_products(const char* op, const Launcher& launcher, const Tensor& like,
+                      const FloatRows& rows, std::span<Layer> layers,
+                      const mx::MixedLayout& layout) {
+  products_of(op, launcher, like, rows, layers, layout);
 }
 
 }  // namespace micromix::cuda

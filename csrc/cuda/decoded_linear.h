@@ -14,9 +14,13 @@ namespace micromix::cuda {
 void place_decoded(const char* op, const OnDevice& on, const Tensor& data, const Tensor& scales,
                    const mx::MixedLayout& layout, Tensor& placed);
 
-// Brings the products of `m` packed rows to the results of the layers, which are checked.
-void decoded_products(const char* op, const Launcher& launcher, const Tensor& data,
-                      const Tensor& scales, int64_t m, std::span<Layer> layers,
+// Brings the products of rows, of this layout, to the results of the layers, which are checked.
+// `like`: a tensor on the device.
+void decoded_products(const char* op, const Launcher& launcher, const Tensor& like,
+                      const PackedRows& rows, std::span<Layer> layers,
+                      const mx::MixedLayout& layout);
+void decoded_products(const char* op, const Launcher& launcher, const Tensor& like,
+                      const FloatRows& rows, std::span<Layer> layers,
                       const mx::MixedLayout& layout);
 
 }  // namespace micromix::cuda

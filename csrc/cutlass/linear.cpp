@@ -1,6 +1,6 @@
-// micromix::linear, linears and place_weight on CUDA: the Blackwell kernel where a device has its
-// instructions, or in software where it is asked for by name; else operands decoded to bfloat16, or
-// the reference on a device that this was not compiled for.
+// The products and place_weight on CUDA: the Blackwell kernel where a device has its instructions,
+// or in software where it is asked for by name; else, and where only weights are quantised,
+// operands decoded to bfloat16; or the reference on a device that this was not compiled for.
 #include <torch/csrc/stable/library.h>
 
 #include <array>
@@ -88,7 +88,9 @@ Tensor place_weight(Tensor data, Tensor scales, int64_t k4, int64_t k6, int64_t 
                  "micromix::place_weight: data and scales must be on one GPU");
   const OnDevice on(data);
   const Device device = device_of(on.index);
-  const bool is_blackwell = runs_kernel("place_weight", device, format);
+  // Weight-only products decode their weight on every device.
+  const bool is_blackwell = runs_kernel("place_weight", device, format) &&
+                            !(layout.code & mx::MixedLayout::kWeightOnlyBit);
   if (!is_blackwell && device.atoms == Atoms::kNone) {
     std::array stack{from(data), from(scales), from(k4), from(k6), from(k8), from(format)};
     call("micromix::place_weight_reference", stack);
@@ -155,6 +157,17 @@ void launch(const char* op, LinearArguments& arguments, const mx::MixedLayout& l
   if (arguments.splits > 1) cuda::check(launch_add_partial_sums(arguments, stream), op);
 }
 
+int64_t checked_row_count(const char* op, int64_t m) {
+  constexpr int64_t kMostRows = int64_t{1} << 22;  // what a grid holds of the largest tile
+  MICROMIX_CHECK(m <= kMostRows, "micromix::", op, ": at most ", kMostRows, " rows; got ", m);
+  return m;
+}
+
+void check_columns(const char* op, int64_t n) {
+  MICROMIX_CHECK(n >= 0 && n < (int64_t{1} << 29), "micromix::", op,
+                 ": n must not be negative, and below 2^29; got ", n);
+}
+
 // Checks a layer and makes its result, rows of `like`, a tensor whose rows the activations are. Its
 // placed weight has `bytes`.
 void check_layer(const char* op, Layer& layer, int64_t bytes, const Tensor& like, int device,
@@ -175,6 +188,10 @@ void check_layer(const char* op, Layer& layer, int64_t bytes, const Tensor& like
     *bias = dense(*bias);
   }
   layer.result = empty_rows(like, n, shim_dtype(dtype));
+}
+
+cuda::Launcher launcher_of(const Device& device, const OnDevice& on) {
+  return {on.stream, on.index, device.early, device.warpgroups, device.multiprocessors};
 }
 
 void blackwell_products(const char* op, const Device& device, const OnDevice& on,
@@ -226,14 +243,11 @@ void run(const char* op, Tensor data, Tensor scales, std::span<Layer> layers, in
   }
 
   checked_dtype(op, "dtype", dtype);
-  const int64_t m = checked_rows(op, data, scales, layout);
-  constexpr int64_t kMostRows = int64_t{1} << 22;  // what a grid holds of the largest tile
-  MICROMIX_CHECK(m <= kMostRows, "micromix::", op, ": at most ", kMostRows, " rows; got ", m);
+  const int64_t m = checked_row_count(op, checked_rows(op, data, scales, layout));
   data = aligned(data, 16);
   scales = aligned(scales, 4);
   for (Layer& layer : layers) {
-    MICROMIX_CHECK(layer.n >= 0 && layer.n < (int64_t{1} << 29), "micromix::", op,
-                   ": n must not be negative, and below 2^29; got ", layer.n);
+    check_columns(op, layer.n);
     const int64_t bytes = is_blackwell ? blackwell::PlacedWeight(layout).bytes(layer.n)
                                        : cuda::decoded_weight_bytes(layout, layer.n);
     check_layer(op, layer, bytes, data, on.index, dtype);
@@ -241,10 +255,54 @@ void run(const char* op, Tensor data, Tensor scales, std::span<Layer> layers, in
   if (is_blackwell) {
     blackwell_products(op, device, on, data, scales, m, layers, layout, dtype);
   } else {
-    const cuda::Launcher launcher{on.stream, on.index, device.early, device.warpgroups,
-                                  device.multiprocessors};
-    cuda::decoded_products(op, launcher, data, scales, m, layers, layout);
+    const auto rows = cuda::packed_rows(layout, static_cast<const uint8_t*>(data.const_data_ptr()),
+                                        static_cast<const uint8_t*>(scales.const_data_ptr()), m);
+    cuda::decoded_products(op, launcher_of(device, on), data, rows, layers, layout);
   }
+}
+
+// The same for float activations, whose weights are decoded on every device.
+void run_weight_only(const char* op, Tensor x, std::optional<Tensor> order, std::span<Layer> layers,
+                     int64_t k4, int64_t k6, int64_t k8, int64_t format, ScalarType dtype) {
+  const mx::MixedLayout layout = checked_layout(op, k4, k6, k8, format);
+  MICROMIX_CHECK(x.is_cuda(), "micromix::", op, ": x must be on the GPU, as its weight is");
+  MICROMIX_CHECK(x.dim() > 0, "micromix::", op, ": x needs at least one dimension, the channels");
+  const OnDevice on(x);
+  const Device device = device_of(on.index);
+  if (device.atoms == Atoms::kNone) {
+    for (Layer& layer : layers) {
+      std::array stack{from(x),  from(order), from(layer.weight), from(layer.bias), from(layer.n),
+                       from(k4), from(k6),    from(k8),           from(format),     from(dtype)};
+      call("micromix::weight_only_linear_reference", stack);
+      layer.result = to<Tensor>(stack[0]);
+    }
+    return;
+  }
+  checked_dtype(op, "dtype", dtype);
+  const int64_t k = x.size(x.dim() - 1);
+  MICROMIX_CHECK(k <= INT32_MAX && layout.channels() <= INT32_MAX, "micromix::", op,
+                 ": at most 2^31 - 1 channels; got ", k);
+  cuda::FloatRows rows{};
+  rows.dtype = checked_dtype(op, "x", x.scalar_type());
+  rows.rows = checked_row_count(op, rows_of(x));
+  rows.k = static_cast<int32_t>(k);
+  x = dense(x);
+  rows.data = x.const_data_ptr();
+  if (checked_order(op, x, order, layout, k) != nullptr) {
+    order = aligned(*order, 16);
+    rows.order = static_cast<const int32_t*>(order->const_data_ptr());
+  }
+  const auto segments = layout.segments();
+  rows.end4 = static_cast<int32_t>(segments[1].first_block);
+  rows.end6 = static_cast<int32_t>(segments[2].first_block);
+  rows.blocks = static_cast<int32_t>(layout.blocks());
+  for (int i = 0; i < 3; ++i)
+    rows.rotated |= static_cast<uint32_t>(segments[i].hadamard && segments[i].blocks > 0) << i;
+  for (Layer& layer : layers) {
+    check_columns(op, layer.n);
+    check_layer(op, layer, cuda::decoded_weight_bytes(layout, layer.n), x, on.index, dtype);
+  }
+  cuda::decoded_products(op, launcher_of(device, on), x, rows, layers, layout);
 }
 
 // "native", "emulated" (it could be) or "none": what the Blackwell kernel is on a device.
@@ -273,5 +331,8 @@ STABLE_TORCH_LIBRARY_IMPL(micromix, CUDA, m) {
   m.impl("linear", TORCH_BOX(&linear<run>));
   m.impl("linears.two", TORCH_BOX(&linears_two<run>));
   m.impl("linears.three", TORCH_BOX(&linears_three<run>));
+  m.impl("weight_only_linear", TORCH_BOX(&weight_only_linear<run_weight_only>));
+  m.impl("weight_only_linears.two", TORCH_BOX(&weight_only_linears_two<run_weight_only>));
+  m.impl("weight_only_linears.three", TORCH_BOX(&weight_only_linears_three<run_weight_only>));
   m.impl("place_weight", TORCH_BOX(&place_weight));
 }

@@ -31,7 +31,9 @@ struct MixedLayout {
   static constexpr int kFormat6Bit = 0b01;
   static constexpr int kWeightIsMxfp4Bit = 0b10;
   static constexpr int kHadamardShift = 9;  // one bit a segment; bit 8 is ops.EMULATED
-  static constexpr int kCodes = 1 << 12;
+  // Of place_weight and the weight-only products; no matter of the layout.
+  static constexpr int kWeightOnlyBit = 1 << 12;
+  static constexpr int kCodes = 1 << 13;
 
   MX_HOST_DEVICE constexpr bool valid() const {
     if (k4 < 0 || k6 < 0 || k8 < 0 || code < 0 || code >= kCodes || code & 1 << 8) return false;

@@ -3,7 +3,7 @@
 from .bits import pack_codes, packed_bytes, unpack_codes
 from .elements import E2M1, E2M3, E3M2, E4M3, ElementFormat, decode, encode
 from .hadamard import hadamard
-from .layout import WEIGHT_IS_MXFP4, MixedLayout, Segment
+from .layout import WEIGHT_IS_MXFP4, WEIGHT_ONLY, MixedLayout, Segment
 from .mixed import dequantize, linear, quantize, rearrange, weight_only_linear
 from .scales import (
     BLOCK,
@@ -22,6 +22,7 @@ __all__ = [
     "E4M3",
     "NAN_SCALE",
     "WEIGHT_IS_MXFP4",
+    "WEIGHT_ONLY",
     "ElementFormat",
     "MixedLayout",
     "ScaleRule",

@@ -15,12 +15,15 @@ SCALE_BITS = 8
 WEIGHT_IS_MXFP4 = 0b10
 """The bit of a format code that says that the weight is MXFP4 in every segment."""
 
+WEIGHT_ONLY = 1 << 12
+"""The bit of a format code that says that the activations stay in bfloat16, which decides how CUDA places the weight."""
+
 _FORMATS6 = {"e2m3": E2M3, "e3m2": E3M2}
 _WIDTHS = (4, 6, 8)
 ROTATIONS = {w for count in range(4) for w in itertools.combinations(_WIDTHS, count)}
 _HADAMARD_SHIFT = 9  # bit 8 is ops.EMULATED, which is not a matter of the layout
 _NO_LAYOUT = 1 << (_HADAMARD_SHIFT - 1)
-_CODES = 1 << (_HADAMARD_SHIFT + len(_WIDTHS))
+_CODES = WEIGHT_ONLY << 1
 
 
 class Segment(NamedTuple):
@@ -83,8 +86,8 @@ class MixedLayout:
     def from_code(cls, k4: int, k6: int, k8: int, code: int) -> MixedLayout:
         """The layout of the activations under a format code (see :attr:`code`).
 
-        The weight bit is ignored: it does not concern activations. Raises ValueError for
-        a code that means nothing.
+        WEIGHT_IS_MXFP4 and WEIGHT_ONLY are ignored: they are no matter of that layout. Raises ValueError
+        for a code that means nothing.
         """
         rules = [(code >> shift) & 0b11 for shift in (2, 4, 6)]
         if not 0 <= code < _CODES or code & _NO_LAYOUT or max(rules) > max(ScaleRule):

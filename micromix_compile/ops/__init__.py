@@ -6,6 +6,7 @@
 ``linear``              packed activations times a placed weight
 ``linears``             the same for two or three weights of one layout, in one launch
 ``weight_only_linear``  float activations, as bfloat16, times a placed weight
+``weight_only_linears`` the same for two or three weights of one layout, in one launch
 ``attention``           softmax(query keyᵀ) value in bfloat16 or float32, between the products on a CPU
 ``materialize``         a copy of a value that Inductor is not to compute twice
 ``*_quantize``          a norm, an activation or a sum, quantised as it is computed (fused.py)
@@ -28,7 +29,6 @@ from ._extension import (
     set_cpu_isa,
 )
 from ._fakes import placed_bytes
-from ._reference import refuse_weight_only
 from ._schemas import EMULATED
 
 _extension.load()
@@ -47,6 +47,5 @@ __all__ = [
     "kernel_name",
     "loaded",
     "placed_bytes",
-    "refuse_weight_only",
     "set_cpu_isa",
 ]

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from micromix_compile.errors import ExtensionError
+from micromix_compile.mx import WEIGHT_ONLY
 
 from ._schemas import EMULATED, NAMESPACE, SCHEMAS
 
-ABI = 6
+ABI = 7
 """What this Python code expects of the library: MICROMIX_ABI of csrc/abi.h."""
 
 LIBRARY = Path(__file__).parent.parent / "_C" / "libmicromix.so"
@@ -151,9 +152,10 @@ def blackwell_kernel(device: torch.device | str, format: int = 0) -> str:
     return atoms if wanted else ""
 
 
-def decodes_operands(device: torch.device | str) -> bool:
-    """Whether a device runs products whose operands are decoded (csrc/cuda/decoded_linear.cpp)."""
-    return _cuda_atoms(torch.device(device)) == "emulated"
+def decodes_operands(device: torch.device | str, format: int = 0) -> bool:
+    """Whether a device runs products whose operands are decoded (csrc/cuda/decoded_linear.cpp) for a format code."""
+    atoms = _cuda_atoms(torch.device(device))
+    return atoms == "emulated" or (atoms == "native" and bool(format & WEIGHT_ONLY))
 
 
 def kernel_name(device: torch.device | str, format: int = 0) -> str:
@@ -163,13 +165,13 @@ def kernel_name(device: torch.device | str, format: int = 0) -> str:
     device = torch.device(device)
     if device.type == "cpu" and loaded():
         return f"cpu_{cpu_isa()}"
-    blackwell = blackwell_kernel(device, format)
+    blackwell = "" if format & WEIGHT_ONLY else blackwell_kernel(device, format)
     if blackwell == "native":
         major, minor = torch.cuda.get_device_capability(device)
         return f"cuda_sm{major}{minor}"
     if blackwell:
         return "mx_emulated"
-    return "cuda_decoded" if decodes_operands(device) else "reference"
+    return "cuda_decoded" if decodes_operands(device, format) else "reference"
 
 
 def why_reference(device: torch.device) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from micromix_compile.mx import MixedLayout
+from micromix_compile.mx import WEIGHT_ONLY, MixedLayout
 from micromix_compile.mx.scales import BLOCK
 
 from ._extension import blackwell_kernel, decodes_operands, loaded
@@ -32,6 +32,8 @@ _ON_ROWS = {
     "linears.two": 2,
     "linears.three": 2,
     "weight_only_linear": 1,
+    "weight_only_linears.two": 1,
+    "weight_only_linears.three": 1,
     "materialize": 1,
 }
 
@@ -42,7 +44,9 @@ def register() -> None:
         ("linear", _linear),
         ("linears.two", _linears),
         ("linears.three", _linears),
-        ("weight_only_linear", _weight_only_linear),
+        ("weight_only_linear", _linear),
+        ("weight_only_linears.two", _linears),
+        ("weight_only_linears.three", _linears),
         ("attention", _attention),
         ("materialize", torch.empty_like),
         ("place_weight", _place_weight),
@@ -59,9 +63,9 @@ def placed_bytes(
     """The bytes of the buffer that ``place_weight`` of a device makes for a weight with ``n`` rows."""
     emulated, format = format & EMULATED, format & ~EMULATED
     layout = MixedLayout.weight_from_code(k4, k6, k8, format)
-    if blackwell_kernel(device, emulated):
+    if blackwell_kernel(device, emulated) and not format & WEIGHT_ONLY:
         return _blackwell_bytes(n, (k4, k6, k8), layout)
-    if decodes_operands(device):
+    if decodes_operands(device, format):
         return _decoded_bytes(n, layout)
     if torch.device(device).type != "cpu" or not loaded():
         return n * (layout.row_bytes + layout.blocks)
@@ -92,32 +96,23 @@ def _quantize(x: Tensor, order: Tensor | None, *layout: int) -> tuple[Tensor, Te
 
 
 def _linear(
-    data: Tensor,
-    scales: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    n: int,
-    *layout_and_dtype: int | torch.dtype,
-) -> Tensor:
-    return data.new_empty((*data.shape[:-1], n), dtype=layout_and_dtype[-1])
-
-
-def _linears(
-    data: Tensor, scales: Tensor, *layers_and_rest: Tensor | int | torch.dtype | None
-) -> tuple[Tensor, ...]:
-    n, dtype = layers_and_rest[2:-5:3], layers_and_rest[-1]
-    return tuple(data.new_empty((*data.shape[:-1], size), dtype=dtype) for size in n)
-
-
-def _weight_only_linear(
     x: Tensor,
-    order: Tensor | None,
+    scales_or_order: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     n: int,
     *layout_and_dtype: int | torch.dtype,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], n), dtype=layout_and_dtype[-1])
+
+
+def _linears(
+    x: Tensor,
+    scales_or_order: Tensor | None,
+    *layers_and_rest: Tensor | int | torch.dtype | None,
+) -> tuple[Tensor, ...]:
+    n, dtype = layers_and_rest[2:-5:3], layers_and_rest[-1]
+    return tuple(x.new_empty((*x.shape[:-1], size), dtype=dtype) for size in n)
 
 
 def _attention(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from micromix_compile import mx
-from micromix_compile.errors import ReferenceKernelWarning, WeightOnlyDeviceError
+from micromix_compile.errors import ReferenceKernelWarning
 
 from ._extension import why_reference
 from ._schemas import NAMESPACE, SCHEMAS
@@ -25,6 +25,8 @@ def register() -> None:
         ("linears.two", linears),
         ("linears.three", linears),
         ("weight_only_linear", weight_only_linear),
+        ("weight_only_linears.two", weight_only_linears),
+        ("weight_only_linears.three", weight_only_linears),
         ("attention", attention),
         ("materialize", torch.clone),
         ("place_weight", place_weight),
@@ -35,6 +37,7 @@ def register() -> None:
     for name, function in (
         ("quantize", quantize),
         ("linear", linear),
+        ("weight_only_linear", weight_only_linear),
         ("place_weight", place_weight),
     ):
         _library.define(f"{name}_reference{SCHEMAS[name]}")
@@ -93,9 +96,7 @@ def linears(
     data: Tensor, scales: Tensor, *layers_and_rest: Tensor | int | torch.dtype | None
 ) -> tuple[Tensor, ...]:
     """One product after the other, each with the device's own ``linear``."""
-    layers, rest = layers_and_rest[:-5], layers_and_rest[-5:]
-    linear = torch.ops.micromix.linear
-    return tuple(linear(data, scales, *layers[i : i + 3], *rest) for i in range(0, len(layers), 3))
+    return _one_by_one(torch.ops.micromix.linear, data, scales, *layers_and_rest)
 
 
 def weight_only_linear(
@@ -106,13 +107,25 @@ def weight_only_linear(
     n: int,
     *layout_and_dtype: int | torch.dtype,
 ) -> Tensor:
-    refuse_weight_only(x.device)
     _warn(x.device)
     *arguments, dtype = layout_and_dtype
     layout = mx.MixedLayout.from_code(*arguments)
     weight_layout = mx.MixedLayout.weight_from_code(*arguments)
     rows = _rows(weight, n, weight_layout)
     return mx.weight_only_linear(x, *rows, layout, weight_layout, order, bias, dtype)
+
+
+def weight_only_linears(
+    x: Tensor, order: Tensor | None, *layers_and_rest: Tensor | int | torch.dtype | None
+) -> tuple[Tensor, ...]:
+    """One product after the other, each with the device's own ``weight_only_linear``."""
+    return _one_by_one(torch.ops.micromix.weight_only_linear, x, order, *layers_and_rest)
+
+
+def _one_by_one(product, x, scales_or_order, *layers_and_rest) -> tuple[Tensor, ...]:
+    layers, rest = layers_and_rest[:-5], layers_and_rest[-5:]
+    each = (layers[i : i + 3] for i in range(0, len(layers), 3))
+    return tuple(product(x, scales_or_order, *layer, *rest) for layer in each)
 
 
 def attention(
@@ -123,12 +136,6 @@ def attention(
         query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=True
     )
     return result.transpose(1, 2).contiguous()
-
-
-def refuse_weight_only(device: torch.device) -> None:
-    """Raises WeightOnlyDeviceError where weight-only products cannot run."""
-    if device.type != "cpu":
-        raise WeightOnlyDeviceError(device=device)
 
 
 def _warn(device: torch.device) -> None:

@@ -32,6 +32,16 @@ SCHEMAS = {
         "(Tensor x, Tensor? order, Tensor weight, Tensor? bias, int n,"
         " int k4, int k6, int k8, int format, ScalarType dtype) -> Tensor"
     ),
+    "weight_only_linears.two": (
+        "(Tensor x, Tensor? order, Tensor weight0, Tensor? bias0, int n0,"
+        " Tensor weight1, Tensor? bias1, int n1,"
+        " int k4, int k6, int k8, int format, ScalarType dtype) -> (Tensor, Tensor)"
+    ),
+    "weight_only_linears.three": (
+        "(Tensor x, Tensor? order, Tensor weight0, Tensor? bias0, int n0,"
+        " Tensor weight1, Tensor? bias1, int n1, Tensor weight2, Tensor? bias2, int n2,"
+        " int k4, int k6, int k8, int format, ScalarType dtype) -> (Tensor, Tensor, Tensor)"
+    ),
     "rms_norm_quantize": (
         "(Tensor x, Tensor? residual, Tensor? weight, float eps, int form, ScalarType dtype,"
         " bool keep, Tensor? order, int k4, int k6, int k8, int format)"

@@ -8,64 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from micromix_compile import mx, ops
-from micromix_compile.errors import WeightOnlyDeviceError
 from micromix_compile.mx import MixedLayout
 from micromix_compile.ops import _reference
 
-from .cases import DTYPES, MIXES, arguments, mix_name, relative_error, rows, weight_layout
+from .cases import DTYPES, MIXES, arguments, mix_name, relative_error, rows
 from .conftest import ISAS, usable_isas
+from .float_operands import BARS
+from .float_operands import FloatOperands as Operands
 
 product = torch.ops.micromix.weight_only_linear
-BAR = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}
-
-
-class Operands:
-    """Float activations [m, k] and a packed weight [n, Kp], which a test may change before it calls `run`."""
-
-    def __init__(self, m, n, layout, weights="match", seed=0, dtype=torch.bfloat16, k=None):
-        k = layout.channels if k is None else k
-        self.layout, self.weights, self.n, self.order = layout, weights, n, None
-        self.own = weight_layout(layout, weights)
-        self.x = rows(m, k, dtype, seed)
-        weight = rows(n, layout.channels, torch.float32, seed + 1) * 0.1
-        self.data, self.scales = mx.quantize(weight, self.own)
-
-    def reordered(self, seed=0):
-        """With an order that has padding anywhere."""
-        generator = torch.Generator().manual_seed(seed)
-        k, positions = self.x.shape[-1], self.layout.channels
-        order = torch.full((positions,), -1, dtype=torch.int32)
-        place = torch.randperm(positions, generator=generator)[:k]
-        order[place] = torch.arange(k, dtype=torch.int32)
-        self.order = order
-        return self
-
-    def run(self, dtype=torch.float32, bias=None):
-        counts = arguments(self.layout, self.weights)
-        placed = torch.ops.micromix.place_weight(self.data, self.scales, *counts)
-        return product(self.x, self.order, placed, bias, self.n, *counts, dtype)
-
-    def expected(self, bias=None):
-        x = self.x.float()
-        if self.order is not None:
-            padded = torch.nn.functional.pad(x, (0, 1))
-            x = padded[..., self.order.long()]
-        else:
-            x = torch.nn.functional.pad(x, (0, self.layout.channels - x.shape[-1]))
-        for segment in self.layout.segments():
-            if segment.hadamard:
-                part = slice(segment.start, segment.stop)
-                x[..., part] = mx.hadamard(x[..., part])
-        w = mx.dequantize(self.data, self.scales, self.own, torch.float64)
-        x = x.bfloat16().double()
-        for block in x.view(-1, 32):
-            if not block.isfinite().all():
-                block.fill_(torch.nan)
-        return x @ w.T + (0 if bias is None else bias.double())
-
-    def check(self, dtype=torch.float32, bias=None):
-        error = relative_error(self.run(dtype, bias), self.expected(bias))
-        assert error <= BAR[dtype], f"relative error {error:.2e} > {BAR[dtype]:.2e}"
 
 
 @pytest.mark.parametrize("m", [*range(1, 20), 33, 64, 70, 129, 193])
@@ -136,7 +87,7 @@ def test_one_row_at_the_end_of_the_range(isa, m):
     operands.x[1] = (operands.x[1].float() * 2.0**-100).bfloat16()
     actual, expected = operands.run(), operands.expected()
     for row in (0, 1, m - 1):
-        assert relative_error(actual[row], expected[row]) <= BAR[torch.float32]
+        assert relative_error(actual[row], expected[row]) <= BARS[torch.float32]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -150,7 +101,7 @@ def test_nan_and_inf_are_nan_in_their_row_only(isa, m, layout, value):
         actual, expected = operands.run(), operands.expected()
         assert torch.equal(actual.isnan(), expected.isnan())
         assert actual[m // 2].isnan().all() and actual[:, 5].isnan().all()
-        assert m == 1 or relative_error(actual[0, :5], expected[0, :5]) <= BAR[torch.float32]
+        assert m == 1 or relative_error(actual[0, :5], expected[0, :5]) <= BARS[torch.float32]
 
 
 @pytest.mark.parametrize("m", [1, 2, 40])
@@ -162,8 +113,8 @@ def test_outliers(isa, m, layout):
     operands.data[7], operands.scales[7] = mx.quantize(torch.randn(64), layout)
     operands.data[7, :16] = 0  # a row of the weight that does not look at the outlier
     actual, expected = operands.run(), operands.expected()
-    assert relative_error(actual, expected) <= BAR[torch.float32]
-    assert relative_error(actual[:, 7], expected[:, 7]) <= BAR[torch.bfloat16]
+    assert relative_error(actual, expected) <= BARS[torch.float32]
+    assert relative_error(actual[:, 7], expected[:, 7]) <= BARS[torch.bfloat16]
 
 
 @pytest.mark.parametrize("m", [1, 40])
@@ -253,10 +204,23 @@ def test_the_reference_in_torch_is_the_same_function(layout, dtype):
     assert torch.equal(operator, reference)
 
 
-def test_other_devices_are_refused():
-    x = torch.empty(2, 64, device="meta")
-    with pytest.raises(WeightOnlyDeviceError, match=r"run on the CPU only.*meta"):
-        _reference.weight_only_linear(x, None, x, None, 8, 64, 0, 0, 0, torch.float32)
+@pytest.mark.parametrize("m", [1, 5, 40])
+@pytest.mark.parametrize("n", [(17, 40), (33, 16, 0)], ids=str)
+def test_layers_that_share_a_launch(isa, m, n):
+    layout = MixedLayout(64, 64, 32, hadamard=(4, 6))
+    layers = [Operands(m, size, layout, seed=7, k=150).reordered() for size in n]
+    x, order, counts = layers[0].x, layers[0].order, arguments(layout)
+    given, expected = [], []
+    for layer in layers:
+        placed = torch.ops.micromix.place_weight(layer.data, layer.scales, *counts)
+        bias = rows(1, max(layer.n, 1), torch.float32, seed=layer.n)[0, : layer.n]
+        given += [placed, bias, layer.n]
+        expected.append(product(x, order, placed, bias, layer.n, *counts, torch.bfloat16))
+    several = getattr(torch.ops.micromix.weight_only_linears, {2: "two", 3: "three"}[len(n)])
+    found = several(x, order, *given, *counts, torch.bfloat16)
+    assert all(map(torch.equal, found, expected))
+    fake = torch.library.opcheck(several, (x, order, *given, *counts, torch.bfloat16))
+    assert set(fake.values()) == {"SUCCESS"}
 
 
 def test_bad_arguments_are_named():
