@@ -94,10 +94,11 @@ def measure(
     copies = max(4, -(-3 * cache // (n * k // 2)))
     weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    graphs = {}
+    graphs, kept = {}, []  # a graph keeps no operand alive
     for contender in (*contenders, "bf16"):
         pack, product = CONTENDERS[contender](name, x, n)
         packed = [pack(weight) for weight in weights]
+        kept.append(packed)
         kind = contender if contender in ("bf16", "int4") else f"{contender} {name}"
         for weight, own in zip(weights, packed, strict=True):
             expected = torch.nn.functional.linear(x.double(), weight.double())
