@@ -59,8 +59,9 @@ def export_decoder(
     check_path(path)
     if type(batch_size) is not int or batch_size < 1:
         raise ExportError(reason=f"batch_size cannot be {batch_size!r}", mend="Give 1 or more")
-    max_length = check_length(model, max_length)
     model = compat.original_module(model)
+    _check_model(model)
+    max_length = check_length(model, max_length)
     step = _Step(model, max_length).eval()
     with _as_export_error("it has no static cache of keys and values"):
         cache = step.empty_cache(batch_size)
@@ -104,6 +105,22 @@ def check_length(model: nn.Module, max_length: int | None) -> int:
             mend=f"Give 3 to {most or 'its longest text'}",
         )
     return max_length
+
+
+def _check_model(model: nn.Module) -> None:
+    """Raises ExportError for what is no causal language model of transformers, or is not all there."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        reason = f"a {type(model).__name__} is no causal language model of transformers"
+        raise ExportError(reason=reason, mend="Use micromix.export for it")
+    if model.config.is_encoder_decoder:
+        reason = "it has an encoder, and a package has the graphs of a decoder alone"
+        raise ExportError(reason=reason, mend="Use a quantised checkpoint for this model")
+    missing = [name for name, weight in model.named_parameters() if weight.is_meta]
+    if missing:
+        reason = f"{missing[0]} is not in memory, as where a device map leaves weights on disk"
+        raise ExportError(reason=reason, mend="Load the model without one, or with more memory")
 
 
 def _check_cache(step: _Step) -> None:

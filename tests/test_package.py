@@ -525,6 +525,36 @@ def test_models_that_no_static_cache_fits(name, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def partly_on_disk():
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL, **HEADS, intermediate_size=96)).eval()
+    model.model.layers[1].mlp.down_proj.to("meta")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (
+            lambda: torch.nn.Linear(8, 8),
+            "a Linear is no causal language model.*Use micromix.export",
+        ),
+        (
+            lambda: tf.LlamaModel(tf.LlamaConfig(**SMALL, **HEADS)),
+            "a LlamaModel is no causal language model",
+        ),
+        (
+            lambda: tf.T5ForConditionalGeneration(tf.T5Config(d_model=64, d_ff=96, num_layers=1)),
+            "it has an encoder",
+        ),
+        (partly_on_disk, "layers.1.mlp.down_proj.weight is not in memory.*Load the model without"),
+    ],
+)
+def test_models_that_are_no_decoder_or_not_all_there(build, reason, tmp_path):
+    with pytest.raises(ExportError, match=reason):
+        export_decoder(build(), tmp_path / "x.pt2", plan=Recipe(format="mxfp8"), max_length=40)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_cache_is_what_the_layers_keep(tmp_path, not_compiled):
     """One head of keys for all of the queries, which no field of the configuration says."""
     config = tf.FalconConfig(**SMALL, **HEADS, multi_query=True, new_decoder_architecture=False)
