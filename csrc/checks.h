@@ -30,6 +30,8 @@ inline mx::MixedLayout checked_layout(const char* op, int64_t k4, int64_t k6, in
                      k8 % mx::kBlock == 0,
                  "micromix::", op, ": k4, k6 and k8 must be multiples of 32, not negative; got ",
                  k4, ", ", k6, ", ", k8);
+  MICROMIX_CHECK(k4 <= INT32_MAX && k6 <= INT32_MAX && k8 <= INT32_MAX, "micromix::", op,
+                 ": k4, k6 and k8 must be below 2^31; got ", k4, ", ", k6, ", ", k8);
   MICROMIX_CHECK(layout.valid(), "micromix::", op, ": ", format,
                  " is not a format code; use MixedLayout.code");
   return layout;
@@ -138,8 +140,8 @@ inline int32_t shim_dtype(ScalarType dtype) {
   return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
 }
 
-// The channel order of a quantise of k channels as the kernels take it, null for the identity.
-// `order` is made dense in place.
+// The channel order of a quantise of k channels as the kernels take it, null for the identity
+// alone. `order` is made dense in place.
 inline const int32_t* checked_order(const char* op, const Tensor& x, std::optional<Tensor>& order,
                                     const mx::MixedLayout& layout, int64_t k) {
   if (!order) {
@@ -155,6 +157,8 @@ inline const int32_t* checked_order(const char* op, const Tensor& x, std::option
   MICROMIX_CHECK(k <= INT32_MAX, "micromix::", op, ": x has ", k,
                  " channels, an order names at most 2^31 - 1");
   *order = dense(*order);
+  alignas(16) static constexpr int32_t kNoChannels[1] = {};
+  if (layout.channels() == 0) return kNoChannels;  // an empty tensor's data is null
   const auto* const channels = static_cast<const int32_t*>(order->const_data_ptr());
   // On a GPU the check would have to wait for the device: its kernels read NaN for such a channel.
   if (!order->is_cpu()) return channels;

@@ -152,6 +152,10 @@ void launch(const cpu::LinearKernel& kernel, cpu::LinearTask* tasks, size_t coun
   });
 }
 
+void check_row_count(const char* op, int64_t m) {
+  MICROMIX_CHECK(m <= INT32_MAX, "micromix::", op, ": at most 2^31 - 1 rows; got ", m);
+}
+
 // Checks a layer, makes its result, rows of `like`, a tensor whose rows the activations are, and
 // gives the task, which has its activations, what it lacks.
 void add_layer(const char* op, cpu::LinearTask& task, const Tensor& like, Layer& layer,
@@ -191,6 +195,7 @@ void products(const char* op, Tensor data, Tensor scales, std::span<Layer> layer
   check_bytes(op, "data", data);
   check_bytes(op, "scales", scales);
   const int64_t m = checked_rows(op, data, scales, layout);
+  check_row_count(op, m);
   data = dense(data);
   scales = dense(scales);
 
@@ -214,6 +219,7 @@ void weight_only_products(const char* op, Tensor x, std::optional<Tensor> order,
   MICROMIX_CHECK(x.dim() > 0, "micromix::", op, ": x needs at least one dimension, the channels");
   const Dtype x_dtype = checked_dtype(op, "x", x.scalar_type());
   const int64_t k = x.size(x.dim() - 1), m = rows_of(x);
+  check_row_count(op, m);
   x = dense(x);
   const int32_t* const channels = checked_order(op, x, order, layout, k);
 

@@ -891,6 +891,7 @@ def test_the_runner_refuses_damage(decoder, tmp_path):
         ("\nflag ", "\nflag avx9000\nflag ", "avx9000"),
         ("format 2", "format 9", "format"),
         ("\nweight ", "\nweight bfloat16 99999999936 1 4 1 1\nweight ", "outside"),
+        ("\ndecoder ", "\nbytes 64\ndecoder ", "outside"),
         ("\nweight ", "\nweight bfloat16 -64 1 4 1 1\nweight ", "damaged"),
         ("\nconstant ", "\nconstant decode 99999 x\nconstant ", "no weight"),
         ("\nconstant ", "\nconstant decode 0 x\nconstant ", "other weights"),

@@ -285,6 +285,17 @@ class PairEnd {
     _mm512_storeu_si512(out, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
   }
 
+  // avx512::finish, but rounded as store_pair rounds: how threads share panels out decides which of
+  // them has one.
+  [[gnu::always_inline]] static void finish_one(const LinearTask& task, int64_t row, int64_t panel,
+                                                __mmask16 columns, __m512 sums) {
+    if (task.out_dtype != Dtype::kBFloat16) return finish(task, row, panel, columns, sums);
+    const int64_t n = panel * kTileRows;
+    if (task.bias) sums = _mm512_add_ps(sums, load_floats(task.bias, task.bias_dtype, n, columns));
+    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(task.out) + row * task.n + n, columns,
+                             reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sums)));
+  }
+
   // Rows of several slots, or results that are no whole lines of bfloat16.
   template <int kTerms>
   [[gnu::noinline]] void finish_rows(const LinearTask& task, int64_t first, int64_t last) const {
@@ -294,7 +305,7 @@ class PairEnd {
     for (int c = 0; c < 2 && panel_ + c < last_panel_; ++c) {
       const __mmask16 columns = column_mask(task, panel_ + c);
       for (int64_t r = first; r < last; ++r) {
-        finish(task, first_row_ + r, panel_ + c, columns, value_of_row<kTerms>(r, c, value));
+        finish_one(task, first_row_ + r, panel_ + c, columns, value_of_row<kTerms>(r, c, value));
       }
     }
   }

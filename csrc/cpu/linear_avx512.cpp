@@ -125,8 +125,9 @@ template <int kBits>
     return;
   }
   const __m512i low = _mm512_cvtps_epi32(block.low), high = _mm512_cvtps_epi32(block.high);
-  const int32_t sum = _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
-  row.start[b] = -integer_offset(weight) * sum;
+  // Unsigned: of a block of NaN they are anything, and the factor is NaN.
+  const auto sum = static_cast<uint32_t>(_mm512_reduce_add_epi32(_mm512_add_epi32(low, high)));
+  row.start[b] = static_cast<int32_t>(-static_cast<uint32_t>(integer_offset(weight)) * sum);
   // A number is the sum of 2^(8i) (byte i - 128) over the bytes of what it is with this added.
   const __m512i middle = _mm512_set1_epi32(0x808080);
   const __m512i bytes0 = _mm512_add_epi32(low, middle), bytes1 = _mm512_add_epi32(high, middle);

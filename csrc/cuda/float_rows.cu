@@ -7,12 +7,14 @@
 namespace micromix::cuda {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 128,
+              kTogether = 8;            // thread blocks that a multiprocessor has registers for
 constexpr int kMostStaged = 48 * 1024;  // bytes of a row in shared memory
 constexpr uint32_t kNans = 0x7FFF7FFF;
 constexpr uint8_t kScaleOfOne = mx::kFloat32Bias;
 
-// A row where the kernel's threads read it: in memory, or, to be gathered from, in shared memory.
+// A row where the kernel's threads read it: in memory, or, if it is gathered from, in shared
+// memory.
 template <bool kStaged>
 struct RowOfFloats {
   const FloatRows& rows;
@@ -78,9 +80,9 @@ __device__ __forceinline__ Eight operands_of(const RowOfFloats<kStaged>& row, bo
   const int at = mx::kBlock * block + 8 * g;
   Values<8> y{};
   if (there) {
-    if (rows.order != nullptr) {
+    if (kStaged || rows.order != nullptr) {
       y = row.gathered(at);
-    } else if (!kStaged && rows.dtype != Dtype::kFloat32 && rows.k % 8 == 0 && at < rows.k &&
+    } else if (rows.dtype != Dtype::kFloat32 && rows.k % 8 == 0 && at < rows.k &&
                reinterpret_cast<uintptr_t>(row.data) % 16 == 0) {
       y = row.aligned_neighbours(at);
     } else {
@@ -110,7 +112,7 @@ __device__ __forceinline__ void leave_scale(uint8_t* largest) {
 
 // As decode_rows_kernel of decode.cu. Whole warps stay in the loop.
 template <bool kStaged>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kTogether)
     float_rows_kernel(const FloatRows rows, uint4* values, uint8_t* largest) {
   extern __shared__ __align__(16) char shared[];
   wait_for_the_kernel_before();
@@ -127,7 +129,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // As decode_tiles_kernel of decode.cu.
 template <bool kStaged>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kTogether)
     float_tiles_kernel(const FloatRows rows, const Steps steps, int64_t padded, uint4* tiles,
                        uint8_t* largest) {
   extern __shared__ __align__(16) char shared[];

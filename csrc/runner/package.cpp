@@ -261,9 +261,8 @@ Manifest Manifest::parse(const std::string& text) {
       weight.offset = line.number();
       weight.shape = line.numbers();
       weight.stride = line.numbers();
-      if (weight.shape.size() != weight.stride.size() || weight.offset % kAlignment ||
-          weight.offset + span(weight) > result.bytes) {
-        refuse("a weight lies outside of the weights");
+      if (weight.shape.size() != weight.stride.size() || weight.offset % kAlignment) {
+        refuse("the manifest is damaged: " + content);
       }
       result.weights.push_back(std::move(weight));
     } else if (kind == "entry") {
@@ -297,6 +296,9 @@ Manifest Manifest::parse(const std::string& text) {
     }
   }
   if (!known_format) refuse("its format is not the one that this program reads; export it again");
+  for (const WeightFacts& weight : result.weights) {
+    if (weight.offset + span(weight) > result.bytes) refuse("a weight lies outside of the weights");
+  }
   for (const auto& [name, facts] : result.entries) {
     if (facts.count != facts.inputs.size()) refuse("the inputs of " + name + " are not all named");
   }

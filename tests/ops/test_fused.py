@@ -395,6 +395,20 @@ def test_no_rows():
         assert data.shape == (2, 0, layout.row_bytes) and scales.shape == (2, 0, layout.blocks)
 
 
+@pytest.mark.parametrize("k", [7, 64, 2048])
+def test_an_order_of_no_channels(isa, k):
+    """It is no identity: nothing is quantised, and the value is there."""
+    x, order = rows(3, k, torch.float32), torch.empty(0, dtype=torch.int32)
+    rest = (torch.float32, True, order, 0, 0, 0, 0)
+    _, y, *quantised = micromix.rms_norm_quantize(x, None, None, EPS, 0, *rest)
+    all_channels = (torch.float32, True, None, 2048, 0, 0, 0)
+    assert torch.equal(y, micromix.rms_norm_quantize(x, None, None, EPS, 0, *all_channels)[1])
+    for found in (quantised, micromix.quantize(x, *rest[2:])):
+        assert [tuple(t.shape) for t in found] == [(3, 0), (3, 0)]
+    assert micromix.pointwise_quantize(x, None, Pointwise.SILU, *rest)[1].shape == (3, k)
+    assert micromix.layer_norm_quantize(x, None, None, None, EPS, *rest)[1].shape == (3, k)
+
+
 def test_wrong_arguments_are_refused():
     layout = MIXES[0]
     k = layout.channels

@@ -323,6 +323,20 @@ def test_threads_do_not_change_results(isa, threads):
         assert torch.equal(one, operands.run())
 
 
+@pytest.mark.parametrize("bits", [0x000B, 0xFFC0], ids=["subnormal", "NaN with a sign"])
+def test_threads_do_not_change_how_results_are_rounded(isa, threads, bits):
+    """Not even those that AMX's conversion does not round as the others do."""
+    for m, n in ((32, 96), (256, 400)):
+        operands = Operands(m, n, MixedLayout(4096, 0, 0))
+        operands.data.zero_()
+        bias = torch.full((n,), bits, dtype=torch.uint16).view(torch.bfloat16)
+        results = []
+        for count in (1, 2):
+            threads(count)
+            results.append(operands.run(torch.bfloat16, bias).view(torch.uint16))
+        assert torch.equal(*results) and len(results[0].unique()) == 1
+
+
 def test_rows_do_not_depend_on_each_other(isa):
     """A row's result is within rounding of the same row alone: batching changes no answer."""
     operands = Operands(50, 64, MixedLayout(256, 128, 128))
@@ -500,6 +514,8 @@ def test_sizes_whose_placed_weight_wraps_around_are_refused():
             unplace(empty, n, *counts)
     with pytest.raises(RuntimeError, match="below 2.31"):
         unplace(empty, 1, 2**31, 0, 0, 0)
+    with pytest.raises(RuntimeError, match="k4, k6 and k8 must be below 2.31"):  # their sum is 64
+        torch.ops.micromix.place_weight(data, scales, 2**63 - 32, 2**63 - 32, 128, 0)
 
 
 def test_results_without_memory_say_so():

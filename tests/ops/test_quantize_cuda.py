@@ -257,6 +257,17 @@ def test_no_rows():
     assert data.shape == (2, 0, layout.row_bytes) and scales.shape == (2, 0, layout.blocks)
 
 
+@pytest.mark.parametrize("k", [7, 64, 2048])
+def test_an_order_of_no_channels(k):
+    x, order = rows(3, k, torch.float32).cuda(), torch.empty(0, dtype=torch.int32, device="cuda")
+    results = [
+        micromix.rms_norm_quantize(x, None, None, EPS, 0, torch.float32, True, *rest)
+        for rest in ((order, 0, 0, 0, 0), (None, 2048, 0, 0, 0))
+    ]
+    assert torch.equal(results[0][1], results[1][1])
+    assert [tuple(t.shape) for t in results[0][2:]] == [(3, 0), (3, 0)]
+
+
 @pytest.mark.parametrize("form", RmsForm)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k", [32, 47, 576, 4096, 16384])
