@@ -405,7 +405,7 @@ def test_an_order_of_no_channels(isa, k):
     assert torch.equal(y, micromix.rms_norm_quantize(x, None, None, EPS, 0, *all_channels)[1])
     for found in (quantised, micromix.quantize(x, *rest[2:])):
         assert [tuple(t.shape) for t in found] == [(3, 0), (3, 0)]
-    assert micromix.pointwise_quantize(x, None, Pointwise.SILU, *rest)[1].shape == (3, k)
+    assert micromix.pointwise_quantize(x, None, Pointwise.SILU, *rest)[0].shape == (3, k)
     assert micromix.layer_norm_quantize(x, None, None, None, EPS, *rest)[1].shape == (3, k)
 
 
