@@ -333,7 +333,7 @@ def test_threads_do_not_change_how_results_are_rounded(isa, threads, bits):
         results = []
         for count in (1, 2):
             threads(count)
-            results.append(operands.run(torch.bfloat16, bias).view(torch.uint16))
+            results.append(operands.run(torch.bfloat16, bias).view(torch.int16))
         assert torch.equal(*results) and len(results[0].unique()) == 1
 
 
