@@ -22,7 +22,7 @@ from micromix_compile._torch_compat import FUSED_LAYERS, is_static_input, source
 from micromix_compile.mx import MixedLayout
 from micromix_compile.mx.layout import WEIGHT_IS_MXFP4
 from micromix_compile.passes.in_place import same_memory, written
-from micromix_compile.passes.nodes import nodes_in, value_of
+from micromix_compile.passes.nodes import graphs_inside, value_of
 from micromix_compile.plan import LayerPlan
 
 aten = torch.ops.aten
@@ -110,7 +110,7 @@ def find_linears(gm: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> list
     found = itertools.chain.from_iterable(_matches(node, constants) for node in gm.graph.nodes)
     writes = [operand for node in gm.graph.nodes for operand in written(node)]
     found = [_unless_written(linear, writes) for linear in found]
-    found += [linear for node in gm.graph.nodes for linear in _inside(gm, node, constants)]
+    found += [linear for node in gm.graph.nodes for linear in _inside(node, constants)]
     return _told_apart(found)
 
 
@@ -179,20 +179,10 @@ def _match_other(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> Linea
     return Linear(_name(node, weight), node, others[0], weight, None, False, parameter, reason)
 
 
-def _inside(
-    gm: fx.GraphModule, node: fx.Node, constants: dict[fx.Node, torch.Tensor]
-) -> list[Linear]:
+def _inside(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> list[Linear]:
     """The layers in a graph that a node runs: torch.utils.checkpoint's, a branch of torch.cond. None of them is lowered."""
-    if not isinstance(node.target, torch._ops.HigherOrderOperator):
-        return []
-    operands = nodes_in((node.args, node.kwargs))
-    values = {n: operator.attrgetter(n.target)(gm) for n in operands if n.op == "get_attr"}
-    given = [n for n in operands if not isinstance(values.get(n), fx.GraphModule)]
     found = []
-    for part in (value for value in values.values() if isinstance(value, fx.GraphModule)):
-        inputs = part.graph.find_nodes(op="placeholder")
-        # What it is called with comes last.
-        known = dict(zip(reversed(inputs), reversed(given)))
+    for part, known in graphs_inside(node):
         own = {p: constants[n] for p, n in known.items() if n in constants}
         reason = f"it is inside {node.target.name()}, which runs a graph of its own"
         for inner in part.graph.nodes:
@@ -202,7 +192,7 @@ def _inside(
                 if weight.op == "placeholder":
                     name = source_path(weight).removesuffix(".weight") or name
                 found.append(replace(linear, name=name, reason=linear.reason or reason))
-            found += [replace(linear, reason=reason) for linear in _inside(part, inner, own)]
+            found += [replace(linear, reason=reason) for linear in _inside(inner, own)]
     return found
 
 

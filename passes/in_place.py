@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from micromix_compile._torch_compat import same_storage
-from micromix_compile.passes.nodes import nodes_in, value_of
+from micromix_compile.passes.nodes import graphs_inside, nodes_in, value_of
 
 _FUNCTIONS = {
     operator.setitem,
@@ -59,6 +59,8 @@ def written(node: fx.Node) -> list[fx.Node]:
         return nodes_in(node.args[:1]) if _is_in_place_name(node.target) else []
     if node.op != "call_function":
         return []
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return _written_inside(node)
     if isinstance(node.target, torch._ops.OpOverload):
         return _written_by(node, node.target)
     if isinstance(node.target, torch._ops.OpOverloadPacket):
@@ -84,6 +86,20 @@ def written(node: fx.Node) -> list[fx.Node]:
     ):
         return nodes_in(node.args[:1]) or node.all_input_nodes
     return []
+
+
+def _written_inside(node: fx.Node) -> list[fx.Node]:
+    """The operands that the graphs inside a node write to."""
+    graphs = graphs_inside(node)
+    if not graphs:  # a Triton kernel of the user's may write to any
+        return nodes_in((node.args, node.kwargs))
+    found = []
+    for part, given in graphs:
+        writes = [operand for inner in part.graph.nodes for operand in written(inner)]
+        found += [
+            mine for p, mine in given.items() if any(same_memory(operand, p) for operand in writes)
+        ]
+    return found
 
 
 def _written_by(node: fx.Node, overload: torch._ops.OpOverload) -> list[fx.Node]:

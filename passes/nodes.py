@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -34,6 +35,22 @@ def nodes_in(arguments: object) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.node.map_arg(arguments, found.append)
     return found
+
+
+def graphs_inside(node: fx.Node) -> list[tuple[fx.GraphModule, dict[fx.Node, fx.Node]]]:
+    """The graphs that a node runs, as torch.utils.checkpoint and torch.cond do, each with what its placeholders stand for."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return []
+    operands = nodes_in((node.args, node.kwargs))
+    gm = node.graph.owning_module
+    values = {n: operator.attrgetter(n.target)(gm) for n in operands if n.op == "get_attr"}
+    parts = [value for value in values.values() if isinstance(value, fx.GraphModule)]
+    given = [n for n in operands if not isinstance(values.get(n), fx.GraphModule)]
+    # What they are called with comes last.
+    return [
+        (part, dict(zip(reversed(part.graph.find_nodes(op="placeholder")), reversed(given))))
+        for part in parts
+    ]
 
 
 def call(graph: fx.Graph, target: Any, *arguments: Any, **named: Any) -> fx.Node:

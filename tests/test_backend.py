@@ -12,6 +12,7 @@ import warnings
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from architectures import build, token_ids
 from torch import nn
 from torch._inductor.utils import run_and_get_code
@@ -109,25 +110,53 @@ def test_layers_that_share_an_input_share_a_quantise(block):
 
 
 class Writes(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, write) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(64, 32), nn.Linear(64, 32)
+        self.write = write
 
     def forward(self, x):
         x = x + 1
         y = self.a(x)
-        x.mul_(3)
+        self.write(x)
         return y, self.b(x)
 
 
-def test_a_write_between_two_readers_is_seen():
-    model = Writes().eval()
+def in_a_checkpoint(write):
+    """The same write, in a graph inside the graph."""
+    return lambda x: torch.utils.checkpoint.checkpoint(write, x, use_reentrant=False)
+
+
+def in_a_branch(write):
+    return lambda x: torch.cond(x.sum() > -1e6, lambda x: write(x).clone(), torch.clone, (x,))
+
+
+WRITE = lambda x: x.mul_(3)
+WRITES = {
+    "here": WRITE,
+    "checkpoint": in_a_checkpoint(WRITE),
+    "of a view": in_a_checkpoint(lambda x: WRITE(x.view(-1)[1:])),
+    "checkpoint in a checkpoint": in_a_checkpoint(in_a_checkpoint(WRITE)),
+    "cond": in_a_branch(WRITE),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_between_two_readers_is_seen(write):
+    model = Writes(WRITES[write]).eval()
     x = torch.randn(4, 64)
-    (a, b), compiled = run(model, x, recipe=Recipe(format="mxfp8"))
-    exact_a, exact_b = model(x)
+    with torch.no_grad():
+        (a, b), compiled = run(model, x, recipe=Recipe(format="mxfp8"))
+        exact_a, exact_b = model(x)
     assert explain(compiled).passes["micromix::quantize"] == 2
     assert (a - exact_a).norm() < 0.1 * exact_a.norm()
     assert (b - exact_b).norm() < 0.1 * exact_b.norm()
+
+
+def test_what_a_graph_inside_the_graph_only_reads_is_quantised_once():
+    model = Writes(in_a_checkpoint(lambda x: x * 3)).eval()
+    _, compiled = run(model, torch.randn(4, 64), recipe=Recipe(format="mxfp8"))
+    assert explain(compiled).passes["micromix::quantize"] == 1
 
 
 def test_no_plan_is_mxfp8_with_one_warning(block):
@@ -322,6 +351,7 @@ def test_every_spelling_of_a_linear_layer(product):
         lambda w: w.view(-1)[3:].mul_(2),
         lambda w: torch.add(w, 1, out=w),
         lambda w: torch.nn.functional.relu(w.t(), True),
+        in_a_checkpoint(lambda w: w.add_(1)),
     ],
 )
 def test_a_weight_that_the_graph_writes_to_is_left_alone(write):

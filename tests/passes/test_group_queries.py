@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from tiny_llama import tiny_llama
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -100,23 +101,40 @@ def test_other_attentions_are_left_alone(function, given):
     torch.testing.assert_close(gm(*inputs), expected)
 
 
-def test_a_layer_may_read_it_directly():
+def in_a_checkpoint(cache):
+    torch.utils.checkpoint.checkpoint(lambda x: x.mul_(3), cache, use_reentrant=False)
+
+
+@pytest.mark.parametrize(
+    "write, inductor, count",
+    [
+        (lambda cache: None, False, {"group_queries": 1}),
+        (in_a_checkpoint, False, {}),
+        (in_a_checkpoint, True, {}),
+    ],
+)
+def test_a_layer_may_read_it_directly(write, inductor, count, monkeypatch):
+    """Unless what is repeated is written to before: a repetition is a copy."""
+
     class Reads(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.layer = torch.nn.Linear(D, 32)
 
-        def forward(self, query, key, value, mask):
-            key, value = repeated(key), repeated(value)
+        def forward(self, query, cache, value, mask):
+            key, value = repeated(cache), repeated(value)
+            write(cache)
             return self.layer(F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
 
+    monkeypatch.setattr("micromix_compile.passes.lower_attention.cpu_isa", lambda: "amx")
     model, inputs = Reads(), operands()
-    options = {"recipe": Recipe(format="mxfp8"), "inductor": False}
+    options = {"recipe": Recipe(format="mxfp8"), "inductor": inductor}
     with torch.no_grad():
+        expected = model(*(x if x is None else x.clone() for x in inputs))
         compiled = torch.compile(model, backend="micromix", options=options)
         actual = compiled(*inputs)
-        assert explain(compiled).passes["group_queries"] == 1
-        expected = model(*inputs)
+        passes = explain(compiled).passes
+    assert {name: passes[name] for name in passes if name == "group_queries"} == count
     assert (actual - expected).norm() < 0.06 * expected.norm()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from tiny_llama import tiny_llama
 from torch import nn
 from torch._inductor import config
@@ -66,6 +67,14 @@ def written_later(layers, x, y):
     return x
 
 
+def written_later_in_a_checkpoint(layers, x, y):
+    scale = torch.sigmoid(y)
+    for layer in layers:
+        x = layer(x) * scale
+        torch.utils.checkpoint.checkpoint(lambda t: t.mul_(0.5), scale, use_reentrant=False)
+    return x
+
+
 def after_a_layer(layers, x, y):
     scale = torch.sigmoid(layers[0](y))
     for layer in layers:
@@ -96,6 +105,7 @@ def of_integers(layers, x, y):
         (4, before_the_layers, 1),
         (3, before_the_layers, 0),
         (4, written_later, 0),
+        (4, written_later_in_a_checkpoint, 0),
         (4, after_a_layer, 0),
         (4, of_integers, 0),
         (4, of_which_a_view_is_written_later, 0),
