@@ -36,6 +36,18 @@ def source_name(node: fx.Node) -> str:
     return source.name() if callable(source.name) else source.name
 
 
+def is_on_stack(node: fx.Node) -> bool:
+    """Whether Dynamo read a placeholder from what a graph break left on Python's stack, which has no names."""
+    return source_name(node).startswith("L['___stack")
+
+
+def module_of(node: fx.Node) -> int | None:
+    """The id of the module that called a node of Dynamo's graph."""
+    keys = list(node.meta.get("nn_module_stack", {}))
+    number = keys[-1].partition("@")[0] if keys else ""  # that of a call follows
+    return int(number) if number.isdecimal() else None
+
+
 def is_static_input(node: fx.Node) -> bool:
     """Whether Dynamo holds a placeholder to be a parameter or buffer of a module."""
     return bool(node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"))
@@ -119,6 +131,11 @@ for _function in (torch._transformer_encoder_layer_fwd, torch._native_multi_head
 def original_module(module: Any) -> Any:
     """The module that `torch.compile(module)` wraps; any other object is itself."""
     return getattr(module, "_orig_mod", module)
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether `module.compile()` was called."""
+    return module.__dict__.get("_compiled_call_impl") is not None
 
 
 def raised_through_dynamo(error: Exception) -> Exception:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from micromix_compile import _torch_compat as compat
 from micromix_compile.allocation import uniform_plan
 from micromix_compile.attachment import attached
 from micromix_compile.errors import (
@@ -18,11 +19,14 @@ from micromix_compile.errors import (
 )
 from micromix_compile.explain import GraphReport, LayerReport
 from micromix_compile.layers import LayerShape
+from micromix_compile.live_modules import Places
 from micromix_compile.options import Options
-from micromix_compile.passes.find_linears import Linear
+from micromix_compile.passes.find_linears import Linear, source_path
 from micromix_compile.passes.lower_linears import unsupported
 from micromix_compile.plan import LayerPlan, ModelPlan, RoundedWeight
 from micromix_compile.recipe import Recipe
+
+_NAMELESS = "a graph break hides its name, and its weight is not in one place of the model"
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +46,7 @@ def choose(linears: list[Linear], options: Options, report: GraphReport) -> list
     refused: list[str] = []
     missing: list[str] = []  # those of them that a given plan does not have
     planless = 0
+    places = Places()
     marks = (attached(x.parameter) for x in linears if x.parameter is not None)
     any_plan, _ = next(filter(None, marks), (None, None))
     for linear in linears:
@@ -50,7 +55,9 @@ def choose(linears: list[Linear], options: Options, report: GraphReport) -> list
         if linear.quantised is not None:
             plan = _own_plan(linear, options)
         else:
-            model_plan, name = _plan_of(linear, options)
+            model_plan, name = _plan_of(linear, options, places)
+            if name is None:
+                name, reason = linear.name, reason or _NAMELESS
             if linear.parameter is None and options.plan is None and options.recipe is None:
                 model_plan = any_plan  # a computed weight has no mark of its own
             recipe = options.recipe or Recipe(format="mxfp8")
@@ -116,20 +123,41 @@ def _same_order(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return a is b if a is None or b is None else torch.equal(a, b)
 
 
-def _plan_of(linear: Linear, options: Options) -> tuple[ModelPlan | None, str]:
-    """The plan a layer belongs to, and its name there.
+def _plan_of(
+    linear: Linear, options: Options, places: Places
+) -> tuple[ModelPlan | None, str | None]:
+    """The plan a layer belongs to, and its name there; no name where it cannot be known.
 
     A plan attached to the model knows the layer by its parameter. A plan given as an option knows names only:
     those of the graph, or, where a part of the model is compiled, the one name that ends in the graph's.
     """
-    name, plan = linear.name, options.plan
+    plan = options.plan
     if plan is None and options.recipe is None:
         plan, marked = attached(linear.parameter) or (None, None)
-        return plan, marked or name
+        if marked:
+            return plan, marked
+    name = _full_name(linear, places)
     if plan is not None and name not in plan:
-        ends = [known for known in plan if known.endswith("." + name)]
+        ends = [known for known in plan if known.endswith(f".{name}")]
         name = ends[0] if len(ends) == 1 else name
     return plan, name
+
+
+def _full_name(linear: Linear, places: Places) -> str | None:
+    """A layer's name; where the graph knows only that of the weight in its own module, by the module that has it."""
+    on_stack = compat.is_on_stack(linear.weight)
+    bare = linear.weight.op == "placeholder" and source_path(linear.weight) in ("", "weight")
+    if linear.parameter is None or not (bare or on_stack):
+        return linear.name
+    place = places.of(linear.parameter, compat.module_of(linear.node))
+    if place is None:
+        return None if on_stack else linear.name
+    name = place.name.removesuffix(".weight")
+    if "." in place.name and name != linear.name:
+        # Dynamo would run the graph for any equal module.
+        compat.guard_identity(linear.weight)
+        return name
+    return linear.name
 
 
 def _missing(plan: ModelPlan, name: str) -> str:

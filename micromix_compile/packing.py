@@ -6,7 +6,6 @@ last, as long as the parameter.
 
 from __future__ import annotations
 
-import gc
 import operator
 import threading
 import weakref
@@ -20,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from micromix_compile.errors import ReleasedWeightError, RoundedWeightError
+from micromix_compile.live_modules import live_modules
 from micromix_compile.ops import EMULATED
 from micromix_compile.plan import LayerPlan, RoundedWeight, fingerprint
 
@@ -171,19 +171,12 @@ def owners() -> Counter[int]:
     An embedding counts twice: its weight may be a layer's without a module that says so.
     """
     count: Counter[int] = Counter()
-    for module in _modules():
+    for module in live_modules():
         times = 2 if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) else 1
         for parameter in module.__dict__.get("_parameters", {}).values():
             if parameter is not None:
                 count[id(parameter)] += times
     return count
-
-
-def _modules() -> list[torch.nn.Module]:
-    """All there are. A gc.freeze is undone: it hides them from get_objects, and to freeze anew would keep garbage for ever."""
-    gc.unfreeze()
-    # By type: isinstance asks objects for __class__, which some compute.
-    return [found for found in gc.get_objects() if issubclass(type(found), torch.nn.Module)]
 
 
 def is_released(parameter: torch.Tensor) -> bool:
@@ -195,14 +188,12 @@ def refuse_released() -> None:
     """Make the modules whose weights were released since the last call raise ReleasedWeightError.
 
     They do so when they run eagerly, and when their state is asked for, which could be saved without the weights.
-
-    The graphs of a compilation hold parameters, not modules; so the modules are looked for among all objects, once.
     """
     if not _unguarded:
         return
     released = {id(parameter) for ref in _unguarded if (parameter := ref()) is not None}
     _unguarded.clear()
-    for module in _modules():
+    for module in live_modules():
         own = module.__dict__.get("_parameters", {}).values()
         if any(id(parameter) in released for parameter in own):
             module.register_forward_pre_hook(refuse)

@@ -740,6 +740,95 @@ def test_a_graph_break_leaves_no_layer_behind(block):
     assert (y - reference).norm() <= 0.1 * (reference - model(x)).norm()
 
 
+class Broken(nn.Module):
+    """What is called with a body's result is on Python's stack while the body breaks the graph."""
+
+    def __init__(self, call=lambda self, x: self.classifier(self.body(x))) -> None:
+        super().__init__()
+        self.body, self.classifier = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.call = call
+        self.body.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+
+    def forward(self, x):
+        return self.call(self, x)
+
+
+def from_a_variable(self, x):
+    head = self.classifier
+    return head(self.body(x))
+
+
+def weight_alone(self, x):
+    return torch.nn.functional.linear(self.body(x), self.classifier.weight)
+
+
+@pytest.mark.parametrize("call", [None, from_a_variable, weight_alone])
+@pytest.mark.parametrize("given", ["skip", "recipe", "plan", "function"])
+def test_a_layer_on_the_stack_at_a_graph_break_has_its_name(call, given):
+    model, x = Broken(call) if call else Broken(), torch.randn(4, 64)
+    recipe = Recipe(format="mxfp8", skip=["cl*"]) if given == "skip" else Recipe(format="mxfp8")
+    plan = planned(model, x, recipe=Recipe(format="mxfp8", include_lm_head=True))
+    options = {
+        **QUICK,
+        "strict": True,
+        **({"plan": plan} if given == "plan" else {"recipe": recipe}),
+    }
+    compiled = torch.compile(
+        model if given != "function" else lambda x: model(x), backend="micromix", options=options
+    )
+    with torch.no_grad():
+        compiled(x)
+    found = reasons(model)
+    assert found["body"] == ""
+    assert found["classifier"] == ("" if given == "plan" else "the recipe skips it")
+    assert "weight" not in found
+
+
+def test_equal_layers_on_the_stack_have_graphs_of_their_own():
+    def step(self, head, x):
+        return head(self.body(x))
+
+    def call(self, x):
+        for head in self.heads:
+            x = step(self, head, x)
+        return x
+
+    for skipped in ("heads.0", "heads.1"):
+        torch.compiler.reset()
+        model = Broken(call)
+        model.heads = nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)])
+        recipe = Recipe(format="mxfp8", skip=[skipped])
+        _, compiled = run(model, torch.randn(4, 64), recipe=recipe)
+        assert {name for name, why in reasons(compiled).items() if "skips" in why} == {skipped}
+
+
+def test_a_layer_on_the_stack_that_has_two_names_is_left_alone():
+    model, x = Broken(), torch.randn(4, 64)
+    model.again = nn.Sequential(model.classifier)
+    recipe = Recipe(format="mxfp8", skip=["again.0"])
+    _, compiled = run(model, x, recipe=recipe)
+    assert any("a graph break hides its name" in why for why in reasons(compiled).values())
+    torch.compiler.reset()
+    with pytest.raises(StrictError, match="a graph break hides its name"):
+        run(model, x, recipe=recipe, strict=True)
+    torch.compiler.reset()
+    planned(model, x, recipe=Recipe(format="mxfp8", include_lm_head=True)).attach(model)
+    _, compiled = run(model, x, strict=True)
+    assert not any(reasons(compiled).values())
+
+
+@pytest.mark.parametrize("part", ["alone", "of a model"])
+def test_a_layer_may_be_compiled_itself(part):
+    model, x = Broken(), torch.randn(4, 64)
+    layer = nn.Linear(64, 64) if part == "alone" else model.classifier
+    plan = planned(layer, x)
+    assert list(plan) == ["weight"]
+    for options in ({"recipe": Recipe(format="mxfp8")}, {"plan": plan}):
+        torch.compiler.reset()
+        _, compiled = run(layer, x, strict=True, **options)
+        assert reasons(compiled) == {"weight": ""}
+
+
 def test_one_graph_serves_every_batch_size(block):
     plan = planned(block, torch.randn(4, 96))
     options = {**QUICK, "plan": plan}
