@@ -47,6 +47,7 @@ def choose(linears: list[Linear], options: Options, report: GraphReport) -> list
     missing: list[str] = []  # those of them that a given plan does not have
     planless = 0
     places = Places()
+    names = {linear.name for linear in linears}
     marks = (attached(x.parameter) for x in linears if x.parameter is not None)
     any_plan, _ = next(filter(None, marks), (None, None))
     for linear in linears:
@@ -58,6 +59,9 @@ def choose(linears: list[Linear], options: Options, report: GraphReport) -> list
             model_plan, name = _plan_of(linear, options, places)
             if name is None:
                 name, reason = linear.name, reason or _NAMELESS
+            candidates = _candidates(linear, name, options, names, places)
+            if len(candidates) == 1:
+                name = candidates[0]
             if linear.parameter is None and options.plan is None and options.recipe is None:
                 model_plan = any_plan  # a computed weight has no mark of its own
             recipe = options.recipe or Recipe(format="mxfp8")
@@ -67,6 +71,10 @@ def choose(linears: list[Linear], options: Options, report: GraphReport) -> list
             by_choice = recipe.skips(name)
             if reason is not None:
                 pass  # whatever the plan says
+            elif len(candidates) > 1:
+                ends = f"{len(candidates)} layers of the plan end in {name}"
+                reason, by_choice = f"{ends}; plan.attach(model) tells them apart", False
+                missing.append(f"{name}: {reason}")
             elif model_plan is not None and name in model_plan:
                 plan, rounded = _checked(model_plan, name, shape), model_plan.rounded.get(name)
             elif by_choice:
@@ -75,7 +83,7 @@ def choose(linears: list[Linear], options: Options, report: GraphReport) -> list
                 plan = uniform_plan({name: shape}, recipe)[name]
                 planless += 1
             else:
-                reason = _missing(model_plan, name)
+                reason = f"the plan has no layer {name}"
                 missing.append(f"{name}: {reason}")
         if linear.twin:
             name = f"{name}.{linear.twin}"
@@ -128,19 +136,39 @@ def _plan_of(
 ) -> tuple[ModelPlan | None, str | None]:
     """The plan a layer belongs to, and its name there; no name where it cannot be known.
 
-    A plan attached to the model knows the layer by its parameter. A plan given as an option knows names only:
-    those of the graph, or, where a part of the model is compiled, the one name that ends in the graph's.
+    A plan attached to the model knows the layer by its parameter. A plan given as an option knows names only.
     """
     plan = options.plan
     if plan is None and options.recipe is None:
         plan, marked = attached(linear.parameter) or (None, None)
         if marked:
             return plan, marked
-    name = _full_name(linear, places)
-    if plan is not None and name not in plan:
-        ends = [known for known in plan if known.endswith(f".{name}")]
-        name = ends[0] if len(ends) == 1 else name
-    return plan, name
+    return plan, _full_name(linear, places)
+
+
+def _candidates(
+    linear: Linear, name: str, options: Options, names: set[str], places: Places
+) -> list[str]:
+    """The layers of a plan given as an option that a graph's name may mean: those that end in it, as in a part of the model.
+
+    `names` are those of the whole graph.
+    """
+    end = f".{name}"
+    found = [known for known in options.plan or () if known == name or known.endswith(end)]
+    if len(found) < 2 or linear.parameter is None:
+        return found
+    if name in found and names.issuperset(found):  # the graph is that of the whole model
+        return [name]
+    place = places.of(linear.parameter, compat.module_of(linear.node))
+    # Of a part that was compiled by itself the whole name may be that in another model.
+    meant = [] if place is None else [_end(place.name, found), _end(place.whole, found)]
+    return meant[:1] if len(set(meant)) == 1 and meant[0] else found
+
+
+def _end(place: str, names: list[str]) -> str:
+    """The longest of the names that a tensor's place in a model ends in; empty for none."""
+    place = f".{place.removesuffix('.weight')}"
+    return max((name for name in names if place.endswith(f".{name}")), key=len, default="")
 
 
 def _full_name(linear: Linear, places: Places) -> str | None:
@@ -158,13 +186,6 @@ def _full_name(linear: Linear, places: Places) -> str | None:
         compat.guard_identity(linear.weight)
         return name
     return linear.name
-
-
-def _missing(plan: ModelPlan, name: str) -> str:
-    ends = sum(known.endswith("." + name) for known in plan)
-    if ends < 2:
-        return f"the plan has no layer {name}"
-    return f"{ends} layers of the plan end in {name}; plan.attach(model) tells them apart"
 
 
 def _checked(plan: ModelPlan, name: str, shape: LayerShape) -> LayerPlan:

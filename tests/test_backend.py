@@ -1121,6 +1121,55 @@ def test_a_part_whose_names_are_not_unique_is_said_to_be_so(block):
     assert sorted(reasons(compiled)) == ["encoder.down", "encoder.gate", "encoder.up"]
 
 
+class Inner(nn.Module):
+    def __init__(self, breaks: bool) -> None:
+        super().__init__()
+        self.fc, self.breaks = nn.Linear(64, 64), breaks
+
+    def forward(self, x):
+        if self.breaks:
+            torch._dynamo.graph_break()
+        return self.fc(x)
+
+
+class SameEnds(nn.Module):
+    """Layers whose names end alike: `fc` of two blocks, and one of the model itself."""
+
+    def __init__(self, breaks: bool) -> None:
+        super().__init__()
+        self.b0, self.b1, self.fc = Inner(breaks), Inner(breaks), nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.fc(self.b1(self.b0(x)))
+
+
+SPLITS = {"b0.fc": (64, 0, 0), "b1.fc": (0, 64, 0), "fc": (0, 0, 64)}
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_layers_whose_names_end_alike_have_their_own_plans(breaks):
+    model, x = SameEnds(breaks), torch.randn(4, 64)
+    plan = planned(model, x, recipe=Recipe(counts=SPLITS))
+    for whole in (model, lambda x: model(x)):
+        torch.compiler.reset()
+        compiled = torch.compile(
+            whole, backend="micromix", options={**QUICK, "plan": plan, "strict": True}
+        )
+        with torch.no_grad():
+            compiled(x)
+        rows = explain(model).layers
+        assert {n: (row.k4, row.k6, row.k8) for n, row in rows.items()} == SPLITS
+
+
+def test_a_layer_of_a_part_is_none_of_the_model_with_its_name():
+    model, x = SameEnds(False), torch.randn(4, 64)
+    plan = planned(model, x, recipe=Recipe(counts=SPLITS))
+    with pytest.raises(
+        PlanMismatchError, match=r"fc: 3 layers of the plan end in fc; plan\.attach"
+    ):
+        run(model.b0, x, plan=plan, strict=True)
+
+
 def test_a_weight_packed_under_inference_mode_is_packed_again_outside_of_it(block):
     x = torch.randn(4, 96)
     compiled = torch.compile(
