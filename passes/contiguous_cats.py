@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from micromix_compile.passes.nodes import value_of
+from micromix_compile.passes.nodes import is_size, value_of
 
 
 def contiguous_cats(graph: fx.Graph) -> int:
@@ -35,4 +35,4 @@ def contiguous_cats(graph: fx.Graph) -> int:
 
 def _is_empty_vector(node: object) -> bool:
     value = value_of(node) if isinstance(node, fx.Node) else None
-    return value is not None and value.dim() == 1 and value.shape[0] == 0
+    return value is not None and value.dim() == 1 and is_size(value.shape[0], 0)

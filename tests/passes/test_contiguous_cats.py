@@ -48,3 +48,20 @@ def test_only_concatenations_with_an_empty_vector_are_rewritten(kept, count):
         found = torch.compile(model, backend=backend)(x, kept)
         assert all(torch.equal(y, z) for y, z in zip(found, model(x, kept)))
     assert counts == [count]
+
+
+def test_a_size_that_depends_on_data_stays_open():
+    class Found(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(32, 32)
+
+        def forward(self, x, y):
+            return self.linear(x), torch.cat([y.nonzero().flatten(), torch.zeros(2).long()])
+
+    model, x = Found(), torch.randn(4, 32)
+    options = {"inductor": False}
+    with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(model, backend="micromix", fullgraph=True, options=options)
+        for y in (torch.tensor([0, 1, 1, 1]), torch.eye(4)[0], torch.zeros(4)):
+            assert torch.equal(compiled(x, y)[1], model(x, y)[1])
