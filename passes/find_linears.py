@@ -167,10 +167,12 @@ def _match_other(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> Linea
     if name not in _OTHERS and "grouped_mm" not in name:  # torch's and transformers'
         return None
     operands = node.all_input_nodes[1 if name in ("baddbmm", "addbmm", "addmv") else 0 :]
-    weights = [x for x in operands if _is_of_parameter(x, constants)]
-    others = [x for x in operands if x not in weights and x not in constants]
-    weights = [weight for weight in weights if _rank(weight) > 1]
-    if not weights or not others:
+    parameters = [x for x in operands if _is_of_parameter(x, constants)]
+    weights = [x for x in parameters if _rank(x) > 1]
+    if not weights:
+        return None
+    others = [x for x in operands if x not in parameters and not _sources(x, constants)]
+    if not others:
         return None
     weight, reason = weights[0], f"products by {name} of such operands are not lowered"
     parameter = constants.get(weight)
@@ -211,6 +213,8 @@ def _match(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> Linear | No
         weight, transposed = _untransposed(weight, constants)
         if weight not in constants and not _computed_from_parameters(weight, constants):
             return None
+        if _sources(x, constants):  # a part of a weight, as LoRA's two matrices give it
+            return None
         reason = None
         if {"beta", "alpha"} & node.kwargs.keys() or len(node.args) > 3:
             reason = "addmm scales its operands"
@@ -225,6 +229,8 @@ def _match(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> Linear | No
         if not isinstance(x, fx.Node) or _rank(weight) != 2:
             return None
         if weight not in constants and not _computed_from_parameters(weight, constants):
+            return None
+        if _sources(x, constants):
             return None
         return _linear(node, x, weight, None, transposed, constants)
     return None
@@ -242,19 +248,23 @@ def _unless_written(linear: Linear, writes: list[fx.Node]) -> Linear:
 
 def _computed_from_parameters(weight: Any, constants: dict[fx.Node, torch.Tensor]) -> bool:
     """Whether a product's right operand is a layer's weight in a form that is not known here, and no activation."""
-    if not isinstance(weight, fx.Node):
-        return False
-    found, waiting, seen = False, [weight], set()
+    return any(isinstance(x, torch.nn.Parameter) for x in _sources(weight, constants))
+
+
+def _sources(operand: Any, constants: dict[fx.Node, torch.Tensor]) -> list[torch.Tensor]:
+    """The constants that an operand is computed from; none where it is an activation."""
+    found, waiting, seen = [], [operand] if isinstance(operand, fx.Node) else [], set()
     while waiting:
         node = waiting.pop()
         if node in seen:
             continue
         seen.add(node)
         if node in constants:
-            found |= isinstance(constants[node], torch.nn.Parameter)
+            found.append(constants[node])
         elif node.op in ("placeholder", "get_attr"):
-            return False
-        waiting += [] if node in constants else node.all_input_nodes
+            return []
+        else:
+            waiting += node.all_input_nodes
     return found
 
 

@@ -190,6 +190,25 @@ def test_products_of_activations_and_buffers_are_no_layers(x):
     assert rows(run) == {"a": ""}
 
 
+@pytest.mark.parametrize(
+    "update",
+    [
+        lambda m: m.matrix @ m.b.weight,
+        lambda m: torch.addmm(m.b.bias, m.matrix.t() * m.b.bias, m.b.weight),
+        lambda m: torch.einsum("oi,ij->oj", m.matrix * m.b.weight, m.b.weight),
+        lambda m: m.filters.mul(2) @ m.b.weight,
+    ],
+)
+def test_products_of_constants_are_no_layers(x, update):
+    """As LoRA's update of a weight is."""
+    model = Model(lambda m, x: F.linear(x, m.a.weight + update(m)))
+    with torch.no_grad():
+        run = compiled(model, recipe=Recipe(format="mxfp8"))
+        assert torch.equal(run(x), model(x))
+    (reason,) = rows(run).values()
+    assert "computed in the graph" in reason
+
+
 def test_slices_of_a_weight_have_names_of_their_own(x):
     model = Model(lambda m, x: F.linear(x, m.experts[0]) + F.linear(x, m.experts[1]))
     with torch.no_grad():
