@@ -118,6 +118,11 @@ def is_transformed(value: object) -> bool:
     return isinstance(value, torch.Tensor) and wrapped(value)
 
 
+def is_wrapper(value: object) -> bool:
+    """Whether a tensor is a subclass that wraps others, as DTensor is, and says itself what an operator does with it."""
+    return torch.utils._python_dispatch.is_traceable_wrapper_subclass(value)
+
+
 FUSED_LAYERS = {
     torch._transformer_encoder_layer_fwd: ((3, 4), (5, 6), (14, 15), (16, 17)),
     torch._native_multi_head_attention: ((5, 6), (7, 8)),

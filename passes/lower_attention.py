@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from micromix_compile._torch_compat import is_wrapper
 from micromix_compile.ops import cpu_isa
 from micromix_compile.passes.attention_nodes import arguments_of, is_attention, unrepeated
 from micromix_compile.passes.nodes import become, call, value_of
@@ -119,6 +120,7 @@ def _is_operand(node: Any) -> bool:
         and value.device.type == "cpu"
         and value.dtype in _TYPES.get(cpu_isa(), ())
         and value.dim() == 4
+        and not is_wrapper(value)
     )
 
 

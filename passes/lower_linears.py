@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 import micromix_compile.ops  # noqa: F401  (registers torch.ops.micromix)
+from micromix_compile._torch_compat import is_wrapper
 from micromix_compile.packing import OrderedBias, PlacedWeight
 from micromix_compile.passes.find_linears import Linear
 from micromix_compile.passes.nodes import meta_without_value, value_of
@@ -67,6 +68,10 @@ def unsupported(linear: Linear) -> str | None:
         return "its weight is empty"
     if x is not None and (x.is_nested or x.layout is not torch.strided):
         return f"its input is {'a nested tensor' if x.is_nested else x.layout}"
+    for what, node in (("input", linear.input), ("bias", linear.bias)):
+        tensor = None if node is None else value_of(node)
+        if is_wrapper(tensor):
+            return f"its {what} is a {type(tensor).__name__}, not a plain tensor"
     for what, tensor in (("weight", weight), ("input", x), ("output", y)):
         if tensor is not None and tensor.dtype not in _FLOATS:
             dtype = str(tensor.dtype).removeprefix("torch.")

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
+from micromix_compile._torch_compat import is_wrapper
 from micromix_compile.passes.in_place import same_memory
 from micromix_compile.passes.nodes import value_of
 from micromix_compile.passes.shared_inputs import written_between
@@ -40,6 +41,7 @@ def _is_shared(node: fx.Node) -> bool:
     value = value_of(node) if node.op in ("call_function", "call_method") else None
     return (
         isinstance(value, torch.Tensor)
+        and not is_wrapper(value)
         and value.device.type == "cpu"
         and (value.dtype.is_floating_point or value.dtype == torch.bool)
         and value.dim() > 0

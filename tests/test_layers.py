@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from micromix_compile import Recipe, calibrate, explain
 from micromix_compile.errors import GradientError, NoPlanWarning, StrictError
@@ -239,6 +240,27 @@ def test_a_bias_of_another_shape_is_left_alone(x, size):
         run = compiled(model)
         assert torch.equal(run(x), model(x))
     assert "its bias has the shape" in rows(run)["a"]
+
+
+def test_a_tensor_that_wraps_others_is_left_to_its_own_operators(x):
+    def forward(m, x):
+        y, scale = F.relu(m.a(x)), torch.sigmoid(x)  # which all of them read
+        for _ in range(4):
+            y = m.b(y) * scale
+        heads = y.view(1, 4, 4, 16).transpose(1, 2)
+        return F.scaled_dot_product_attention(heads, heads, heads)
+
+    model, given = Model(forward), TwoTensor(x, x * 2)
+    for inductor in (False, True):
+        torch.compiler.reset()
+        with torch.no_grad():
+            run = compiled(model, recipe=Recipe(format="mxfp8"), inductor=inductor)
+            found, expected = run(given), model(given)
+        torch.testing.assert_close(found.b, expected.b)
+        assert explain(run).passes == {}
+        assert set(rows(run).values()) == {"its input is a TwoTensor, not a plain tensor"}
+    with torch.no_grad():
+        assert_strict_refuses(model, given, "TwoTensor")
 
 
 def test_a_bias_that_the_graph_writes_to_is_read_in_its_place(x):
