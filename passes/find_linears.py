@@ -22,18 +22,21 @@ from micromix_compile._torch_compat import FUSED_LAYERS, is_static_input, source
 from micromix_compile.mx import MixedLayout
 from micromix_compile.mx.layout import WEIGHT_IS_MXFP4
 from micromix_compile.passes.in_place import same_memory, written
-from micromix_compile.passes.nodes import graphs_inside, value_of
+from micromix_compile.passes.nodes import graphs_inside, nodes_in, value_of
 from micromix_compile.plan import LayerPlan
 
 aten = torch.ops.aten
 
-_LINEAR = {torch.nn.functional.linear, torch._C._nn.linear, aten.linear.default}
-_ADDMM = {torch.addmm, aten.addmm.default, "addmm"}
+_LINEAR = {torch.nn.functional.linear, torch._C._nn.linear, aten.linear, aten.linear.default}
+_ADDMM = {torch.addmm, aten.addmm, aten.addmm.default, "addmm"}
 _MATMUL = {
     torch.mm,
     torch.matmul,
+    torch.linalg.matmul,
     operator.matmul,
+    aten.mm,
     aten.mm.default,
+    aten.matmul,
     aten.matmul.default,
     "mm",
     "matmul",
@@ -47,9 +50,12 @@ _TRANSPOSE_ATTRIBUTES = (["T"], ["mT"], ["H"], ["mH"])
 _SWAP = {torch.transpose, torch.swapaxes, aten.transpose.int, "transpose"}
 _PERMUTE = {torch.permute, aten.permute.default, "permute"}
 # By name, as they are functions, methods and operators of several namespaces.
-_OTHERS = {"einsum", "bmm", "baddbmm", "addbmm", "matmul", "mm", "mv", "addmv", "inner"}
+_OTHERS = {"einsum", "bmm", "matmul", "mm", "mv", "inner"}
 _OTHERS |= {"tensordot", "multi_dot", "linalg_multi_dot", "chain_matmul", "bilinear"}
-_OTHERS |= {"__matmul__", "__rmatmul__"}
+_OTHERS |= {"__matmul__", "__rmatmul__", "imatmul", "__imatmul__", "linalg_matmul"}
+_OTHERS |= {"linalg_vecdot", "_sparse_mm"}
+_ADDING = {"addmm", "addmm_", "baddbmm", "baddbmm_", "addbmm", "addbmm_", "addmv", "addmv_"}
+_OTHERS |= _ADDING  # to their first operand
 _QUANTIZE = torch.ops.micromix.quantize.default
 _QUANTISED = torch.ops.micromix.linear.default
 _WEIGHT_ONLY = torch.ops.micromix.weight_only_linear.default
@@ -166,7 +172,7 @@ def _match_other(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> Linea
     name = name.partition(".")[0]
     if name not in _OTHERS and "grouped_mm" not in name:  # torch's and transformers'
         return None
-    operands = node.all_input_nodes[1 if name in ("baddbmm", "addbmm", "addmv") else 0 :]
+    operands = nodes_in((node.args, node.kwargs))[name in _ADDING :]
     parameters = [x for x in operands if _is_of_parameter(x, constants)]
     weights = [x for x in parameters if _rank(x) > 1]
     if not weights:

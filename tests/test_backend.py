@@ -326,6 +326,11 @@ def test_what_is_not_supported_is_left_alone_and_said(block):
         lambda x, w: torch.mm(x, w.permute(1, 0)),
         lambda x, w: x.matmul(w.transpose(0, 1)),
         lambda x, w: torch.addmm(torch.ones(8), x, w.t()),
+        lambda x, w: torch.linalg.matmul(x, w.t()),
+        lambda x, w: torch.ops.aten.mm(x, w.t()),
+        lambda x, w: torch.ops.aten.matmul(x, w.t()),
+        lambda x, w: torch.ops.aten.linear(x, w),
+        lambda x, w: torch.ops.aten.addmm(torch.ones(8), x, w.t()),
     ],
 )
 def test_every_spelling_of_a_linear_layer(product):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 
 import pytest
@@ -75,7 +76,17 @@ OTHER_PRODUCTS = {
     "inner": lambda m, x: torch.inner(x, m.matrix),
     "tensordot": lambda m, x: torch.tensordot(x, m.matrix, 1),
     "bilinear": lambda m, x: F.bilinear(x, x, m.experts),
+    "linalg_matmul": lambda m, x: torch.linalg.matmul(x, m.experts),
+    "linalg_vecdot": lambda m, x: torch.linalg.vecdot(x[:, None], m.matrix),
+    "_sparse_mm": lambda m, x: torch.sparse.mm(x, m.matrix),
+    "imatmul": lambda m, x: operator.imatmul(x, m.matrix),
+    "addmm": lambda m, x: torch.addmm(x.sum(), m.matrix, x.t()),
+    "addmm_": lambda m, x: x.clone().addmm_(x, m.matrix),
+    "addbmm_": lambda m, x: x.clone().addbmm_(x.expand(3, 4, 64), m.experts),
 }
+
+
+OF_EXPERTS = {"bmm", "baddbmm", "addbmm_", "matmul", "bilinear", "linalg_matmul"}
 
 
 @pytest.mark.parametrize("form", OTHER_PRODUCTS)
@@ -84,7 +95,7 @@ def test_a_product_of_another_form_is_named_and_strict_refuses_it(x, form):
     with torch.no_grad():
         run = compiled(model)
         assert torch.equal(run(x), model(x))
-        weight = "experts" if form in ("bmm", "baddbmm", "matmul", "bilinear") else "matrix"
+        weight = "experts" if form in OF_EXPERTS else "matrix"
         assert rows(run) == {weight: f"products by {form} of such operands are not lowered"}
         assert_strict_refuses(model, x, weight)
 
