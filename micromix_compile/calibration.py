@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from typing import Any
@@ -78,6 +79,9 @@ class Calibration:
         self.statistics = ModelStatistics()
         self.batches: Sequence[Any] | None = None
         self._entered = 0
+        # Dynamo keeps backends, and their graphs, for longer than a context; one backend for several shares its graphs.
+        calibration = weakref.ref(self)
+        self._backend = lambda gm, inputs: calibration()._observe(gm, inputs)
 
     def __enter__(self) -> Self:
         if self._entered:  # `run` inside of the context observes already
@@ -98,7 +102,7 @@ class Calibration:
             self._names = layer_names(self.model)
             if self.gradients:
                 stack.enter_context(_frozen(self.model))
-            stack.enter_context(compat.compiled_call(self.model, self._observe))
+            stack.enter_context(compat.compiled_call(self.model, self._backend))
             self._context = stack.pop_all()
         self._entered = 1
         return self
@@ -180,41 +184,52 @@ class Calibration:
         return gm.forward
 
     def _observer(self, group: list[Linear]) -> Callable[..., torch.Tensor]:
+        """What the layers that read one value read instead; it holds no parameter, and not the calibration."""
+        calibration = weakref.ref(self)
+        layers = [(l.name, LayerShape(l.out_features, l.in_features, l.transposed)) for l in group]
+
         def observe(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-            # By name: a layer may read one value twice.
-            named = {self._name(l, w): (l, w) for l, w in zip(group, weights, strict=True)}
-            shapes = {
-                name: LayerShape(linear.out_features, linear.in_features, linear.transposed)
-                for name, (linear, _) in named.items()
-            }
-            shapes |= {n: self.upstream.shapes[n] for n in shapes.keys() & self._floats.keys()}
-            self.statistics.add_group(shapes)
-            for name, (_, weight) in named.items():
-                self.statistics.add_weight(name, self._floats.get(name, weight))
-            first = next(iter(shapes))
-            if not self.gradients:
-                self.statistics.update(first, x)
-                return x
-            if not torch.is_grad_enabled():
-                raise CalibrationGradientError(reason="the model ran without gradients")
-            kept = x.detach().clone()  # the model may write to x before its gradient is there
-            # A tensor of the layers' own: what else reads x, a residual, is not quantised with their input. Nothing
-            # before the first layers has a gradient.
-            x = x.view_as(x) if x.requires_grad else kept.detach().requires_grad_()
-            x.register_hook(lambda gradient: self.statistics.update(first, kept, gradient))
-            return x
+            return calibration()._record(layers, x, weights)
 
         return observe
 
-    def _name(self, linear: Linear, weight: torch.Tensor) -> str:
-        """The layer's name in the whole model, by the weight that it runs with.
+    def _record(
+        self,
+        layers: Sequence[tuple[str, LayerShape]],
+        x: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        """Add x to the statistics of the layers that read it, given by their names in the graph; returns an equal x."""
+        named = zip(layers, weights, strict=True)
+        # By name: a layer may read one value twice.
+        found = {self._name(name, w): (shape, w) for (name, shape), w in named}
+        shapes = {name: shape for name, (shape, _) in found.items()}
+        shapes |= {n: self.upstream.shapes[n] for n in shapes.keys() & self._floats.keys()}
+        self.statistics.add_group(shapes)
+        for name, (_, weight) in found.items():
+            self.statistics.add_weight(name, self._floats.get(name, weight))
+        first = next(iter(shapes))
+        if not self.gradients:
+            self.statistics.update(first, x)
+            return x
+        if not torch.is_grad_enabled():
+            raise CalibrationGradientError(reason="the model ran without gradients")
+        kept = x.detach().clone()  # the model may write to x before its gradient is there
+        # A tensor of the layers' own: what else reads x, a residual, is not quantised with their input. Nothing
+        # before the first layers has a gradient.
+        x = x.view_as(x) if x.requires_grad else kept.detach().requires_grad_()
+        x.register_hook(lambda gradient: self.statistics.update(first, kept, gradient))
+        return x
+
+    def _name(self, name: str, weight: torch.Tensor) -> str:
+        """The name in the whole model of a layer that a graph calls `name`, by the weight that it runs with.
 
         A graph knows only the part of the model that it was traced from, and may serve several equal layers.
         Where accelerate offloads a model, its parameters are new ones at every call.
         """
         if weight not in self._names:
             self._names = layer_names(self.model)
-        return choose_name(linear.name, self._names.get(weight, ())) or linear.name
+        return choose_name(name, self._names.get(weight, ())) or name
 
 
 @contextlib.contextmanager

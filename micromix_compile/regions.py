@@ -107,22 +107,27 @@ class Region:
         self.slots = list(slots)
         self.kinds = list(kinds)
         self.positions = _positions(self.slots)
-        self.last = first or Placed([], [], [])
+        first = first or Placed([], [], [])
         self.shared = shared
         self.follows = follows
         self.rows: dict[str, LayerReport] = {}
+        # Dynamo keeps a graph for longer than its models: packed tensors live as long as their parameters.
         self.known: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        if self.last.parameters:
-            self.known[self.last.parameters[0]()] = self.last
+        self.last = weakref.ref(first)
+        self.kept = None
+        if shared and first.parameters:
+            self.known[first.parameters[0]()] = first
+        else:
+            self.kept = first
 
     def tensors(self, arguments: Sequence[Any], report: GraphReport) -> list[torch.Tensor]:
         """The packed tensors of the parameters among `arguments`, packed at their first call and when they change."""
         parameters = [arguments[i] for i in self.positions]
-        placed = self.last  # another thread may call for other parameters meanwhile
-        if self.shared and not self._is_of(placed, parameters):
+        placed = self.last()  # another thread may call for other parameters meanwhile
+        if self.shared and (placed is None or not self._is_of(placed, parameters)):
             with one_packs:
                 placed = self._find(parameters, arguments, report)
-            self.last = placed
+            self.last = weakref.ref(placed)
         placed.refresh(parameters)
         return placed.tensors
 

@@ -868,6 +868,14 @@ def test_explain_forgets_what_a_reset_threw_away(block):
     assert explain(block).graphs == 0
 
 
+def test_packed_weights_go_with_their_model():
+    model = nn.Sequential(nn.Linear(64, 79)).eval()  # torch's code: Dynamo keeps graphs of it
+    run(model, torch.randn(4, 64), recipe=Recipe(format="mxfp8"))
+    del model
+    gc.collect()
+    assert not any(type(o) is PlacedWeight and o.out_features == 79 for o in gc.get_objects())
+
+
 def test_graphs_that_are_gone_are_not_explained(block):
     x = torch.randn(4, 96)
     gc.disable()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import types
+import weakref
 
 import accelerate
 import pytest
@@ -105,6 +107,21 @@ def test_the_context_changes_no_result_and_leaves_no_trace():
     assert calibration.statistics["a"].tokens == sum(
         args[0]["inputs"][0].shape[1] * 2 for args in arguments
     )
+
+
+@pytest.mark.parametrize("how", ["statistics", "gradients", "plan"])
+def test_calibration_keeps_no_model_alive(how):
+    model = Nested().eval()
+    weight, arguments = weakref.ref(model.a.weight), batches(1)
+    if how == "gradients":
+        calibrate(model, gradients=True).run(arguments, loss=lambda output, _: output.sum())
+    else:
+        plan = calibrate(model).run(arguments).plan(Recipe(format="mxfp8"))
+        if how == "plan":
+            calibrate(model, plan=plan).run(arguments)
+    del model
+    gc.collect()
+    assert weight() is None
 
 
 def test_statistics_add_up_over_contexts_and_files(tmp_path):
