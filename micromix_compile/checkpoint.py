@@ -138,8 +138,12 @@ class Description:
             reason = f"its quantization_config is damaged ({type(error).__name__}: {error})"
             raise CheckpointError(path=path, reason=reason) from error
 
+    def owner(self, name: str) -> str | None:
+        """The layer that the channel order of a layer is saved with."""
+        return self.owners[self.layers[name][0]]
+
     def owns_order(self, name: str) -> bool:
-        return self.owners[self.layers[name][0]] == name
+        return self.owner(name) == name
 
     def tensors(self) -> Iterator[tuple[str, list[int], str]]:
         """Name, shape and safetensors dtype of everything that the planned layers must have."""

@@ -28,9 +28,9 @@ class QuantizedLinear(nn.Module):
 
     A state dict holds the device-neutral layout of docs/numerics.md: `weight` uint8 `[N, row bytes]`,
     `weight_scales` uint8 `[N, Kp/32]`, `bias` if there is one, and `order` int32 `[Kp]` where `owns_order`: layers
-    that read one input have one order, which is saved with the first of them. In memory the weight is `placed`
-    (`place()`), in the one layout that the device's kernel reads; the neutral one is gone, or in host memory where
-    the device is no CPU.
+    that read one input have one order, which is saved with the first of them; the others are its `followers`, and get
+    the order that is loaded into it. In memory the weight is `placed` (`place()`), in the one layout that the device's
+    kernel reads; the neutral one is gone, or in host memory where the device is no CPU.
     """
 
     def __init__(self, shape: LayerShape, plan: LayerPlan) -> None:
@@ -40,6 +40,7 @@ class QuantizedLinear(nn.Module):
         self._plan = replace(plan, order=None)
         self._host: tuple[Tensor, Tensor] | None = None
         self._counts = (*plan.layout.counts, plan.format_code)
+        self.followers: list[QuantizedLinear] = []  # in a list they are no submodules
         sizes = (plan.weight_layout.row_bytes, plan.weight_layout.blocks)
         for name, size in zip(("weight", "weight_scales"), sizes):
             self.register_parameter(name, _bytes(torch.empty(0, size, dtype=torch.uint8)))
@@ -184,6 +185,9 @@ class QuantizedLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if placed:
             self.place()
+        if self.followers and prefix + "order" in state_dict and not self.order.is_meta:
+            for follower in self.followers:
+                follower.set_order(self.order, False)
 
 
 def _bytes(tensor: Tensor) -> nn.Parameter:

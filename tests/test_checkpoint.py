@@ -8,6 +8,7 @@ import fcntl
 import functools
 import json
 import os
+import pickle
 import random
 import shutil
 import subprocess
@@ -218,6 +219,30 @@ def test_devices_and_state_dicts(saved, ids):
     packed = layer.packed()
     layer.to("meta")
     assert layer.placed is None and layer.weight.shape == packed.data.shape
+
+
+@pytest.mark.parametrize("way", ["copied", "assigned", "moved", "pickled"])
+def test_a_state_dict_of_another_plan(way, source, saved, ids, tmp_path):
+    """Layers that share an input have one order in it, under the name of one of them."""
+    batch = torch.randint(3, 128, (2, 16))
+    with torch.no_grad():
+        model = load(source)
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # other channels are the large ones
+                parameter.copy_(torch.rand_like(parameter) + 0.1)
+    save_pretrained(model, tmp_path / "other", calibrate(model).run([batch]).plan(MIX))
+    other, model = load(tmp_path / "other"), load(saved)
+    layer = model.model.layers[0].mlp
+    assert not torch.equal(layer.up_proj.order, other.model.layers[0].mlp.up_proj.order)
+    if way == "moved":
+        model._apply(lambda tensor: tensor.clone())  # as to another device
+    elif way == "pickled":
+        model = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+        model._apply(lambda tensor: tensor.clone())
+    model.load_state_dict(other.state_dict(), assign=way == "assigned")
+    assert torch.equal(logits(model, ids), logits(other, ids))
+    compiled = torch.compile(model, backend="micromix", options={"inductor": False})
+    assert torch.equal(logits(compiled, ids), logits(other, ids))
 
 
 def test_without_the_package_transformers_refuses(saved):

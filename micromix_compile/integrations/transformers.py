@@ -125,7 +125,10 @@ class MicroMixQuantizer(HfQuantizer):
             config.description = Description.of(self.plan, self.plan)
         for name, layer in self.plan.items():
             module = model.get_submodule(name)
-            module.set_order(layer.order, config.description.owns_order(name))
+            owner = config.description.owner(name)
+            module.set_order(layer.order, owner == name)
+            if owner not in (None, name):
+                model.get_submodule(owner).followers.append(module)
             if module.weight.device.type == "cpu" and self.pre_quantized:
                 for tensor in ("weight", "weight_scales"):
                     key = f"{name}.{tensor}"
