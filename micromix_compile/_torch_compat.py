@@ -18,6 +18,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.autograd import forward_ad
 
 # The class of a module whose weight its owner reads, and that is never called: MultiheadAttention's out_proj.
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as UncalledLinear  # noqa: F401
@@ -121,6 +122,14 @@ def is_transformed(value: object) -> bool:
 def is_wrapper(value: object) -> bool:
     """Whether a tensor is a subclass that wraps others, as DTensor is, and says itself what an operator does with it."""
     return torch.utils._python_dispatch.is_traceable_wrapper_subclass(value)
+
+
+def has_tangent(values: Sequence[object]) -> bool:
+    """Whether forward-mode differentiation, which torch.no_grad does not stop, goes through one of these."""
+    if forward_ad._current_level < 0 or not torch._C._is_fwd_grad_enabled():
+        return False
+    tensors = (value for value in values if isinstance(value, torch.Tensor))
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 FUSED_LAYERS = {

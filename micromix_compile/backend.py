@@ -42,6 +42,9 @@ from micromix_compile.runner import Runner
 
 _DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"}
 _DROPOUTS |= {"alpha_dropout", "feature_alpha_dropout"}
+_DIFFERENTIATING = {"_grad_increment_nesting": 1, "_grad_decrement_nesting": -1}
+_DIFFERENTIATING |= {"_jvp_increment_nesting": 1, "_jvp_decrement_nesting": -1}
+_DIFFERENTIATING |= {"_enter_dual_level": 1, "_exit_dual_level": -1}
 
 
 def micromix(
@@ -180,12 +183,10 @@ def _check_inference(
             before, enabled = enabled, enabled and not node.args[0]
         elif name == "_exit_inference_mode":
             enabled = before
-        elif name in ("_grad_increment_nesting", "_jvp_increment_nesting"):
-            differentiated += 1
-        elif name in ("_grad_decrement_nesting", "_jvp_decrement_nesting"):
-            differentiated -= 1
+        elif name in _DIFFERENTIATING:
+            differentiated += _DIFFERENTIATING[name]
         elif node in products and differentiated:
-            raise GradientError(reason="torch.func differentiates it")
+            raise GradientError(reason="forward_ad or torch.func differentiates it")
         elif node in products and enabled and wanting:
             raise GradientError(reason=f"gradients are enabled and {wanting[0]} requires them")
         elif name in _DROPOUTS:

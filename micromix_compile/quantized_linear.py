@@ -6,7 +6,7 @@ It runs eagerly through the operators. Under `torch.compile(backend="micromix")`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 import micromix_compile.ops  # noqa: F401  (registers torch.ops.micromix)
+from micromix_compile import _torch_compat as compat
 from micromix_compile.errors import GradientError
 from micromix_compile.layers import LayerShape
 from micromix_compile.mx.layout import WEIGHT_IS_MXFP4
 from micromix_compile.packing import PackedWeight
 from micromix_compile.plan import LayerPlan
 
-__all__ = ["QuantizedLinear"]
+__all__ = ["QuantizedLinear", "refuse_tangents"]
 
 
 class QuantizedLinear(nn.Module):
@@ -122,6 +123,8 @@ class QuantizedLinear(nn.Module):
             raise GradientError(
                 reason="gradients are enabled and a quantised layer's input has one"
             )
+        if not torch.compiler.is_compiling():
+            refuse_tangents((x, self.bias))
         # An offloaded weight is placed for the call.
         placed = self._place() if self.placed is None else self.placed
         product = (placed, self.bias, self.out_features, *self._counts, x.dtype)
@@ -188,6 +191,13 @@ class QuantizedLinear(nn.Module):
         if self.followers and prefix + "order" in state_dict and not self.order.is_meta:
             for follower in self.followers:
                 follower.set_order(self.order, False)
+
+
+def refuse_tangents(values: Sequence[object]) -> None:
+    """Raise GradientError where forward-mode differentiation, which the operators would drop, goes through a tensor."""
+    if compat.has_tangent(values):
+        reason = "a tensor has a forward-mode tangent; its forward_ad.unpack_dual(tensor).primal has none"
+        raise GradientError(reason=reason)
 
 
 def _bytes(tensor: Tensor) -> nn.Parameter:

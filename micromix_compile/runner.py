@@ -15,6 +15,7 @@ from micromix_compile.options import Options
 from micromix_compile.passes.fold_order import Folds
 from micromix_compile.passes.lower_linears import Lowering, lower_linears
 from micromix_compile.passes.specialise_floats import specialise_floats
+from micromix_compile.quantized_linear import refuse_tangents
 from micromix_compile.regions import Region, region_of
 
 _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator)
@@ -24,7 +25,7 @@ class Runner(compat.serializable_callable()):
     """A graph to run, and how the arguments of Dynamo's graph become its own.
 
     `kept` are the positions of the arguments that are passed on; packed tensors follow them. `region` knows how
-    to make these from the float weights among the arguments.
+    to make these from the float weights among the arguments. `quantises`: whether a layer is lowered.
     """
 
     def __init__(self, gm: fx.GraphModule, inputs: list[Any], report: GraphReport) -> None:
@@ -33,6 +34,7 @@ class Runner(compat.serializable_callable()):
         self.report = report
         self.kept = list(range(len(inputs)))
         self.region = Region()
+        self.quantises = False
 
     def lower(self, lowerings: list[Lowering], folds: Folds, options: Options) -> None:
         """Rewrite the graph, with the packed weights as new inputs in place of the float ones."""
@@ -65,6 +67,7 @@ class Runner(compat.serializable_callable()):
                 for order in orders:
                     compat.guard_identity(order)
 
+        self.quantises = True
         self.region = region_of(lowerings, folds, options, placeholders, values, packed)
         # A weight or a float that nothing reads any more is no input of the lowered graph.
         floats = {*self.region.positions, *map(placeholders.index, constants)}
@@ -119,9 +122,12 @@ class Runner(compat.serializable_callable()):
         result = cls(fx.GraphModule({}, fx.Graph()), [], GraphReport())
         result.run, result.kept = compat.deserialized(run), kept
         result.region = Region(slots, kinds, shared=bool(slots))  # nothing is packed yet
+        result.quantises = True
         return result
 
     def __call__(self, *arguments: Any) -> Any:
+        if self.quantises:
+            refuse_tangents(arguments)
         packed = self.region.tensors(arguments, self.report)
         return self.run(*[arguments[i] for i in self.kept], *packed)
 

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
+from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 
 from micromix_compile import Recipe, calibrate, explain
 from micromix_compile.errors import GradientError, NoPlanWarning, StrictError
+from micromix_compile.planned import quantised
 
 QUICK = {"inductor": False}
 
@@ -424,6 +426,65 @@ def test_torch_func_cannot_differentiate_a_layer(x):
     gradient = torch.func.grad(lambda x: model(x).pow(2).sum())
     with pytest.raises(GradientError, match=r"torch\.func differentiates it"):
         torch.compile(gradient, backend="micromix", options=QUICK)(x)
+
+
+def test_forward_mode_is_refused_where_tensors_have_tangents(x):
+    model = Model(lambda m, x: m.a(x)).requires_grad_(False)
+    run, numbers = compiled(model), torch.arange(4)
+    expected = run(x)
+    of_numbers = compiled(Model(lambda m, i: m.a(m.matrix[i])).requires_grad_(False))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        for call in (run, compiled(Model(lambda m, x: m.b(x)).requires_grad_(False))):
+            with pytest.raises(GradientError, match="has a forward-mode tangent"):
+                call(dual)
+        assert torch.equal(run(x), expected)
+        assert torch.equal(run(forward_ad.unpack_dual(dual).primal), expected)
+        with torch.inference_mode():
+            assert torch.equal(run(dual), expected)
+        of_numbers(numbers)
+        plain = compiled(Model(lambda m, x: x * 2))  # without a layer
+        plain(dual)
+    model.a.bias = None
+    with forward_ad.dual_level():
+        weight = model.a.weight
+        del model.a.weight
+        model.a.weight = forward_ad.make_dual(weight, torch.ones_like(weight))
+        with pytest.raises(GradientError):
+            run(x)
+
+
+def test_forward_mode_inside_of_a_graph_is_refused(x):
+    model = nn.Linear(64, 64).requires_grad_(False)
+
+    def derivative(x):
+        with forward_ad.dual_level():
+            y = model(forward_ad.make_dual(x, torch.ones_like(x)))
+            return forward_ad.unpack_dual(y).tangent
+
+    with pytest.raises(GradientError, match="forward_ad or torch.func differentiates it"):
+        torch.compile(derivative, backend="micromix", options=QUICK)(x)
+
+
+@pytest.mark.parametrize("activations", ["match", "bfloat16"])
+def test_quantised_layers_refuse_forward_mode(x, activations):
+    model = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False)
+    plan = Recipe(format="mxfp8", activations=activations)
+    with quantised(model, plan):
+        expected = model(x)
+        for derivative in (
+            lambda: torch.func.jvp(model, (x,), (torch.ones_like(x),)),
+            lambda: torch.func.jacfwd(model)(x),
+        ):
+            with pytest.raises(GradientError, match="has a forward-mode tangent"):
+                derivative()
+        with forward_ad.dual_level():
+            assert torch.equal(model(x), expected)
+            assert torch.equal(compiled(model)(x), expected)
+            with pytest.raises(GradientError, match="has a forward-mode tangent"):
+                compiled(model)(forward_ad.make_dual(x, torch.ones_like(x)))
+        assert torch.equal(torch.vmap(model)(x), expected)
+        assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
 
 
 def test_torch_func_may_differentiate_something_else(x):
