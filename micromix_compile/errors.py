@@ -37,6 +37,7 @@ __all__ = [
     "NonFiniteCalibrationError",
     "NotRoundedWarning",
     "OptionError",
+    "OtherPlanError",
     "OutputError",
     "PackageError",
     "PackageInputError",
@@ -133,6 +134,16 @@ class QuantizedAlreadyError(PlanMismatchError):
     template = (
         "The model is quantised already, and not by the {given} that was given. Give none to keep what is there, or "
         "load the float model to quantise it anew."
+    )
+
+
+class OtherPlanError(PlanMismatchError):
+    """A precompiled function is called for layers whose attached plan it was not compiled for. Facts: layers (a list)."""
+
+    template = (
+        "These layers have another plan attached than the function was compiled for, or none any more:{layers}\n"
+        "Formats and the split of the channels are constants of its graph (with CUDA graphs the whole plan is). Attach "
+        "that plan again, or compile anew (aot_compile); what torch.compile returns does so by itself."
     )
 
 

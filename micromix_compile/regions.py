@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from micromix_compile import _torch_compat as compat
 from micromix_compile import attachment
+from micromix_compile.errors import OtherPlanError
 from micromix_compile.explain import GraphReport, LayerReport, record
 from micromix_compile.options import Options
 from micromix_compile.packing import (
@@ -111,6 +112,7 @@ class Region:
         self.shared = shared
         self.follows = follows
         self.rows: dict[str, LayerReport] = {}
+        self.marks = self._marks([ref() for ref in first.parameters])
         # Dynamo keeps a graph for longer than its models: packed tensors live as long as their parameters.
         self.known: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.last = weakref.ref(first)
@@ -128,6 +130,9 @@ class Region:
             with one_packs:
                 placed = self._find(parameters, arguments, report)
             self.last = weakref.ref(placed)
+        elif self.follows and placed.changes != attachment.changes():
+            self._check_plans(parameters)
+            placed.changes = attachment.changes()
         placed.refresh(parameters)
         return placed.tensors
 
@@ -145,6 +150,7 @@ class Region:
 
     def _place(self, arguments: Sequence[Any], report: GraphReport) -> Placed:
         weights = [arguments[slot.weight] for slot in self.slots]
+        self._check_plans(weights)
         marks = [attachment.attached(weight) if self.follows else None for weight in weights]
         plans = [s.plan if m is None else m[0][m[1]] for s, m in zip(self.slots, marks)]
         names = [s.name if m is None else m[1] for s, m in zip(self.slots, marks)]
@@ -183,6 +189,17 @@ class Region:
             + [held["bias", i] for i, slot in enumerate(self.slots) if slot.bias is not None],
             tensors,
         )
+
+    def _marks(self, parameters: Sequence[torch.Tensor]) -> list[str | None]:
+        """What is constant in the graph of the plans attached to the weights, which come first."""
+        mark = attachment.STRUCTURE if self.shared else attachment.DIGEST
+        return [getattr(weight, mark, None) for weight in parameters[: len(self.slots)]]
+
+    def _check_plans(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Raise OtherPlanError where other plans are attached: guards see to it, but `aot_compile` keeps none on them."""
+        if self.follows and (marks := self._marks(parameters)) != self.marks:
+            pairs = zip(self.slots, marks, self.marks, strict=True)
+            raise OtherPlanError(layers=[slot.name for slot, new, old in pairs if new != old])
 
     def _report(self, report: GraphReport, names: dict[str, str], weights) -> None:
         """Let `explain` show these layers as it shows those that the graph was compiled for."""
