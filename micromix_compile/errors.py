@@ -265,12 +265,15 @@ class RecompileLimitError(MicroMixError):
 
 class StrictError(MicroMixError):
     """Under strict, a layer was left alone, or not fused with what comes before it. Facts: layers (a list of
-    "name: reason")."""
+    "name: reason"), released (a sentence; where fusions are known, float weights may be gone)."""
 
     template = (
         "strict=True, and these layers were left alone, or not fused with what comes before them:{layers}\n"
-        "Mend the reasons, name the layers in Recipe(skip=...), or compile without strict."
+        "Mend the reasons, name the layers in Recipe(skip=...), or compile without strict.{released}"
     )
+
+    def __init__(self, layers: Sequence[str], released: str | Sequence[str] = "") -> None:
+        super().__init__(layers=layers, released=released)
 
 
 class CheckpointError(MicroMixError, ValueError):

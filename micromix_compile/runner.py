@@ -101,7 +101,15 @@ class Runner(compat.serializable_callable()):
                 f"{', '.join(self.report.readers[quantise])}: {what} comes before, in a form that no pattern matches"
                 for quantise, what in missed.items()
             ]
-            raise StrictError(layers=layers)
+            raise StrictError(layers=layers, released=self._released())
+
+    def _released(self) -> str:
+        if not any(row.released for row in self.report.layers):
+            return ""
+        return (
+            " Float weights were released by then (release_weights=True); before the model runs or is compiled again, "
+            "micromix.restore(model, checkpoint) brings them back."
+        )
 
     @classmethod
     def serialize_compile_artifacts(cls, runner: Runner) -> bytes:

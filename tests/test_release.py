@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import micromix_compile as micromix
 from micromix_compile import Recipe, calibrate
-from micromix_compile.errors import CheckpointError, ReleasedWeightError
+from micromix_compile.errors import CheckpointError, ReleasedWeightError, StrictError
+from micromix_compile.ops import kernel_name
 from micromix_compile.packing import is_released, owners
 
 PEAK = """
@@ -177,6 +178,35 @@ def test_restore_is_all_or_nothing(released, tmp_path):
         with pytest.raises(CheckpointError):
             micromix.restore(model, source)
         assert sum(map(is_released, model.parameters())) == 14
+
+
+@pytest.mark.skipif(kernel_name(torch.device("cpu")) == "reference", reason="it fuses nothing")
+def test_a_missed_fusion_is_known_when_the_weights_are_gone():
+    class Cubes(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = torch.nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.fc(x * torch.rsqrt(x.abs().pow(3).mean(-1, keepdim=True)))
+
+    model, x, recipe = Cubes().eval(), torch.randn(2, 64), Recipe(format="mxfp8")
+    floats = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def compiled(**options):
+        torch.compiler.reset()
+        return torch.compile(model, backend="micromix", options={"recipe": recipe, **options})
+
+    with torch.no_grad():
+        expected = compiled()(x)
+        with pytest.raises(StrictError, match=r"compile without strict\.\n"):
+            compiled(strict=True)(x)
+        with pytest.raises(StrictError, match=r"micromix\.restore\(model, checkpoint\) brings"):
+            compiled(strict=True, release_weights=True)(x)
+        with pytest.raises(ReleasedWeightError):
+            model(x)
+        micromix.restore(model, floats)
+        assert torch.equal(compiled()(x), expected)
 
 
 def test_modules_that_gc_freeze_hides_are_owners_too():
