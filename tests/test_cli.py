@@ -359,6 +359,30 @@ def test_no_result_goes_where_an_input_lies(directory, statistics, tmp_path, cap
     assert file.read_bytes() == plan.read_bytes() == before
 
 
+def test_no_result_goes_over_a_file_of_the_model(directory, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("micromix_compile.models.load", no_work)
+    folder = tmp_path / "snapshot"  # as the cache of Hugging Face: links to files elsewhere
+    shutil.copytree(directory, tmp_path / "blobs")
+    folder.mkdir()
+    for file in (tmp_path / "blobs").iterdir():
+        (folder / file.name).symlink_to(file)
+    (tmp_path / "link").symlink_to(folder)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    before = weights.read_bytes(), config.read_bytes()
+
+    def refused(*arguments):
+        line = failure(capsys, *map(str, arguments))
+        assert "is one of the files of the model" in line and "Give another path" in line
+
+    for model in (folder, tmp_path / "link"):
+        refused("calibrate", *small(str(model)), "--output", weights)
+        refused("calibrate", *small(str(model)), "--statistics", tmp_path / "blobs" / weights.name)
+        refused("eval", *small(str(model)), "--output", config)
+    monkeypatch.setattr(models, "files_of", lambda name: folder)  # a name in the cache
+    refused("eval", *small("some/one"), "--output", config)
+    assert before == (weights.read_bytes(), config.read_bytes())
+
+
 def no_work(*_, **__):
     raise AssertionError("long work has begun")
 

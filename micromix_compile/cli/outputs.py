@@ -38,15 +38,32 @@ def check_outputs(arguments: argparse.Namespace) -> None:
 
 
 def check_apart(arguments: argparse.Namespace, *paths: Path) -> None:
-    """These results are files apart from each other and from every input. Raises OutputError."""
+    """These results are files apart from each other, from every input, and from the files of the model. Raises OutputError."""
     values = (getattr(arguments, name) for name in getattr(arguments, "reads", ()))
     inputs = (Path(p) for v in values if v is not None for p in (v if isinstance(v, list) else [v]))
     taken = {path.resolve() for path in inputs if path.exists()}
+    folder = model_folder(arguments) if paths else None
+    read = {path.resolve() for path in folder.iterdir()} if folder else set()
     for path in paths:
         if path.resolve() in taken:
             reason = "another argument of this command is the same file"
-            raise OutputError(path=path, reason=reason, mend="Give another path")
-        taken.add(path.resolve())
+        elif path.resolve() in read:  # any of them: which ones are read is up to transformers
+            reason = f"it is one of the files of the model {arguments.model}"
+        else:
+            taken.add(path.resolve())
+            continue
+        raise OutputError(path=path, reason=reason, mend="Give another path")
+
+
+def model_folder(arguments: argparse.Namespace) -> Path | None:
+    """Where the files of a command's model lie; None where it has no model, or there is none of that name."""
+    if (model := getattr(arguments, "model", None)) is None:
+        return None
+    if Path(model).is_dir():
+        return Path(model)
+    from micromix_compile.models import files_of
+
+    return files_of(model)
 
 
 def check_folder(path: Path) -> None:
