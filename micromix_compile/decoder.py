@@ -20,7 +20,7 @@ from micromix_compile.files import as_path
 from micromix_compile.planned import AnyPlan, quantised
 from micromix_compile.quantized_linear import QuantizedLinear
 
-__all__ = ["check_length", "export_decoder"]
+__all__ = ["check_length", "export_decoder", "longest_text"]
 
 _LONGEST = 2048
 _PROMPTS = (8, 64)  # tokens that a static cache is tried on
@@ -95,8 +95,7 @@ def export_decoder(
 
 def check_length(model: nn.Module, max_length: int | None) -> int:
     """The length of a package of this model, by default at most 2048. Raises ExportError for one that does not fit."""
-    config = model.config.get_text_config(decoder=True)
-    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    most = longest_text(model)
     if max_length is None:
         return min(_LONGEST, most or _LONGEST)
     if not 2 < max_length <= (most or max_length):
@@ -105,6 +104,14 @@ def check_length(model: nn.Module, max_length: int | None) -> int:
             mend=f"Give 3 to {most or 'its longest text'}",
         )
     return max_length
+
+
+def longest_text(model: nn.Module) -> int | None:
+    """The tokens that a model of transformers has positions for; None where its configuration names no number."""
+    config = model.config.get_text_config(decoder=True)
+    names = ("max_position_embeddings", "n_positions")
+    found = (getattr(config, name, None) or 0 for name in names)
+    return next((most for most in found if most > 0), None)  # XLNet's, which has none, says -1
 
 
 def _check_model(model: nn.Module) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_llama import save_tiny
+from tiny_llama import VOCABULARY, save_tiny, tiny_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from micromix_compile import Recipe, load_plan, load_statistics, models
 from micromix_compile.allocation import allocate
@@ -457,6 +458,52 @@ def test_a_length_that_does_not_fit_is_refused_before_calibrating(
     monkeypatch.setattr("micromix_compile.calibrate", no_work)
     out = str(tmp_path / "x.pt2")
     assert "Give 3 to 128" in failure(capsys, "export", directory, out, "--max-length", "4000")
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """Learned positions, 96 of them: the next one is an IndexError."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 96, "vocab_size": VOCABULARY}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_windows_are_no_longer_than_the_model_has_positions(gpt2, directory, tmp_path, capsys):
+    model = ["--model", gpt2, "--samples", "2"]
+    plan = ["--output", str(tmp_path / "plan.safetensors")]
+    for command in (["eval"], ["calibrate", *plan]):
+        assert main([*command, *model]) == 0
+        out = capsys.readouterr().out
+        assert out.count("windows of 96 tokens and not 2048") == 1
+        assert "2 windows of 96 tokens" in out
+        assert main([*command, *model, "--seqlen", "96"]) == 0
+        assert "not 2048" not in capsys.readouterr().out
+        line = failure(capsys, *command, *model, "--seqlen", "97")
+        assert "--seqlen" in line and "2 to 96" in line
+    out, small = str(tmp_path / "out"), ["--samples", "1", "--split", "1", "0", "0"]
+    assert main(["quantize", gpt2, out, *small]) == 0
+    shutil.rmtree(out)
+    capsys.readouterr()
+    assert main(["quantize", gpt2, out, *small]) == 0
+    assert "from an earlier run" in capsys.readouterr().out
+    line = failure(capsys, "eval", "--model", directory, "--seqlen", "129")  # rotated positions
+    assert "2 to 128" in line
+
+
+def test_generate_is_no_longer_than_the_model_has_positions(gpt2, capsys):
+    command = ["generate", gpt2, "--prompt"]
+    prompt = len(tiny_tokenizer()("the import").input_ids)
+    left = 96 - prompt
+    assert main([*command, "the import"]) == 0
+    assert f"at most {left} tokens and not 128" in capsys.readouterr().err
+    assert main([*command, "the import", "--max-new-tokens", str(left)]) == 0
+    assert "at most" not in capsys.readouterr().err
+    line = failure(capsys, *command, "the import", "--max-new-tokens", str(left + 1))
+    assert "--max-new-tokens" in line and f"1 to {left}" in line
+    line = failure(capsys, *command, "the import statement " * 50)
+    assert "--prompt" in line and "at most 95 tokens" in line
 
 
 def test_a_model_that_is_quantised_is_not_quantised_again(directory, tmp_path, capsys, monkeypatch):

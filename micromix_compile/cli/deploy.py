@@ -14,8 +14,11 @@ from micromix_compile import package
 from micromix_compile.checkpoint import bytes_of, save_pretrained
 from micromix_compile.cli.inputs import load_model
 from micromix_compile.cli.plans import calibrates, settled, wanted
-from micromix_compile.decoder import check_length, export_decoder
+from micromix_compile.decoder import check_length, export_decoder, longest_text
 from micromix_compile.errors import OptionError
+
+NEW_TOKENS = 128
+"""What `generate` continues a prompt by, where the model has positions for as many."""
 
 
 def quantize(arguments: argparse.Namespace) -> None:
@@ -62,22 +65,23 @@ def generate(arguments: argparse.Namespace) -> None:
     packaged = arguments.model.endswith(".pt2")
     model, tokenizer = _package(arguments) if packaged else _model(arguments)
     ids = _prompt(arguments, tokenizer).to(model.device)
+    count = _new_tokens(arguments, ids.shape[1], None if packaged else longest_text(model))
     start = time.monotonic()
     if packaged:
-        tokens = model.generate(ids, arguments.max_new_tokens, temperature=arguments.temperature)
+        tokens = model.generate(ids, count, temperature=arguments.temperature)
     else:
         sampling = {"do_sample": arguments.temperature > 0}
         if sampling["do_sample"]:
             sampling["temperature"] = arguments.temperature
         with torch.inference_mode():
-            tokens = model.generate(ids, max_new_tokens=arguments.max_new_tokens, **sampling)
+            tokens = model.generate(ids, max_new_tokens=count, **sampling)
     seconds = time.monotonic() - start
     new = tokens[0, ids.shape[1] :]
     print(tokenizer.decode(new, skip_special_tokens=True))
     print(
         f"{len(new)} tokens in {seconds:.2f} s, {len(new) / seconds:.1f} tokens/s", file=sys.stderr
     )
-    if packaged and len(new) < arguments.max_new_tokens and tokens.shape[1] > model.max_length:
+    if packaged and len(new) < count and tokens.shape[1] > model.max_length:
         print(
             f"stopped: {arguments.model} was exported for {model.max_length} tokens (--max-length)",
             file=sys.stderr,
@@ -125,3 +129,24 @@ def _prompt(arguments: argparse.Namespace, tokenizer) -> torch.Tensor:
     if not ids.shape[1]:
         raise OptionError(option="--prompt", reason="has no tokens", valid="some text")
     return ids
+
+
+def _new_tokens(arguments: argparse.Namespace, prompt: int, most: int | None) -> int:
+    """--max-new-tokens, which together with the prompt are `most` (a package itself stops where it is full).
+
+    Where left out, cut to that. Raises OptionError for more.
+    """
+    asked = arguments.max_new_tokens
+    left = (most or prompt + (asked or NEW_TOKENS)) - prompt
+    have = f"{arguments.model} has {most} positions"
+    if left < 1:
+        reason = f"has {prompt} tokens, and {have}"
+        raise OptionError(option="--prompt", reason=reason, valid=f"at most {most - 1} tokens")
+    if asked is None:
+        if left < NEW_TOKENS:
+            print(f"at most {left} tokens and not {NEW_TOKENS}: {have}", file=sys.stderr)
+        return min(left, NEW_TOKENS)
+    if asked > left:
+        reason = f"is {asked} behind a prompt of {prompt} tokens, and {have}"
+        raise OptionError(option="--max-new-tokens", reason=reason, valid=f"1 to {left}")
+    return asked

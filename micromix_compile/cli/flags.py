@@ -7,6 +7,7 @@ from pathlib import Path
 
 from micromix_compile.checkpoint import check_directory
 from micromix_compile.cli import calibrate, deploy, measure, show
+from micromix_compile.cli.inputs import SEQLEN
 from micromix_compile.cli.outputs import check_folder, reads, writes
 from micromix_compile.export import check_path
 
@@ -135,7 +136,10 @@ def _add_generate(command) -> None:
     )  # fmt: skip
     parser.add_argument("--prompt", required=True, help="the text")
     parser.add_argument("--chat", action="store_true", help="as a message to a chat model")
-    parser.add_argument("--max-new-tokens", type=_from(1), default=128, metavar="N")
+    parser.add_argument(
+        "--max-new-tokens", type=_from(1), metavar="N",
+        help=f"at most (default: {deploy.NEW_TOKENS}, or what fits a checkpoint or a float model behind the prompt if less)",
+    )  # fmt: skip
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0, the default: the likeliest"
     )
@@ -250,7 +254,10 @@ def _text_flags() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--device", default="cpu", help="where the model runs, e.g. cuda (default: %(default)s)")
     add("--samples", type=_from(1), default=32, help="windows of text, at most (default: 32)")
-    add("--seqlen", type=_from(2), default=2048, help="tokens of a window (default: 2048)")
+    add(
+        "--seqlen", type=_from(2), metavar="N",
+        help=f"tokens of a window (default: {SEQLEN}, or what the model has if less)",
+    )  # fmt: skip
     reads(
         group, "--text", nargs="+", default=["builtin"], metavar="FILE|builtin",
         help="UTF-8 text files, or the built-in text (the default), whose first half is for calibrate and "

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import torch
 
+from micromix_compile.decoder import longest_text
 from micromix_compile.errors import OptionError
 from micromix_compile.ops import kernel_name
 from micromix_compile.recipe import Recipe
+
+SEQLEN = 2048
+"""Tokens of a window, where the model has positions for as many."""
 
 
 def check_device(device: str | None) -> None:
@@ -64,6 +68,21 @@ def texts_of(arguments: argparse.Namespace, half: int | None) -> dict[str, str]:
         return texts
     cut = {"builtin"} if arguments.command != "sweep" else texts.keys()
     return {name: halves(text)[half] if name in cut else text for name, text in texts.items()}
+
+
+def fit_windows(arguments: argparse.Namespace, model) -> None:
+    """--seqlen is what the model has positions for: where left out, cut to that. Raises OptionError for one that is not.
+
+    Beyond it learned positions end in an IndexError, and rotated ones mean nothing to the model.
+    """
+    most = longest_text(model)
+    if arguments.seqlen is None:
+        arguments.seqlen = min(SEQLEN, most or SEQLEN)
+        if arguments.seqlen < SEQLEN:
+            print(f"windows of {most} tokens and not {SEQLEN}: the model has no more positions")
+    elif most and arguments.seqlen > most:
+        reason = f"is {arguments.seqlen}, and {arguments.model} has {most} positions"
+        raise OptionError(option="--seqlen", reason=reason, valid=f"2 to {most}")
 
 
 def calibration_windows(arguments: argparse.Namespace, tokenizer) -> torch.Tensor:

@@ -7,7 +7,7 @@ import json
 import math
 
 from micromix_compile.allocation import uniform_plan
-from micromix_compile.cli.inputs import load_model, recipe_of, texts_of
+from micromix_compile.cli.inputs import SEQLEN, fit_windows, load_model, recipe_of, texts_of
 from micromix_compile.cli.outputs import check_apart
 from micromix_compile.cli.plans import bits_of, calibrated
 from micromix_compile.errors import OptionError, RecipeError
@@ -67,9 +67,10 @@ def _run_tasks(arguments: argparse.Namespace, variants) -> list[dict]:
 def _measure_texts(arguments: argparse.Namespace, variants) -> list[dict]:
     from micromix_compile.models import check_windows, token_windows
 
-    check_windows(arguments.seqlen, arguments.samples, arguments.context)
+    check_windows(arguments.seqlen or SEQLEN, arguments.samples, arguments.context)
     texts = texts_of(arguments, half=1 if arguments.against == "float" else None)
     model, tokenizer = load_model(arguments)
+    fit_windows(arguments, model)
     print(
         "Plans and formats run the lowered graph with the operators of a compiled model, without Inductor."
     )

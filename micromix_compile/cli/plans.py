@@ -9,7 +9,7 @@ from pathlib import Path
 
 import micromix_compile as micromix
 from micromix_compile.checkpoint import files_fingerprint
-from micromix_compile.cli.inputs import calibration_windows, recipe_of, texts_of
+from micromix_compile.cli.inputs import calibration_windows, fit_windows, recipe_of, texts_of
 from micromix_compile.cli.outputs import check_apart
 from micromix_compile.errors import MicroMixError, OptionError, OutputError
 from micromix_compile.files import check_output, write_text
@@ -78,8 +78,9 @@ def calibrated(
     """A calibration of the model on windows of the texts, for plans by `recipes`.
 
     With `statistics`, those of an earlier run: nothing is run before weights are rounded. Raises RecipeError before the long work
-    where a budget of time is less than the layers can take.
+    where a budget of time is less than the layers can take, and OptionError for windows that are too long for the model.
     """
+    fit_windows(arguments, model)
     shapes = linear_shapes(model)
     for recipe in recipes:
         if recipe.time is not None:
@@ -156,6 +157,7 @@ def _is_note(path: Path) -> bool:
 def _calibrated(recipe: Recipe, model, tokenizer, arguments: argparse.Namespace) -> ModelPlan:
     """The plan of a model, from OUT.plan.safetensors where an earlier run was stopped after calibrating."""
     path, note = _plan_file(arguments)
+    fit_windows(arguments, model)
     made_from = _made_from(arguments)
     if path.exists() and note.exists() and note.read_text(encoding="utf-8") == made_from:
         plan = load_plan(path)
