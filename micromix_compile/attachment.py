@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import _torch_compat as compat
 from .errors import PlanMismatchError, RecipeError, TiedLayersWarning, UnplannedLayersWarning
-from .layers import linear_shapes, named_weights
+from .layers import LayerShape, linear_shapes, named_weights
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -25,7 +25,9 @@ __all__ = [
     "attach_rest",
     "attached",
     "changes",
+    "check",
     "detach",
+    "differences",
 ]
 
 _PLAN = "_micromix_plan"
@@ -36,28 +38,42 @@ DIGEST = "_micromix_digest"
 
 def attach(plan: ModelPlan, model: nn.Module) -> None:
     """See :meth:`ModelPlan.attach`."""
-    parameters = dict(named_weights(model))
-    found, differences = {}, []
-    for name, shape in plan.shapes.items():
-        weight = parameters.get(f"{name}.weight", parameters.get(name))
-        if weight is None:
-            differences.append(f"{name}: the model has no such layer")
-        elif tuple(weight.shape) != shape.weight_shape:
-            differences.append(
-                f"{name}: the plan has a weight {list(shape.weight_shape)}, "
-                f"the model {list(weight.shape)}"
-            )
-        else:
-            found[name] = weight
-    if differences:
-        raise PlanMismatchError(differences=differences)
-    _warn(plan, model, parameters, found)
+    found = check(plan, model)
     detach(model)
     structures = _structures(plan)
     for name, weight in found.items():
         if attached(weight) is None:
             _mark(weight, plan, name, structures[name])
     attach_rest(plan, model)
+
+
+def check(plan: ModelPlan, model: nn.Module) -> dict[str, Tensor]:
+    """The weights of the planned layers, by name. Raises and warns as :meth:`ModelPlan.attach`, and changes nothing."""
+    if found := differences(plan.shapes, model):
+        raise PlanMismatchError(differences=found)
+    parameters = dict(named_weights(model))
+    weights = {name: _weight_of(name, parameters) for name in plan}
+    _warn(plan, model, parameters, weights)
+    return weights
+
+
+def differences(
+    shapes: Mapping[str, LayerShape], model: nn.Module, whose: str = "the plan"
+) -> list[str]:
+    """What keeps these from being layers of a model, one a line; none where they are."""
+    parameters, result = dict(named_weights(model)), []
+    for name, shape in shapes.items():
+        weight = _weight_of(name, parameters)
+        if weight is None:
+            result.append(f"{name}: the model has no such layer")
+        elif tuple(weight.shape) != shape.weight_shape:
+            expected = f"{whose} has a weight {list(shape.weight_shape)}"
+            result.append(f"{name}: {expected}, the model {list(weight.shape)}")
+    return result
+
+
+def _weight_of(name: str, parameters: Mapping[str, Tensor]) -> Tensor | None:
+    return parameters.get(f"{name}.weight", parameters.get(name))
 
 
 def _warn(
@@ -76,13 +92,13 @@ def _warn(
     except RecipeError:
         skips = lambda _: True
     if unplanned := [name for name in unplanned if not skips(name)]:
-        warnings.warn(UnplannedLayersWarning(layers=unplanned), stacklevel=4)
+        warnings.warn(UnplannedLayersWarning(layers=unplanned), stacklevel=5)
     sharing: dict[int, list[str]] = {}
     for name, weight in found.items():
         sharing.setdefault(id(weight), []).append(name)
     tied = [names for names in sharing.values() if len({plan[name] for name in names}) > 1]
     if tied:
-        warnings.warn(TiedLayersWarning(layers=[", ".join(names) for names in tied]), stacklevel=4)
+        warnings.warn(TiedLayersWarning(layers=[", ".join(names) for names in tied]), stacklevel=5)
 
 
 def attach_rest(plan: ModelPlan, model: nn.Module) -> None:

@@ -176,12 +176,13 @@ class StatisticsFileError(MicroMixError, ValueError):
 
 
 class StatisticsMismatchError(MicroMixError):
-    """Statistics of different models, or activations of another width, were put together.
+    """Statistics of different models, or those of one and a plan or the model of another, were put together.
+    Or activations of another width were.
     Facts: differences (a list)."""
 
     template = (
         "These statistics do not belong to the same model:{differences}\n"
-        "Merge only runs of one model with the same layers."
+        "Put together only what comes from one model with the same layers."
     )
 
 

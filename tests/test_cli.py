@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_llama import VOCABULARY, save_tiny, tiny_tokenizer
+from tiny_llama import VOCABULARY, save_tiny, tiny_llama, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from micromix_compile import Recipe, load_plan, load_statistics, models
@@ -317,6 +317,32 @@ def test_plan_of_another_model(directory, statistics, tmp_path, capsys):
     ModelPlan(plan, wider, plan.recipe).save(path)
     line = failure(capsys, "eval", *small(directory), "--plan", str(path))
     assert "another model" in line
+
+
+def test_plans_and_statistics_of_a_model_with_other_layers(
+    directory, statistics, gradients, tmp_path, capsys, monkeypatch
+):
+    small_plan, large_plan, large = (str(tmp_path / name) for name in ("small", "large", "model"))
+    tiny_llama(layers=3).save_pretrained(large)
+    tiny_tokenizer().save_pretrained(large)
+    large_statistics = str(tmp_path / "statistics")
+    outputs = ["--output", large_plan, "--statistics", large_statistics]
+    assert main(["calibrate", *small(large), "--gradients", *outputs]) == 0
+    assert main(["plan", statistics, "--output", small_plan]) == 0
+    picture = ["--output", str(tmp_path / "report.png")]
+    line = failure(capsys, "report", large_plan, "--statistics", statistics, *picture)
+    assert "layers.2" in line and "no such layer" in line
+    sweep = ["--budgets", "5", "--output", str(tmp_path / "sweep"), "--statistics"]
+    line = failure(capsys, "sweep", *small(directory), *sweep, large_statistics)
+    assert "statistics do not belong" in line and "layers.2" in line
+    # The other way round there may be such layers, which do not run: they are named.
+    assert main(["sweep", *small(large), *sweep, gradients]) == 0
+    assert capsys.readouterr().err.count("stay float: model.layers.2") == 1
+    assert main(["eval", *small(large), "--plan", small_plan]) == 0
+    assert "stay float: model.layers.2" in capsys.readouterr().err
+    monkeypatch.setattr("micromix_compile.evaluate.perplexity", no_work)
+    line = failure(capsys, "eval", *small(directory), "--plan", large_plan)
+    assert "another model" in line and "layers.2" in line
 
 
 def test_the_installed_command():

@@ -8,10 +8,11 @@ import json
 from pathlib import Path
 
 import micromix_compile as micromix
+from micromix_compile.attachment import differences
 from micromix_compile.checkpoint import files_fingerprint
 from micromix_compile.cli.inputs import calibration_windows, fit_windows, recipe_of, texts_of
 from micromix_compile.cli.outputs import check_apart
-from micromix_compile.errors import MicroMixError, OptionError, OutputError
+from micromix_compile.errors import MicroMixError, OptionError, OutputError, StatisticsMismatchError
 from micromix_compile.files import check_output, write_text
 from micromix_compile.layers import linear_shapes
 from micromix_compile.ops import build_id
@@ -77,9 +78,12 @@ def calibrated(
 ) -> micromix.Calibration:
     """A calibration of the model on windows of the texts, for plans by `recipes`.
 
-    With `statistics`, those of an earlier run: nothing is run before weights are rounded. Raises RecipeError before the long work
+    With `statistics`, those of an earlier run: nothing is run before weights are rounded. Raises StatisticsMismatchError where they
+    have layers that the model lacks, RecipeError before the long work
     where a budget of time is less than the layers can take, and OptionError for windows that are too long for the model.
     """
+    if statistics is not None and (found := differences(statistics.layers, model, "the file")):
+        raise StatisticsMismatchError(differences=found)
     fit_windows(arguments, model)
     shapes = linear_shapes(model)
     for recipe in recipes:

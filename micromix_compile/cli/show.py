@@ -7,9 +7,9 @@ import argparse
 import torch
 
 from micromix_compile.env import show as show_facts
-from micromix_compile.errors import MissingPackageError
-from micromix_compile.plan import load_plan
-from micromix_compile.statistics import load_statistics
+from micromix_compile.errors import MissingPackageError, StatisticsMismatchError
+from micromix_compile.plan import ModelPlan, load_plan
+from micromix_compile.statistics import ModelStatistics, load_statistics
 from micromix_compile.targets import modelled_time
 
 
@@ -18,11 +18,25 @@ def report(arguments: argparse.Namespace) -> None:
 
     statistics = load_statistics(arguments.statistics) if arguments.statistics else None
     plan = load_plan(arguments.plan)
+    if statistics is not None:
+        _check_same_layers(plan, statistics)
     time = modelled_time(plan, arguments.target, arguments.rows) if arguments.target else None
     draw_report(plan, arguments.output, statistics, time)
     if time:
         print(time)
     print(f"report: {arguments.output}")
+
+
+def _check_same_layers(plan: ModelPlan, statistics: ModelStatistics) -> None:
+    """Raises StatisticsMismatchError where the plan has a layer that the statistics lack, or of another shape."""
+    known = statistics.layers
+    differences = [
+        f"{name}: the plan has {shape}, the statistics {known.get(name, 'no such layer')}"
+        for name, shape in plan.shapes.items()
+        if known.get(name) != shape
+    ]
+    if differences:
+        raise StatisticsMismatchError(differences=differences)
 
 
 def demo(arguments: argparse.Namespace) -> None:
