@@ -545,6 +545,30 @@ def test_a_model_that_is_quantised_is_not_quantised_again(directory, tmp_path, c
         assert (again / file).read_bytes() == (packed / file).read_bytes()
 
 
+def test_a_model_that_is_quantised_is_measured_as_it_is_alone(
+    directory, statistics, gradients, tmp_path, capsys, monkeypatch
+):
+    packed, plan, figures = (str(tmp_path / name) for name in ("packed", "plan", "figures"))
+    assert main(["plan", statistics, "--output", plan]) == 0
+    assert main(["quantize", directory, packed, "--plan", plan]) == 0
+    assert main(["eval", *small(packed), "--output", figures]) == 0
+    assert [row["variant"] for row in json.loads(Path(figures).read_text())] == ["as it is"]
+    assert "\nas it is: " in capsys.readouterr().out
+    monkeypatch.setattr("micromix_compile.evaluate.perplexity", no_work)
+    monkeypatch.setattr("micromix_compile.calibrate", no_work)
+    output = ["--output", str(tmp_path / "new")]
+    for arguments in (
+        ["eval", *small(packed), "--plan", plan],
+        ["eval", *small(packed), "--format", "mxfp4"],
+        ["eval", *small(packed), "--format", "mxfp4", "--tasks", "lambada"],
+        ["calibrate", *small(packed), *output],
+        ["sweep", *small(packed), *output, "--budgets", "5"],
+        ["sweep", *small(packed), *output, "--budgets", "5", "--statistics", gradients],
+    ):
+        line = failure(capsys, *arguments)
+        assert "--model" in line and "quantised already" in line and "a float model" in line
+
+
 def test_generate_says_what_is_wrong(directory, capsys):
     for flags, message in (
         (["--prompt", ""], "--prompt"),

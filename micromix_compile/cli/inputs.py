@@ -12,6 +12,7 @@ import torch
 from micromix_compile.decoder import longest_text
 from micromix_compile.errors import OptionError
 from micromix_compile.ops import kernel_name
+from micromix_compile.quantized_linear import QuantizedLinear
 from micromix_compile.recipe import Recipe
 
 SEQLEN = 2048
@@ -68,6 +69,18 @@ def texts_of(arguments: argparse.Namespace, half: int | None) -> dict[str, str]:
         return texts
     cut = {"builtin"} if arguments.command != "sweep" else texts.keys()
     return {name: halves(text)[half] if name in cut else text for name, text in texts.items()}
+
+
+def is_quantised(model) -> bool:
+    """Whether layers of it are packed: there are no float weights to plan for."""
+    return any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
+def refuse_quantised(arguments: argparse.Namespace, model, valid: str = "a float model") -> None:
+    """Before the long work: raises OptionError for a model that is quantised already."""
+    if is_quantised(model):
+        reason = f"cannot be {arguments.model}, which is quantised already"
+        raise OptionError(option="--model", reason=reason, valid=valid)
 
 
 def fit_windows(arguments: argparse.Namespace, model) -> None:

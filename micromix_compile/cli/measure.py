@@ -8,7 +8,15 @@ import math
 
 from micromix_compile.allocation import uniform_plan
 from micromix_compile.attachment import check
-from micromix_compile.cli.inputs import SEQLEN, fit_windows, load_model, recipe_of, texts_of
+from micromix_compile.cli.inputs import (
+    SEQLEN,
+    fit_windows,
+    is_quantised,
+    load_model,
+    recipe_of,
+    refuse_quantised,
+    texts_of,
+)
 from micromix_compile.cli.outputs import check_apart
 from micromix_compile.cli.plans import bits_of, calibrated
 from micromix_compile.errors import OptionError, RecipeError
@@ -52,8 +60,13 @@ def _check_against(arguments: argparse.Namespace) -> None:
     )
 
 
-def _check_plans(model, variants) -> None:
-    """Before the long work, as the backend leaves layers alone that a plan lacks. Raises PlanMismatchError, warns as `attach`."""
+def _check_variants(model, variants, arguments) -> None:
+    """Before the long work. Raises OptionError for a model that is quantised, else raises and warns as `attach` of the plans.
+
+    The backend would leave alone what a plan lacks, in silence.
+    """
+    if variants:
+        refuse_quantised(arguments, model, "a float model, or neither --plan nor --format")
     for _, options in variants:
         if "plan" in options:
             check(options["plan"], model)
@@ -63,9 +76,10 @@ def _run_tasks(arguments: argparse.Namespace, variants) -> list[dict]:
     from micromix_compile.tasks import evaluate_tasks
 
     model, tokenizer = load_model(arguments)
-    _check_plans(model, variants)
+    _check_variants(model, variants, arguments)
     rows = []
-    for row in evaluate_tasks(model, tokenizer, arguments.tasks, variants, arguments.dtype):
+    label = _as_it_is(model, arguments)
+    for row in evaluate_tasks(model, tokenizer, arguments.tasks, variants, label):
         rows.append(row)
         figures = {k: v for k, v in row.items() if k not in ("task", "variant")}
         shown = ", ".join(f"{key.split(',')[0]} {value:.4f}" for key, value in figures.items())
@@ -79,7 +93,7 @@ def _measure_texts(arguments: argparse.Namespace, variants) -> list[dict]:
     check_windows(arguments.seqlen or SEQLEN, arguments.samples, arguments.context)
     texts = texts_of(arguments, half=1 if arguments.against == "float" else None)
     model, tokenizer = load_model(arguments)
-    _check_plans(model, variants)
+    _check_variants(model, variants, arguments)
     fit_windows(arguments, model)
     print(
         "Plans and formats run the lowered graph with the operators of a compiled model, without Inductor."
@@ -122,10 +136,16 @@ def _measure_text(model, text: str, windows, variants, arguments) -> list[dict]:
 def _float_row(model, text: str, windows, arguments) -> dict:
     from micromix_compile.evaluate import perplexity
 
-    found = perplexity(model, windows, arguments.context, label=arguments.dtype)
+    label = _as_it_is(model, arguments)
+    found = perplexity(model, windows, arguments.context, label=label)
     error = f" ± {found.standard_error:.3f} (standard errors, by window)"
-    print(f"{arguments.dtype}: {found.value:.3f}{error if len(windows) > 1 else ''}")
-    return {"text": text, "variant": arguments.dtype, "perplexity": found.value}
+    print(f"{label}: {found.value:.3f}{error if len(windows) > 1 else ''}")
+    return {"text": text, "variant": label, "perplexity": found.value}
+
+
+def _as_it_is(model, arguments: argparse.Namespace) -> str:
+    """What a model without another plan is called: by its dtype, which would say nothing of a quantised one."""
+    return "as it is" if is_quantised(model) else arguments.dtype
 
 
 def _figure(row: dict, name: str, form: str) -> str:

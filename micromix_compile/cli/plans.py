@@ -10,14 +10,20 @@ from pathlib import Path
 import micromix_compile as micromix
 from micromix_compile.attachment import differences
 from micromix_compile.checkpoint import files_fingerprint
-from micromix_compile.cli.inputs import calibration_windows, fit_windows, recipe_of, texts_of
+from micromix_compile.cli.inputs import (
+    calibration_windows,
+    fit_windows,
+    is_quantised,
+    recipe_of,
+    refuse_quantised,
+    texts_of,
+)
 from micromix_compile.cli.outputs import check_apart
 from micromix_compile.errors import MicroMixError, OptionError, OutputError, StatisticsMismatchError
 from micromix_compile.files import check_output, write_text
 from micromix_compile.layers import linear_shapes
 from micromix_compile.ops import build_id
 from micromix_compile.plan import ModelPlan, load_plan
-from micromix_compile.quantized_linear import QuantizedLinear
 from micromix_compile.recipe import Recipe
 from micromix_compile.statistics import ModelStatistics
 from micromix_compile.targets import check_time, modelled_time
@@ -57,7 +63,7 @@ def settled(
     """
     if isinstance(plan, ModelPlan):
         return plan
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    if is_quantised(model):
         if plan != Recipe():
             reason = (
                 f"cannot be quantised by flags of a recipe: {arguments.model} is quantised already"
@@ -80,8 +86,9 @@ def calibrated(
 
     With `statistics`, those of an earlier run: nothing is run before weights are rounded. Raises StatisticsMismatchError where they
     have layers that the model lacks, RecipeError before the long work
-    where a budget of time is less than the layers can take, and OptionError for windows that are too long for the model.
+    where a budget of time is less than the layers can take, and OptionError for a model that is quantised, or windows too long for it.
     """
+    refuse_quantised(arguments, model)
     if statistics is not None and (found := differences(statistics.layers, model, "the file")):
         raise StatisticsMismatchError(differences=found)
     fit_windows(arguments, model)
