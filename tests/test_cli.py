@@ -420,6 +420,7 @@ def test_what_can_be_checked_is_checked_first(directory, tmp_path, capsys, monke
     Path(file).touch()
     for arguments, message in (
         (["quantize", directory, out, "--max-shard-size", "banana"], "max_shard_size"),
+        (["quantize", directory, out, "--rounding", "gptq", "--offload"], "--offload"),
         (["quantize", directory, out, "--text", none], "Give a readable UTF-8 text"),
         (["export", directory, f"{out}.pt2", "--text", none], "Give a readable UTF-8 text"),
         (["calibrate", *small(directory), "--output", none], "Make that folder first"),

@@ -35,9 +35,12 @@ _NOTE = "micromix_plan_made_from"
 def wanted(arguments: argparse.Namespace) -> ModelPlan | Recipe:
     """The plan of --plan, or the recipe of the flags; and, before the long work, every check that needs no model.
 
-    Raises OptionError where both are given, and RecipeError, PlanFileError, TextError and OutputError.
+    Raises OptionError where both are given or flags contradict each other, and RecipeError, PlanFileError, TextError and OutputError.
     """
     recipe = recipe_of(arguments)
+    if recipe.rounding == "gptq" and getattr(arguments, "offload", False):
+        reason = "leaves the weights on disk, and --rounding gptq needs them in memory"
+        raise OptionError(option="--offload", reason=reason, valid="beside --rounding nearest")
     if arguments.plan is not None:
         if recipe != Recipe():
             reason = "cannot be given beside flags of a recipe"
