@@ -461,6 +461,22 @@ def test_a_plan_of_the_users_is_not_written_over(directory, tmp_path, capsys, mo
             (tmp_path / name).unlink()
 
 
+def test_a_plan_among_the_files_of_the_model_would_change_them(
+    directory, tmp_path, capsys, monkeypatch
+):
+    """No later run would take the files for the same."""
+    (tmp_path / "link").symlink_to(directory)
+    before = sorted(os.listdir(directory))
+    with monkeypatch.context() as patch:
+        patch.setattr("micromix_compile.models.load", no_work)
+        for command, out in (("quantize", f"{directory}/q"), ("export", f"{tmp_path}/link/q.pt2")):
+            line = failure(capsys, command, directory, out)
+            assert "one of the files of the model" in line and "Give an OUT outside" in line
+    assert sorted(os.listdir(directory)) == before
+    assert main(["quantize", directory, f"{directory}/q", "--format", "mxfp8"]) == 0  # no plan
+    shutil.rmtree(f"{directory}/q")
+
+
 def test_another_file_of_json_is_no_note_of_a_plan(directory, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("micromix_compile.models.load", no_work)
     note = tmp_path / "out.plan.json"

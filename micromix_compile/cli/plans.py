@@ -18,7 +18,7 @@ from micromix_compile.cli.inputs import (
     refuse_quantised,
     texts_of,
 )
-from micromix_compile.cli.outputs import check_apart
+from micromix_compile.cli.outputs import check_apart, model_folder
 from micromix_compile.errors import MicroMixError, OptionError, OutputError, StatisticsMismatchError
 from micromix_compile.files import check_output, write_text
 from micromix_compile.layers import linear_shapes
@@ -150,6 +150,10 @@ def _plan_file(arguments: argparse.Namespace) -> tuple[Path, Path]:
 def _check_plan_file(arguments: argparse.Namespace) -> None:
     """There is a place for the plan that a command makes, where no other one lies. Raises OutputError."""
     path, note = _plan_file(arguments)
+    folder = model_folder(arguments)
+    if folder is not None and path.parent.resolve() == folder.resolve():
+        reason = f"it would be one of the files of the model {arguments.model}, by which a later run knows it again"
+        raise OutputError(path=path, reason=reason, mend="Give an OUT outside of that directory")
     path.parent.mkdir(parents=True, exist_ok=True)
     check_apart(arguments, path, note)
     check_output(path)
