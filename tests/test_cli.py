@@ -270,6 +270,14 @@ def test_budgets_of_time(directory, gradients, tmp_path, capsys):
     assert "amx, sm_120" in line
 
 
+def test_flags_that_would_change_nothing_are_refused(directory, capsys, monkeypatch):
+    monkeypatch.setattr("micromix_compile.models.load", no_work)
+    line = failure(capsys, "eval", *small(directory), "--activations", "bfloat16")
+    assert "--activations bfloat16" in line and "beside --format" in line
+    line = failure(capsys, "report", "plan", "--rows", "4", "--output", "none.png")
+    assert "--rows" in line and "beside --target" in line
+
+
 def test_env(capsys):
     assert main(["env"]) == 0
     assert "extension" in capsys.readouterr().out

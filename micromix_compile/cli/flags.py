@@ -205,7 +205,9 @@ def _add_report(command) -> None:
     help = "those it was made from: draws outliers too"
     reads(parser, "--statistics", type=Path, metavar="FILE", help=help)
     parser.add_argument("--target", help="say the modelled time on this device too")
-    parser.add_argument("--rows", type=_from(1), default=1, metavar="M", help="of a forward")
+    parser.add_argument(
+        "--rows", type=_from(1), metavar="M", help="of a forward on it (default: 1, decode)"
+    )
     writes(parser, "--output", required=True, metavar="PNG", help="write it here")
 
 

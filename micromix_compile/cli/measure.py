@@ -34,6 +34,12 @@ _UNITS = {"bits": "bits", "time": "of the time of MXFP8"}
 
 def evaluate(arguments: argparse.Namespace) -> None:
     _check_against(arguments)
+    if arguments.activations != "match" and not arguments.format:
+        raise OptionError(
+            option=f"--activations {arguments.activations}",
+            reason="is for single formats: a plan has its own",
+            valid="beside --format",
+        )
     variants = [(str(path), {"plan": load_plan(path)}) for path in arguments.plan]
     for name in arguments.format:
         recipe = Recipe(format=name, activations=arguments.activations)

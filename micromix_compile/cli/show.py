@@ -7,7 +7,7 @@ import argparse
 import torch
 
 from micromix_compile.env import show as show_facts
-from micromix_compile.errors import MissingPackageError, StatisticsMismatchError
+from micromix_compile.errors import MissingPackageError, OptionError, StatisticsMismatchError
 from micromix_compile.plan import ModelPlan, load_plan
 from micromix_compile.statistics import ModelStatistics, load_statistics
 from micromix_compile.targets import modelled_time
@@ -16,11 +16,15 @@ from micromix_compile.targets import modelled_time
 def report(arguments: argparse.Namespace) -> None:
     from micromix_compile.report import draw_report
 
+    if arguments.rows is not None and arguments.target is None:
+        reason = "is of a forward on a device whose time is modelled"
+        raise OptionError(option="--rows", reason=reason, valid="beside --target")
     statistics = load_statistics(arguments.statistics) if arguments.statistics else None
     plan = load_plan(arguments.plan)
     if statistics is not None:
         _check_same_layers(plan, statistics)
-    time = modelled_time(plan, arguments.target, arguments.rows) if arguments.target else None
+    target, rows = arguments.target, arguments.rows or 1
+    time = modelled_time(plan, target, rows) if target else None
     draw_report(plan, arguments.output, statistics, time)
     if time:
         print(time)
