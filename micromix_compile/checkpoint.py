@@ -289,9 +289,10 @@ def check_directory(directory: Path) -> None:
     """Say before long work that a checkpoint cannot be written there. Raises CheckpointExistsError and OutputError."""
     partial = Path(os.path.realpath(directory) + ".partial")
     if os.path.lexists(partial) and not _is_begun(partial):
-        raise CheckpointExistsError(path=partial)
+        begun = f"the beginning of a checkpoint, as which {directory} is written until it is whole"
+        raise CheckpointExistsError(path=partial, expected=begun)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise CheckpointExistsError(path=directory)
+        raise CheckpointExistsError(path=directory, expected="an empty directory")
     if os.path.ismount(directory):
         reason = "a file system is mounted there, and a checkpoint gets its name at the end"
         raise OutputError(path=directory, reason=reason, mend="Give a new folder within it")

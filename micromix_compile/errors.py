@@ -297,10 +297,10 @@ class CheckpointClassError(CheckpointError):
 
 
 class CheckpointExistsError(MicroMixError, FileExistsError):
-    """A checkpoint would be written over something. Facts: path."""
+    """A checkpoint would be written over something. Facts: path, expected (what may be there)."""
 
     template = (
-        "{path} exists and is not an empty directory; a checkpoint is never written over anything. "
+        "{path} exists and is not {expected}; a checkpoint is never written over anything. "
         "Give another directory, or remove this one first."
     )
 
