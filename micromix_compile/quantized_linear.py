@@ -84,7 +84,10 @@ class QuantizedLinear(nn.Module):
         return result.place()
 
     def set_order(self, order: Tensor | None, owns_order: bool) -> None:
-        """Set the channel order int32 `[Kp]`, and whether a state dict holds it under this layer's name."""
+        """Set the channel order int32 `[Kp]`, and whether a state dict holds it under this layer's name.
+
+        Where it does not, the caller adds this layer to the `followers` of the one that owns the order.
+        """
         self.owns_order = owns_order
         if order is not None and self.device.type != "meta":
             order = order.to(self.device)
