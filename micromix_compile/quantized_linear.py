@@ -122,6 +122,11 @@ class QuantizedLinear(nn.Module):
         return PackedWeight(data, scales, self.plan)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1:] != (self.in_features,):
+            # The operators would leave channels out, or pad. A product that cannot be raises as nn.Linear does,
+            # when it is traced too; a `raise` would have Dynamo run this layer uncompiled from then on.
+            weight = x.new_empty(()).expand(self.out_features, self.in_features)
+            return nn.functional.linear(x, weight)
         if torch.is_grad_enabled() and x.requires_grad:
             raise GradientError(
                 reason="gradients are enabled and a quantised layer's input has one"
