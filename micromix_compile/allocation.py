@@ -67,11 +67,19 @@ def uniform_plan(layers: Mapping[str, LayerShape], recipe: Recipe) -> ModelPlan:
     """A plan with one format for all channels, in their own order; it needs no calibration.
 
     ``layers``: name -> LayerShape, or a tuple (N, K) or (N, K, transposed). Layers that the
-    recipe skips are left out. Raises RecipeError unless the recipe has a ``format``.
+    recipe skips are left out. Raises RecipeError for a recipe that needs calibration: any without a ``format``, and
+    GPTQ.
     """
-    if recipe.method != "format":
-        expected = "'mxfp8', 'mxfp6' or 'mxfp4' where there is no calibration"
-        raise RecipeError(option="format", value=recipe.format, expected=expected)
+    calibrated = "needs calibration, as in calibrate(model).run(batches).plan(recipe)"
+    if (method := recipe.method) != "format":
+        expected = (
+            "format='mxfp8', 'mxfp6' or 'mxfp4' where there is no calibration: "
+            f"{method} {calibrated}"
+        )
+        raise RecipeError(option=method, value=getattr(recipe, method), expected=expected)
+    if recipe.rounding != "nearest":
+        expected = f"'nearest' where there is no calibration: GPTQ {calibrated}"
+        raise RecipeError(option="rounding", value=recipe.rounding, expected=expected)
     shapes = {n: LayerShape(*shape) for n, shape in layers.items() if not recipe.skips(n)}
     by_width = {k: _uniform_layer(k, recipe) for k in {s.in_features for s in shapes.values()}}
     plans = {name: by_width[shape.in_features] for name, shape in shapes.items()}

@@ -80,7 +80,8 @@ def plan_to_use(model: nn.Module, plan: AnyPlan | None) -> ModelPlan:
         )
         if isinstance(plan, Recipe) and plan.to_dict() != recipe:
             # A copy of a model has lost what was attached; a recipe for one format tells its plan by itself.
-            uniform = plan.method == "format" and uniform_plan(result.shapes, plan)
+            known = plan.method == "format" and plan.rounding == "nearest"
+            uniform = known and uniform_plan(result.shapes, plan)
             if not uniform or uniform.layers_digest != result.layers_digest:
                 raise QuantizedAlreadyError(given="recipe")
         if isinstance(plan, ModelPlan) and not _is_plan_of(plan, result, quantised):

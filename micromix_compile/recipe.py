@@ -52,7 +52,7 @@ class Recipe:
     * ``counts``: ``{glob of layer names: (k4, k6, k8)}``, numbers of channels, each a multiple of
       ``multiple``, summing to the layer's K rounded up to a multiple. The first glob that matches
       a layer wins; layers that share an input share the counts.
-    * ``format``: "mxfp8", "mxfp6" or "mxfp4" for all channels; needs no calibration.
+    * ``format``: "mxfp8", "mxfp6" or "mxfp4" for all channels; needs no calibration, unless ``rounding`` is "gptq".
     * ``bits``: an average of the element bits over all weights (scales take 0.25 bit more), spent over
       all layers where it lowers the error most, on ``formats`` (budget.py). Calibrate with gradients
       for it. With ``weights="mxfp4"`` it is the activations' average.

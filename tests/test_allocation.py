@@ -214,9 +214,17 @@ def test_uniform(name, k, multiple, padded):
     assert getattr(layout, f"k{name[-1]}") == layout.channels == padded
 
 
-def test_uniform_needs_a_format():
-    with pytest.raises(RecipeError, match="where there is no calibration"):
-        uniform_plan({"fc": (8, 32)}, Recipe())
+@pytest.mark.parametrize(
+    ("recipe", "named"),
+    [
+        (Recipe(), "thresholds = 'published' .* thresholds needs calibration"),
+        (Recipe(bits=5), r"bits = 5\.0 .* bits needs calibration"),
+        (Recipe(format="mxfp4", rounding="gptq"), "rounding = 'gptq' .* GPTQ needs calibration"),
+    ],
+)
+def test_uniform_needs_no_calibration(recipe, named):
+    with pytest.raises(RecipeError, match=named):
+        uniform_plan({"fc": (8, 32)}, recipe)
 
 
 @pytest.mark.parametrize("recipe", [Recipe(), Recipe(split=(0.3, 0.3, 0.4), multiple=128)])

@@ -41,6 +41,7 @@ from micromix_compile.errors import (
     PlanFileError,
     PlanMismatchError,
     QuantizedAlreadyError,
+    RecipeError,
     ReleasedWeightError,
     UnsavableLayerError,
 )
@@ -664,6 +665,17 @@ def test_a_plan_of_other_samples_is_not_used_again(source, tmp_path, capsys):
             text.write_text("Other words. " * (400 + text.stat().st_size))
         assert main(["quantize", *flags, "--samples", samples]) == 0
         assert ("from an earlier run" in capsys.readouterr().out) == again
+
+
+def test_one_format_is_rounded_by_gptq(source, tmp_path, capsys):
+    flags = ["--format", "mxfp4", "--rounding", "gptq", "--samples", "2", "--seqlen", "32"]
+    assert main(["quantize", str(source), str(tmp_path / "out"), *flags]) == 0
+    plan = micromix.load_plan(tmp_path / "out.plan.safetensors")
+    assert plan.rounded and plan_to_use(load(tmp_path / "out"), plan) is plan
+    with pytest.raises(QuantizedAlreadyError):
+        plan_to_use(load(tmp_path / "out"), Recipe(format="mxfp6", rounding="gptq"))
+    with pytest.raises(RecipeError, match="GPTQ needs calibration"):
+        save_pretrained(load(source), tmp_path / "x", Recipe(format="mxfp4", rounding="gptq"))
 
 
 def test_a_package_without_a_tokenizer_generates_no_text(capsys, monkeypatch):

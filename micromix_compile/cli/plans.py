@@ -54,7 +54,7 @@ def wanted(arguments: argparse.Namespace) -> ModelPlan | Recipe:
 
 def calibrates(plan: ModelPlan | Recipe) -> bool:
     """Whether it takes calibration to make a plan of this."""
-    return isinstance(plan, Recipe) and plan.method != "format"
+    return isinstance(plan, Recipe) and (plan.method != "format" or plan.rounding == "gptq")
 
 
 def settled(
