@@ -28,6 +28,7 @@ __all__ = [
     "check",
     "detach",
     "differences",
+    "warn_of_unplanned",
 ]
 
 _PLAN = "_micromix_plan"
@@ -53,7 +54,8 @@ def check(plan: ModelPlan, model: nn.Module) -> dict[str, Tensor]:
         raise PlanMismatchError(differences=found)
     parameters = dict(named_weights(model))
     weights = {name: _weight_of(name, parameters) for name in plan}
-    _warn(plan, model, parameters, weights)
+    warn_of_unplanned(plan, model, stacklevel=4)
+    _warn_of_tied(plan, weights)
     return weights
 
 
@@ -76,23 +78,25 @@ def _weight_of(name: str, parameters: Mapping[str, Tensor]) -> Tensor | None:
     return parameters.get(f"{name}.weight", parameters.get(name))
 
 
-def _warn(
-    plan: ModelPlan,
-    model: nn.Module,
-    parameters: Mapping[str, Tensor],
-    found: Mapping[str, Tensor],
-) -> None:
-    """Says which layers will not run as one may think."""
-    planned = set(map(id, found.values()))
+def warn_of_unplanned(plan: ModelPlan, model: nn.Module, *, stacklevel: int) -> None:
+    """Names the linear modules that a plan neither has nor skips, in an UnplannedLayersWarning."""
+    parameters = dict(named_weights(model))
+    planned = {id(weight) for n in plan if (weight := _weight_of(n, parameters)) is not None}
     unplanned = [
-        name for name in linear_shapes(model) if id(parameters.get(f"{name}.weight")) not in planned
+        name
+        for name in linear_shapes(model)
+        if name not in plan and id(parameters.get(f"{name}.weight")) not in planned
     ]
     try:  # a plan of one's own tells nothing of layers that it leaves out
         skips = Recipe.from_dict(plan.recipe).skips if plan.recipe else lambda _: True
     except RecipeError:
         skips = lambda _: True
     if unplanned := [name for name in unplanned if not skips(name)]:
-        warnings.warn(UnplannedLayersWarning(layers=unplanned), stacklevel=5)
+        warnings.warn(UnplannedLayersWarning(layers=unplanned), stacklevel=stacklevel + 1)
+
+
+def _warn_of_tied(plan: ModelPlan, found: Mapping[str, Tensor]) -> None:
+    """Names layers that will not run by their own plan."""
     sharing: dict[int, list[str]] = {}
     for name, weight in found.items():
         sharing.setdefault(id(weight), []).append(name)

@@ -16,6 +16,7 @@ from micromix_compile.errors import (
     OptionError,
     PlanMismatchError,
     StrictError,
+    UnplannedLayersWarning,
 )
 from micromix_compile.explain import GraphReport, LayerReport
 from micromix_compile.layers import LayerShape
@@ -99,6 +100,8 @@ def choose(linears: list[Linear], options: Options, report: GraphReport) -> list
         raise PlanMismatchError(differences=missing)
     if options.strict and refused:
         raise StrictError(layers=refused)
+    if options.plan is not None and options.plan.recipe and missing:
+        warnings.warn(UnplannedLayersWarning(layers=missing), stacklevel=2)
     if planless and options.recipe is None:
         warnings.warn(NoPlanWarning(layers=planless), stacklevel=2)
     return chosen

@@ -423,7 +423,7 @@ class UnmatchedPatternWarning(MicroMixWarning):
 
 
 class UnplannedLayersWarning(MicroMixWarning):
-    """A plan is attached to a model that has more layers than it. Facts: layers (a list)."""
+    """A plan is attached to, or given for, a model that has more layers than it. Facts: layers (a list)."""
 
     template = (
         "The plan neither has these layers nor does its recipe skip them, so they stay float:{layers}\n"

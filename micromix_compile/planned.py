@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from micromix_compile import _torch_compat as compat
 from micromix_compile.allocation import uniform_plan
-from micromix_compile.attachment import attached
+from micromix_compile.attachment import attached, warn_of_unplanned
 from micromix_compile.errors import (
     HookedLayerError,
     LeftAloneWarning,
@@ -115,7 +115,8 @@ def _runs_more(module: nn.Module) -> bool:
 
 def _plan_of_floats(model: nn.Module, plan: ModelPlan | Recipe | None) -> ModelPlan:
     shapes = linear_shapes(model)
-    if plan is None:
+    given = plan is not None
+    if not given:
         found = next((a for p in model.parameters() if (a := attached(p))), None)
         plan = found[0] if found else Recipe(format="mxfp8")
         if not found:
@@ -127,6 +128,8 @@ def _plan_of_floats(model: nn.Module, plan: ModelPlan | Recipe | None) -> ModelP
     if unsavable:
         raise UnsavableLayerError(layers=unsavable)
     plan.check(shapes)
+    if given:  # else it was said when the plan was attached
+        warn_of_unplanned(plan, model, stacklevel=4)
     return plan
 
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
+from tiny_llama import tiny_llama
 from torch import nn
 
 import micromix_compile as micromix
 from micromix_compile import Recipe, calibrate, explain
-from micromix_compile.planned import quantised
+from micromix_compile.allocation import uniform_plan
+from micromix_compile.errors import StrictError, UnplannedLayersWarning
+from micromix_compile.integrations.transformers import MicroMixConfig
+from micromix_compile.layers import linear_shapes
+from micromix_compile.plan import ModelPlan
+from micromix_compile.planned import plan_to_use, quantised
 
 
 @pytest.mark.parametrize("activations", ["match", "bfloat16"])
@@ -51,3 +59,53 @@ def test_a_package_of_another_width_is_refused(tmp_path):
         micromix.export(
             model, tmp_path / "model.pt2", (torch.randn(6, 3),), plan=Recipe(format="mxfp8")
         )
+
+
+def part_of(plan: ModelPlan, recipe: dict) -> ModelPlan:
+    kept = [name for name in plan if ".mlp." in name]
+    return ModelPlan({n: plan[n] for n in kept}, {n: plan.shapes[n] for n in kept}, recipe)
+
+
+@pytest.mark.parametrize("use", ["plan_to_use", "MicroMixConfig", "compile", "attach"])
+def test_layers_that_a_plan_lacks_are_named_wherever_it_is_given(use, tmp_path):
+    model = tiny_llama()
+    whole = uniform_plan(linear_shapes(model), Recipe(format="mxfp8"))
+    part_of(whole, whole.recipe).save(tmp_path / "plan")
+
+    def run(plan, **options):
+        torch.compiler.reset()
+        options |= {"plan": plan, "inductor": False}
+        compiled = torch.compile(model, backend="micromix", options=options)
+        with torch.no_grad():
+            compiled(torch.arange(8)[None])
+
+    calls = {
+        "plan_to_use": lambda plan: plan_to_use(model, plan),
+        "MicroMixConfig": lambda plan: MicroMixConfig(plan).plan_for(model),
+        "compile": run,
+        "attach": lambda plan: micromix.load_plan(plan).attach(model),
+    }
+    with pytest.warns(UnplannedLayersWarning, match=r"layers\.0\.self_attn\.q_proj") as seen:
+        calls[use](tmp_path / "plan")
+    assert sum(w.category is UnplannedLayersWarning for w in seen) == 1
+    skips = Recipe(format="mxfp8", skip=("*.self_attn.*",)).to_dict()
+    for plan in (whole, part_of(whole, skips), part_of(whole, {})):
+        plan.save(tmp_path / "plan")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UnplannedLayersWarning)
+            calls[use](tmp_path / "plan")
+            if use == "plan_to_use":
+                plan.attach(model)
+                assert plan_to_use(model, None) is plan
+    if use == "compile":
+        with pytest.raises(StrictError, match="q_proj"):
+            run(part_of(whole, whole.recipe), strict=True)
+
+
+def test_a_plan_may_have_more_than_the_part_that_is_compiled(recwarn):
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)).eval()
+    plan = uniform_plan(linear_shapes(nn.ModuleDict({"a": model})), Recipe(format="mxfp8"))
+    compiled = torch.compile(model, backend="micromix", options={"plan": plan, "inductor": False})
+    with torch.no_grad():
+        compiled(torch.randn(4, 32))
+    assert not [w for w in recwarn if w.category is UnplannedLayersWarning]

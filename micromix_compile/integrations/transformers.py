@@ -13,6 +13,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from micromix_compile.allocation import uniform_plan
+from micromix_compile.attachment import warn_of_unplanned
 from micromix_compile.checkpoint import METHOD, Description, read_tensor, verify_files
 from micromix_compile.errors import CheckpointClassError, CheckpointError, OptionError
 from micromix_compile.layers import linear_shape, linear_shapes
@@ -62,6 +63,7 @@ class MicroMixConfig(QuantizationConfigMixin):
             warn_of_others(model)
             return uniform_plan(shapes, self.plan)
         self.plan.check(shapes)
+        warn_of_unplanned(self.plan, model, stacklevel=4)
         return self.plan
 
 
