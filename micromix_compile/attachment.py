@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ __all__ = [
     "check",
     "detach",
     "differences",
+    "skips_of",
     "warn_of_unplanned",
 ]
 
@@ -87,12 +89,17 @@ def warn_of_unplanned(plan: ModelPlan, model: nn.Module, *, stacklevel: int) -> 
         for name in linear_shapes(model)
         if name not in plan and id(parameters.get(f"{name}.weight")) not in planned
     ]
-    try:  # a plan of one's own tells nothing of layers that it leaves out
-        skips = Recipe.from_dict(plan.recipe).skips if plan.recipe else lambda _: True
-    except RecipeError:
-        skips = lambda _: True
+    skips = skips_of(plan)
     if unplanned := [name for name in unplanned if not skips(name)]:
         warnings.warn(UnplannedLayersWarning(layers=unplanned), stacklevel=stacklevel + 1)
+
+
+def skips_of(plan: ModelPlan) -> Callable[[str], bool]:
+    """Whether a plan leaves a layer out by choice. A plan of one's own tells nothing of those that it leaves out."""
+    with contextlib.suppress(RecipeError):
+        if plan.recipe:
+            return Recipe.from_dict(plan.recipe).skips
+    return lambda _: True
 
 
 def _warn_of_tied(plan: ModelPlan, found: Mapping[str, Tensor]) -> None:

@@ -396,11 +396,13 @@ class NotRoundedWarning(MicroMixWarning):
 
 
 class LeftAloneWarning(MicroMixWarning):
-    """Modules that derive from nn.Linear stay float. Facts: layers (a list)."""
+    """Modules that multiply by a weight, and are no linear layers, stay float. Facts: layers (a list)."""
 
     template = (
-        "These modules derive from nn.Linear and run other code than its forward, so they stay float:{layers}\n"
-        "torch.compile(model, backend='micromix') quantises the products in them."
+        "These modules have weights and are no nn.Linear or Conv1D, or run other code than its forward, so they stay "
+        "float:{layers}\n"
+        "torch.compile(model, backend='micromix') quantises those products in them that it knows (explain says which). "
+        "Recipe(skip=...) leaves them out without this warning."
     )
 
 

@@ -23,11 +23,14 @@ __all__ = [
     "linear_shapes",
     "named_modules",
     "named_weights",
-    "other_linears",
+    "other_products",
 ]
 
 # Classes of transformers that spell nn.Linear's forward in their own way.
 _SAME_FORWARD = {"FalconLinear"}
+# What owns matrices and does not multiply by them, or not as a linear layer.
+_NO_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.modules.conv._ConvNd)
+_NO_PRODUCTS += (nn.utils.parametrize.ParametrizationList,)
 
 
 class LayerShape(NamedTuple):
@@ -74,11 +77,29 @@ def linear_shapes(model: nn.Module) -> dict[str, LayerShape]:
     return {name: shape for name, shape in shapes if shape is not None}
 
 
-def other_linears(model: nn.Module) -> list[str]:
-    """The modules that derive from `nn.Linear` and are none of `linear_shapes`: no QuantizedLinear can replace them."""
-    return [
-        n for n, m in named_modules(model) if isinstance(m, nn.Linear) and linear_shape(m) is None
-    ]
+def other_products(model: nn.Module) -> dict[str, list[str]]:
+    """The modules that own a matrix and are none of `linear_shapes`: no QuantizedLinear can replace them.
+
+    With the names of their own parameters. Those are classes derived from `nn.Linear`, fused experts, recurrent layers. Embeddings, norms and convolutions
+    are left out, and what is known by its name to be one.
+    """
+    return {
+        name: [weight for weight, _ in module.named_parameters(recurse=False)]
+        for name, module in named_modules(model)
+        if linear_shape(module) is None and _multiplies(module)
+    }
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a module seems to own a matrix that its input is multiplied by."""
+    named = any(word in type(module).__name__ for word in ("Embed", "Norm", "Position"))
+    if named or isinstance(module, _NO_PRODUCTS):
+        return False
+    return isinstance(module, nn.Linear) or any(
+        # A size of 1 is there to be broadcast, as in a class token.
+        weight.is_floating_point() and weight.dim() - weight.shape.count(1) > 1
+        for weight in module.parameters(recurse=False)
+    )
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

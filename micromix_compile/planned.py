@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from micromix_compile import _torch_compat as compat
 from micromix_compile.allocation import uniform_plan
-from micromix_compile.attachment import attached, warn_of_unplanned
+from micromix_compile.attachment import attached, skips_of, warn_of_unplanned
 from micromix_compile.errors import (
     HookedLayerError,
     LeftAloneWarning,
@@ -22,7 +22,7 @@ from micromix_compile.errors import (
     ReleasedWeightError,
     UnsavableLayerError,
 )
-from micromix_compile.layers import linear_shapes, other_linears
+from micromix_compile.layers import linear_shapes, other_products
 from micromix_compile.packing import PackedWeight, is_released, pack_weight, refuse
 from micromix_compile.plan import ModelPlan, RoundedWeight, load_plan
 from micromix_compile.quantized_linear import QuantizedLinear
@@ -122,7 +122,7 @@ def _plan_of_floats(model: nn.Module, plan: ModelPlan | Recipe | None) -> ModelP
         if not found:
             warnings.warn(NoPlanWarning(layers=len(shapes)), stacklevel=4)
     if isinstance(plan, Recipe):
-        warn_of_others(model)
+        warn_of_others(model, plan.skips)
         return uniform_plan(shapes, plan)
     unsavable = [name for name in plan if name not in shapes and _has_weight(model, name)]
     if unsavable:
@@ -130,12 +130,18 @@ def _plan_of_floats(model: nn.Module, plan: ModelPlan | Recipe | None) -> ModelP
     plan.check(shapes)
     if given:  # else it was said when the plan was attached
         warn_of_unplanned(plan, model, stacklevel=4)
+    warn_of_others(model, skips_of(plan))
     return plan
 
 
-def warn_of_others(model: nn.Module) -> None:
-    """Name the modules that a recipe for all linear layers does not reach."""
-    if others := other_linears(model):
+def warn_of_others(model: nn.Module, skips: Callable[[str], bool]) -> None:
+    """Name the modules whose weights stay float in a checkpoint or package, but for those that a recipe skips."""
+    others = [
+        module
+        for module, weights in other_products(model).items()
+        if not skips(module) and not all(skips(f"{module}.{weight}") for weight in weights)
+    ]
+    if others:
         warnings.warn(LeftAloneWarning(layers=others), stacklevel=5)
 
 

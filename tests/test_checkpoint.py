@@ -606,7 +606,7 @@ def test_a_linear_of_another_forward_stays_float_and_is_named():
         }
     )
     assert list(linear_shapes(model)) == ["kept", "falcon"]
-    with pytest.warns(LeftAloneWarning, match=r"own\n\s+heads.out_proj"):
+    with pytest.warns(LeftAloneWarning, match=r"own\n\s+heads\n\s+heads.out_proj"):
         assert list(plan_to_use(model, Recipe(format="mxfp8"))) == ["kept", "falcon"]
     layer = uniform_plan({"own": (32, 32)}, Recipe(format="mxfp8"))
     with pytest.raises(UnsavableLayerError, match="own"):

@@ -8,13 +8,14 @@ import pytest
 import torch
 from tiny_llama import tiny_llama
 from torch import nn
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 import micromix_compile as micromix
 from micromix_compile import Recipe, calibrate, explain
 from micromix_compile.allocation import uniform_plan
-from micromix_compile.errors import StrictError, UnplannedLayersWarning
+from micromix_compile.errors import LeftAloneWarning, StrictError, UnplannedLayersWarning
 from micromix_compile.integrations.transformers import MicroMixConfig
-from micromix_compile.layers import linear_shapes
+from micromix_compile.layers import linear_shapes, other_products
 from micromix_compile.plan import ModelPlan
 from micromix_compile.planned import plan_to_use, quantised
 
@@ -109,3 +110,40 @@ def test_a_plan_may_have_more_than_the_part_that_is_compiled(recwarn):
     with torch.no_grad():
         compiled(torch.randn(4, 32))
     assert not [w for w in recwarn if w.category is UnplannedLayersWarning]
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_fused_experts_stay_float_and_are_named(calibrated):
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**sizes, **heads)).eval()
+    recipe = Recipe(format="mxfp8", skip=("*.mlp.gate",))
+
+    def plan_of(recipe: Recipe) -> ModelPlan | Recipe:
+        return uniform_plan(linear_shapes(model), recipe) if calibrated else recipe
+
+    for call in (lambda p: plan_to_use(model, p), lambda p: MicroMixConfig(p).plan_for(model)):
+        with pytest.warns(LeftAloneWarning, match=r"float:\n  model.layers.0.mlp.experts\n"):
+            assert len(call(plan_of(recipe))) == 4
+        for skipped in ("*.mlp.*", "*.experts.*"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", LeftAloneWarning)
+                call(plan_of(Recipe(format="mxfp8", skip=("*.mlp.gate", skipped))))
+
+
+def test_what_is_no_product_is_not_named():
+    model = nn.ModuleDict(
+        {
+            "embedding": nn.Embedding(4, 8),
+            "conv": torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)),
+            "norm": nn.LayerNorm((4, 8)),
+            "linear": nn.Linear(4, 4),
+            "token": nn.ParameterList([torch.randn(1, 1, 4)]),
+        }
+    )
+    assert not other_products(model)
+    model["linear"] = quantised_layer = nn.Sequential(nn.Linear(4, 4))
+    with quantised(quantised_layer, Recipe(format="mxfp8")):
+        assert not other_products(model)
+    model["recurrent"] = nn.LSTM(4, 4)
+    assert list(other_products(model)) == ["recurrent"]

@@ -13,7 +13,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from micromix_compile.allocation import uniform_plan
-from micromix_compile.attachment import warn_of_unplanned
+from micromix_compile.attachment import skips_of, warn_of_unplanned
 from micromix_compile.checkpoint import METHOD, Description, read_tensor, verify_files
 from micromix_compile.errors import CheckpointClassError, CheckpointError, OptionError
 from micromix_compile.layers import linear_shape, linear_shapes
@@ -60,10 +60,11 @@ class MicroMixConfig(QuantizationConfigMixin):
         """The plan of a float model. Raises PlanMismatchError or RecipeError."""
         shapes = linear_shapes(model)
         if isinstance(self.plan, Recipe):
-            warn_of_others(model)
+            warn_of_others(model, self.plan.skips)
             return uniform_plan(shapes, self.plan)
         self.plan.check(shapes)
         warn_of_unplanned(self.plan, model, stacklevel=4)
+        warn_of_others(model, skips_of(self.plan))
         return self.plan
 
 
