@@ -22,11 +22,23 @@ from micromix_compile.batches import (
     next_token_loss,
     on_device,
 )
-from micromix_compile.errors import CalibrationGradientError, OptionError, RecipeError
-from micromix_compile.layers import LayerShape, choose_name, layer_names, linear_shapes
+from micromix_compile.errors import (
+    CalibrationGradientError,
+    OptionError,
+    QuantizedAlreadyError,
+    RecipeError,
+)
+from micromix_compile.layers import (
+    LayerShape,
+    choose_name,
+    layer_names,
+    linear_shapes,
+    other_products,
+)
 from micromix_compile.passes.find_linears import Linear, find_linears
 from micromix_compile.passes.observe_linears import observe_linears
 from micromix_compile.plan import ModelPlan
+from micromix_compile.quantized_linear import QuantizedLinear
 from micromix_compile.recipe import Recipe
 from micromix_compile.rounding import round_weights
 from micromix_compile.statistics import ModelStatistics
@@ -52,7 +64,8 @@ def calibrate(
 
     With `plan`, the layers that it names run quantised, so that each layer's statistics are those of what the layers
     before it leave (sequential calibration): calibrate as usual, plan, and calibrate again with that plan. Its layers
-    must be modules with a weight of their own: raises PlanMismatchError where they are not the model's. There is no
+    must be modules with a weight of their own: raises PlanMismatchError where they are not the model's, and
+    QuantizedAlreadyError for a model whose layers are all quantised already. There is no
     backward pass through quantised layers: raises CalibrationGradientError where `gradients` is asked for too.
     """
     return Calibration(model, gradients=gradients, plan=plan)
@@ -72,6 +85,7 @@ class Calibration:
         if gradients and plan is not None:
             raise CalibrationGradientError(reason="layers that a plan quantises have none")
         self.model = compat.original_module(model)
+        _refuse_quantised(self.model)
         if plan is not None:
             plan.check(linear_shapes(self.model))
         self.gradients = gradients
@@ -230,6 +244,14 @@ class Calibration:
         if weight not in self._names:
             self._names = layer_names(self.model)
         return choose_name(name, self._names.get(weight, ())) or name
+
+
+def _refuse_quantised(model: torch.nn.Module) -> None:
+    """Raises QuantizedAlreadyError where nothing is left for a plan, the output head apart."""
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        floats = (*linear_shapes(model), *other_products(model))
+        if all(map(Recipe().skips, floats)):
+            raise QuantizedAlreadyError(reason="and has no float layer to calibrate")
 
 
 @contextlib.contextmanager

@@ -129,11 +129,10 @@ class PlanMismatchError(MicroMixError):
 
 
 class QuantizedAlreadyError(PlanMismatchError):
-    """A model that is quantised was given another plan or recipe than its own. Facts: given."""
+    """A model that is quantised was given another plan or recipe than its own, or calibrated. Facts: reason."""
 
     template = (
-        "The model is quantised already, and not by the {given} that was given. Give none to keep what is there, or "
-        "load the float model to quantise it anew."
+        "The model is quantised already, {reason}. To quantise it anew, load the float model."
     )
 
 

@@ -38,6 +38,8 @@ __all__ = [
     "warn_of_others",
 ]
 
+_OTHER = "and not by the {} that was given: give none to keep what is there"
+
 AnyPlan = ModelPlan | Recipe | str | os.PathLike
 """What the calls that quantise a model take as its plan."""
 
@@ -83,9 +85,9 @@ def plan_to_use(model: nn.Module, plan: AnyPlan | None) -> ModelPlan:
             known = plan.method == "format" and plan.rounding == "nearest"
             uniform = known and uniform_plan(result.shapes, plan)
             if not uniform or uniform.layers_digest != result.layers_digest:
-                raise QuantizedAlreadyError(given="recipe")
+                raise QuantizedAlreadyError(reason=_OTHER.format("recipe"))
         if isinstance(plan, ModelPlan) and not _is_plan_of(plan, result, quantised):
-            raise QuantizedAlreadyError(given="plan")
+            raise QuantizedAlreadyError(reason=_OTHER.format("plan"))
         return plan if isinstance(plan, ModelPlan) else result
     plan = _plan_of_floats(model, plan)
     hooked = [name for name in plan if _runs_more(model.get_submodule(name))]

@@ -13,7 +13,12 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 import micromix_compile as micromix
 from micromix_compile import Recipe, calibrate, explain
 from micromix_compile.allocation import uniform_plan
-from micromix_compile.errors import LeftAloneWarning, StrictError, UnplannedLayersWarning
+from micromix_compile.errors import (
+    LeftAloneWarning,
+    QuantizedAlreadyError,
+    StrictError,
+    UnplannedLayersWarning,
+)
 from micromix_compile.integrations.transformers import MicroMixConfig
 from micromix_compile.layers import linear_shapes, other_products
 from micromix_compile.plan import ModelPlan
@@ -147,3 +152,18 @@ def test_what_is_no_product_is_not_named():
         assert not other_products(model)
     model["recurrent"] = nn.LSTM(4, 4)
     assert list(other_products(model)) == ["recurrent"]
+
+
+def test_a_model_whose_layers_are_all_quantised_is_not_calibrated():
+    """The head, which is float, is left alone by default."""
+    model = tiny_llama()
+    with quantised(model, Recipe(format="mxfp8")):
+        for given in (model, torch.compile(model)):
+            with pytest.raises(QuantizedAlreadyError, match="no float layer to calibrate"):
+                calibrate(given)
+    with quantised(model, Recipe(format="mxfp8", skip=("*.down_proj",))):
+        plan = calibrate(model).run([torch.arange(8)[None]]).plan(Recipe(split=(0.5, 0.0, 0.5)))
+        assert list(plan) == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    with pytest.warns(UnplannedLayersWarning):  # sequential, behind a part of the layers
+        calibration = calibrate(model, plan=plan).run([torch.arange(8)[None]])
+    assert len(calibration.plan(Recipe(split=(0.5, 0.0, 0.5)))) == 14
