@@ -244,12 +244,16 @@ def save_pretrained(
 
     Raises CheckpointExistsError, OutputError, PlanMismatchError, QuantizedAlreadyError, UnsavableLayerError,
     HookedLayerError, ReleasedWeightError, RecipeError for a recipe that needs calibration, PlanFileError and
-    FileVersionError for a plan's file, OptionError for `directory`, `plan` and `max_shard_size`, and OSError.
+    FileVersionError for a plan's file, OptionError for `model`, `directory`, `plan` and `max_shard_size`, and OSError.
     """
     # Where a link leads to: the link itself cannot be replaced by a directory.
     directory = as_path(directory, "directory", "save_pretrained(model, directory, plan)").resolve()
     check_directory(directory)
     model = compat.original_module(model)
+    if not hasattr(getattr(model, "config", None), "save_pretrained"):
+        reason = f"is a {type(model).__name__}, which is no model of transformers"
+        valid = "a model with a config of transformers; micromix.export takes any other"
+        raise OptionError(option="model", reason=reason, valid=valid)
     plan = plan_to_use(model, plan)
     entries = _entries(model, plan)
     description = Description.of(plan, [e.layer for e in entries if e.layer])
@@ -574,6 +578,8 @@ def restore(model: nn.Module, source: str | os.PathLike | Mapping[str, Tensor]) 
 def _reader(directory: Path, stack: contextlib.ExitStack) -> Callable[[str], Tensor | None]:
     """Reads tensors by name from the safetensors files of a directory."""
     holder = {}
+    if not directory.is_dir():
+        raise CheckpointError(path=directory, reason="it is no folder")
     try:
         for path in sorted(directory.glob("*.safetensors")):
             file = stack.enter_context(safetensors.safe_open(path, framework="pt"))

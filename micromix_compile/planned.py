@@ -122,7 +122,8 @@ def _plan_of_floats(model: nn.Module, plan: ModelPlan | Recipe | None) -> ModelP
         found = next((a for p in model.parameters() if (a := attached(p))), None)
         plan = found[0] if found else Recipe(format="mxfp8")
         if not found:
-            warnings.warn(NoPlanWarning(layers=len(shapes)), stacklevel=4)
+            planless = sum(not plan.skips(name) for name in shapes)
+            warnings.warn(NoPlanWarning(layers=planless), stacklevel=4)
     if isinstance(plan, Recipe):
         warn_of_others(model, plan.skips)
         return uniform_plan(shapes, plan)

@@ -748,7 +748,7 @@ def test_what_a_plan_may_be_given_as(source, saved, plan, tmp_path):
                 call(plan=wrong)
     with pytest.raises(PlanFileError, match="No such file"):
         save_pretrained(load(source), tmp_path / "m", tmp_path / "none.safetensors")
-    with pytest.raises(OptionError, match="'recipe' is not one. Valid: plan"):
+    with pytest.raises(OptionError, match="'recipe' is not known. Valid: plan, "):
         MicroMixConfig(recipe=recipe)
     assert not (tmp_path / "m").exists()
 

@@ -14,7 +14,10 @@ import micromix_compile as micromix
 from micromix_compile import Recipe, calibrate, explain
 from micromix_compile.allocation import uniform_plan
 from micromix_compile.errors import (
+    CheckpointError,
     LeftAloneWarning,
+    NoPlanWarning,
+    OptionError,
     QuantizedAlreadyError,
     StrictError,
     UnplannedLayersWarning,
@@ -167,3 +170,25 @@ def test_a_model_whose_layers_are_all_quantised_is_not_calibrated():
     with pytest.warns(UnplannedLayersWarning):  # sequential, behind a part of the layers
         calibration = calibrate(model, plan=plan).run([torch.arange(8)[None]])
     assert len(calibration.plan(Recipe(split=(0.5, 0.0, 0.5)))) == 14
+
+
+def test_only_models_of_transformers_are_saved(tmp_path):
+    with pytest.raises(OptionError, match="'model' is a Sequential"):
+        micromix.save_pretrained(nn.Sequential(nn.Linear(32, 32)), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [{"format": "mxfp4"}, {"recipe": Recipe()}])
+def test_options_that_a_config_does_not_have(options):
+    with pytest.raises(OptionError, match=f"{next(iter(options))}' is not known. Valid: plan"):
+        MicroMixConfig(**options)
+
+
+def test_weights_are_not_restored_from_no_folder(tmp_path):
+    with pytest.raises(CheckpointError, match="nope cannot be used: it is no folder"):
+        micromix.restore(nn.Linear(32, 32), tmp_path / "nope")
+
+
+def test_the_head_that_is_left_alone_is_no_layer_without_a_plan():
+    with pytest.warns(NoPlanWarning, match=r"\(14\)"):
+        assert len(plan_to_use(tiny_llama(), None)) == 14

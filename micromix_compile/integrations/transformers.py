@@ -33,15 +33,16 @@ class MicroMixConfig(QuantizationConfigMixin):
         plan: a ModelPlan, the path of a saved one, or a Recipe that needs no calibration; MXFP8 by default.
         facts: what config.json of a quantised checkpoint holds; not for users.
 
-    Raises PlanFileError and FileVersionError for a file, and OptionError for what is no plan.
+    Raises PlanFileError and FileVersionError for a file, and OptionError for what is no plan, and other options.
     """
 
     def __init__(self, plan: AnyPlan | None = None, **facts: Any) -> None:
         self.quant_method = METHOD
         facts.pop("quant_method", None)
         self.description = None
-        if isinstance(facts.get("recipe"), Recipe):  # config.json has it as a dict
-            raise OptionError(option="recipe", reason="is not one", valid="plan, a Recipe too")
+        if facts and not facts.keys() & {"version", "groups", "layers"}:
+            valid = "plan, a ModelPlan, the path of a saved one, or a Recipe, as in Recipe(format='mxfp4')"
+            raise OptionError(option=next(iter(facts)), reason="is not known", valid=valid)
         if facts:
             recipe = facts.get("recipe") or {}
             self.description = Description.from_dict({**facts, "recipe": recipe})
