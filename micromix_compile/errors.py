@@ -354,12 +354,9 @@ class PackageMismatchError(MicroMixError):
 
 
 class PackageInputError(MicroMixError, TypeError):
-    """A package was called with arguments that it was not exported for. Facts: differences (a list)."""
+    """A package was called with arguments that it was not exported for. Facts: differences (a list), mend."""
 
-    template = (
-        "These arguments are not what the package was exported for:{differences}\n"
-        "Give them so, or export again with dynamic_shapes for what varies."
-    )
+    template = "These arguments are not what the package was exported for:{differences}\n{mend}."
 
 
 class ExtensionError(MicroMixError):

@@ -29,6 +29,11 @@ from micromix_compile.plan import ModelPlan
 
 __all__ = ["DecoderPackage", "Output", "Package", "load_package"]
 
+# What to do about arguments that a package does not take.
+_GIVE_SO = "Give them so"
+_SIZES = f"{_GIVE_SO}, or export again with another max_length (`micromix export --max-length`) or batch_size"
+_SHAPES = f"{_GIVE_SO}, or export again with dynamic_shapes for what varies"
+
 
 def load_package(path: str | os.PathLike, *, plan: ModelPlan | None = None) -> Package:
     """The package of a file, checked; nothing of it runs before all checks have passed.
@@ -126,12 +131,12 @@ class DecoderPackage(Package):
         if not 0 <= start <= self.max_length - input_ids.shape[1]:
             there = f"{start} tokens, {input_ids.shape[1]} more"
             reason = f"start and input_ids are {there}: the cache holds {self.max_length}"
-            raise PackageInputError(differences=[reason])
+            raise PackageInputError(differences=[reason], mend=_SIZES)
         if not all(part.is_contiguous() for part in cache if isinstance(part, Tensor)):
             reason = (
                 "cache is not contiguous, as that of new_cache() is: what is written would be lost"
             )
-            raise PackageInputError(differences=[reason])
+            raise PackageInputError(differences=[reason], mend=_GIVE_SO)
         entry = self.entries["decode" if input_ids.shape[1] == 1 else "prefill"]
         return entry(input_ids, torch.tensor(start, device=self.device), cache)
 
@@ -139,17 +144,17 @@ class DecoderPackage(Package):
         """Whether there is a prompt for each row. Raises PackageInputError for what is no tensor of tokens at all."""
         wrong = _tensor_differences("input_ids", input_ids, torch.int64, self.device, None, {})
         if wrong:
-            raise PackageInputError(differences=wrong)
+            raise PackageInputError(differences=wrong, mend=_GIVE_SO)
         return input_ids.dim() == 2 and len(input_ids) == self.batch_size
 
     def _check_tokens(self, input_ids: Tensor) -> None:
         if not self._fits(input_ids) or not input_ids.shape[1]:
             reason = f"input_ids is {list(input_ids.shape)}, not [{self.batch_size}, 1 or more]"
-            raise PackageInputError(differences=[reason])
+            raise PackageInputError(differences=[reason], mend=_SIZES)
         low, high = input_ids.min().item(), input_ids.max().item()
         if low < 0 or high >= self.vocabulary:
             reason = f"input_ids holds {low if low < 0 else high}, and tokens are 0 to {self.vocabulary - 1}"
-            raise PackageInputError(differences=[reason])
+            raise PackageInputError(differences=[reason], mend=_GIVE_SO)
 
     def generate(
         self,
@@ -185,10 +190,10 @@ class DecoderPackage(Package):
         """The new tokens one by one, int64 `[batch]`; see generate."""
         if not self._fits(input_ids) or not 1 <= input_ids.shape[1] < self.max_length:
             reason = f"input_ids is {list(input_ids.shape)}, not [{self.batch_size}, 1 to {self.max_length - 1}]"
-            raise PackageInputError(differences=[reason])
+            raise PackageInputError(differences=[reason], mend=_SIZES)
         if not temperature >= 0:
             reason = f"temperature is {temperature}, not 0 or more"
-            raise PackageInputError(differences=[reason])
+            raise PackageInputError(differences=[reason], mend=_GIVE_SO)
         ends = torch.tensor(
             self.eos_token_id if eos_token_id is None else eos_token_id, device=input_ids.device
         )
@@ -340,6 +345,7 @@ class _Entry:
         ]
         self.constants = {tuple(c["path"]): c["value"] for c in facts["constants"]}
         self.positional = [str(n) for n in facts["positional"]]
+        self.mend = _SHAPES if name == "model" else _SIZES
         self.output = facts["output"]
         weights = {str(fqn): constants[as_size(i)] for fqn, i in facts["weights"].items()}
         self._model = compat.AotiModel(os.fspath(archive.path), name, device)
@@ -377,7 +383,7 @@ class _Entry:
                     _where(path), given[path], dtype, device, sizes, symbols
                 )
         if differences:
-            raise PackageInputError(differences=sorted(differences))
+            raise PackageInputError(differences=sorted(differences), mend=self.mend)
         # The graph was traced with contiguous tensors.
         return [given[path].contiguous() for path, *_ in self.inputs]
 
