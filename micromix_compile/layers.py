@@ -29,7 +29,9 @@ __all__ = [
 # Classes of transformers that spell nn.Linear's forward in their own way.
 _SAME_FORWARD = {"FalconLinear"}
 # What owns matrices and does not multiply by them, or not as a linear layer.
-_NO_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.modules.conv._ConvNd)
+_NO_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm)
+_NO_PRODUCTS += (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NO_PRODUCTS += (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NO_PRODUCTS += (nn.utils.parametrize.ParametrizationList,)
 
 
@@ -78,10 +80,10 @@ def linear_shapes(model: nn.Module) -> dict[str, LayerShape]:
 
 
 def other_products(model: nn.Module) -> dict[str, list[str]]:
-    """The modules that own a matrix and are none of `linear_shapes`: no QuantizedLinear can replace them.
+    """The modules that own a matrix and are none of `linear_shapes`, with the names of their own parameters.
 
-    With the names of their own parameters. Those are classes derived from `nn.Linear`, fused experts, recurrent layers. Embeddings, norms and convolutions
-    are left out, and what is known by its name to be one.
+    No QuantizedLinear can replace them: classes derived from `nn.Linear`, fused experts, recurrent layers. Embeddings,
+    norms and convolutions are left out, and what is known by its name to be one.
     """
     return {
         name: [weight for weight, _ in module.named_parameters(recurse=False)]
