@@ -146,6 +146,8 @@ def _plan_of(
         plan, marked = attached(linear.parameter) or (None, None)
         if marked:
             return plan, marked
+    if plan is not None and linear.name == "weight" and "weight" in plan:  # that of a layer alone
+        return plan, "weight"
     return plan, _full_name(linear, places)
 
 
@@ -184,11 +186,9 @@ def _full_name(linear: Linear, places: Places) -> str | None:
     if place is None:
         return None if on_stack else linear.name
     name = place.name.removesuffix(".weight")
-    if "." in place.name and name != linear.name:
-        # Dynamo would run the graph for any equal module.
+    if name != linear.name:  # Dynamo would run the graph for any equal module
         compat.guard_identity(linear.weight)
-        return name
-    return linear.name
+    return name
 
 
 def _checked(plan: ModelPlan, name: str, shape: LayerShape) -> LayerPlan:
