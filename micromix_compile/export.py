@@ -23,6 +23,7 @@ from micromix_compile import _torch_compat as compat
 from micromix_compile.archive import Entry, dtype_name, write_package
 from micromix_compile.errors import ExportError, GradientError, OptionError
 from micromix_compile.files import as_path, check_output
+from micromix_compile.layers import linear_shape
 from micromix_compile.passes.between_layers import rewrite_between_layers
 from micromix_compile.passes.find_linears import find_linears
 from micromix_compile.passes.lower_linears import Lowering, lower_linears
@@ -63,6 +64,9 @@ def export(
         raise OptionError(option="args", reason=reason, valid="a tuple of the arguments, as (x,)")
     check_path(path)
     model = compat.original_module(model)
+    if linear_shape(model) is not None:
+        reason = "it is a linear layer itself, which nothing holds in whose place a quantised one could be"
+        raise ExportError(reason=reason, mend="Put it into a module, as nn.Sequential(layer)")
     with quantised(model, plan) as used:
         entry = trace(model, args, kwargs or {}, dynamic_shapes)
     write_package(path, {"model": entry}, used)

@@ -352,6 +352,8 @@ def test_what_cannot_be_exported_says_so(gated, tmp_path):
     x = torch.randn(4, 64)
     with pytest.raises(ExportError, match="does not end in .pt2"):
         micromix.export(model, tmp_path / "a.so", (x, more), plan=plan)
+    with pytest.raises(ExportError, match="a linear layer itself.*nn.Sequential"):
+        micromix.export(torch.nn.Linear(64, 64), tmp_path / "a.pt2", (x,))
     with pytest.raises(ExportError, match="holds a slice"):
         micromix.export(model, tmp_path / "a.pt2", (x, slice(3)), plan=plan)
     with pytest.raises(GradientError):
