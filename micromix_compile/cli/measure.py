@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import warnings
 
 from micromix_compile.allocation import uniform_plan
 from micromix_compile.attachment import check
@@ -19,7 +20,7 @@ from micromix_compile.cli.inputs import (
 )
 from micromix_compile.cli.outputs import check_apart
 from micromix_compile.cli.plans import bits_of, calibrated
-from micromix_compile.errors import OptionError, RecipeError
+from micromix_compile.errors import OptionError, RecipeError, UnplannedLayersWarning
 from micromix_compile.files import write_text
 from micromix_compile.layers import linear_shapes
 from micromix_compile.plan import ModelPlan, load_plan
@@ -67,15 +68,13 @@ def _check_against(arguments: argparse.Namespace) -> None:
 
 
 def _check_variants(model, variants, arguments) -> None:
-    """Before the long work. Raises OptionError for a model that is quantised, else raises and warns as `attach` of the plans.
-
-    The backend would leave alone what a plan lacks, in silence.
-    """
+    """Before the long work. Raises OptionError for a model that is quantised, else raises and warns as `attach` of the plans."""
     if variants:
         refuse_quantised(arguments, model, "a float model, or neither --plan nor --format")
     for _, options in variants:
         if "plan" in options:
             check(options["plan"], model)
+    warnings.simplefilter("ignore", UnplannedLayersWarning)  # it is said: the backend would again
 
 
 def _run_tasks(arguments: argparse.Namespace, variants) -> list[dict]:
@@ -209,7 +208,6 @@ def sweep(arguments: argparse.Namespace) -> None:
     rows = []
     for budget, recipe in recipes.items():
         plan = calibration.plan(recipe)
-        check(plan, model)  # for its warning of layers that the statistics lack
         plan.save(paths[budget])
         label = f"{budget:g} {_UNITS[method]}"
         found = {

@@ -195,12 +195,11 @@ def test_bad_arguments_are_named():
 
 def test_results_without_memory_say_so():
     """Who catches torch's own error looks for these words. No machine has 2^51 bytes of addresses."""
-    x, code = torch.randn(1, 32), MixedLayout(32, 0, 0).code
+    x, rest = torch.randn(1, 32).expand(2**22, 32), (None, 2**30, 0, 0, MixedLayout(32, 0, 0).code)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
-        op(x, None, 2**52, 0, 0, code)
-    rest = (torch.float32, True, None, 32, 0, 0, code)
+        op(x, *rest)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
-        torch.ops.micromix.pointwise_quantize(x.expand(2**47, 32), None, 0, *rest)
+        torch.ops.micromix.pointwise_quantize(x, None, 0, torch.float32, False, *rest)
 
 
 def test_opcheck():
