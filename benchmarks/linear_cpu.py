@@ -313,7 +313,9 @@ def main(argv: list[str] | None = None) -> None:
         "--rotate", type=int, default=1024, help="MiB read before each round that is not hot"
     )
     parser.add_argument("--hot", action="store_true", help="also without rotation")
-    parser.add_argument("--isa", help="portable, avx2, avx512 or amx; default: the best here")
+    parser.add_argument(
+        "--isa", help="portable, avx2, avx512, avx512_bf16 or amx; default: the best here"
+    )
     parser.add_argument("--output", type=Path, default=Path("linear_cpu"), help="of .json and .png")
     parser.add_argument("--quick", action="store_true", help="the smallest shape, few runs")
     arguments = parser.parse_args(argv)

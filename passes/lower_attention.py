@@ -21,6 +21,7 @@ aten = torch.ops.aten
 # The types that are lowered on an instruction set. Prompts in bfloat16 are torch's where it has AVX512-BF16 for them.
 _TYPES = {
     "amx": (torch.bfloat16, torch.float32),
+    "avx512_bf16": (torch.float32,),
     "avx512": (torch.float32,),
     "avx2": (torch.bfloat16, torch.float32),
 }

@@ -117,7 +117,7 @@ def test_an_instruction_set_that_is_not_there_is_a_clear_error():
     result = run_program(ROOT, ROOT, MICROMIX_CPU_ISA="avx1024")
     assert result.returncode == 1
     assert "MICROMIX_CPU_ISA names no instruction set" in result.stderr
-    assert "use portable, avx2, avx512 or amx" in result.stderr
+    assert "use portable, avx2, avx512, avx512_bf16 or amx" in result.stderr
     result = run_program(ROOT, ROOT, MICROMIX_CPU_ISA="portable")
     assert result.stdout.split()[:2] == ["cpu_portable", "0"], result.stderr
 

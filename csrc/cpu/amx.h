@@ -9,8 +9,6 @@
 namespace micromix::cpu {
 namespace {
 
-constexpr int64_t kTileBytes = kTileRows * kLine;
-
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};

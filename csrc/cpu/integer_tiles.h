@@ -1,5 +1,5 @@
-// Operands of an AMX product of E2M1 elements as 8-bit integers: their sums are exact, and AMX adds
-// up twice as many products of integers as of bfloat16 numbers.
+// Operands of a product of E2M1 elements as 8-bit integers: their sums are exact, and AMX and VNNI
+// add up twice as many products of integers as of bfloat16 numbers.
 //
 // Twice an E2M1 element is an integer of 5 bits, so a byte has room for 2^0 to 2^3 of its block's
 // scale. The blocks of a row in one step of K whose scales lie within 2^3 below the largest form
@@ -13,7 +13,6 @@
 #include <bit>
 #include <type_traits>
 
-#include "amx.h"
 #include "avx512.h"
 
 namespace micromix::cpu::avx512 {
@@ -21,17 +20,19 @@ namespace {
 
 constexpr int kBandScales = 4;
 
-// The integer of code c under a scale 2^d below its band's largest, at c + 16 d.
-constexpr Table<int8_t> integer_table() {
+// The integer of code c under a scale 2^d below its band's largest, at c + 16 d, with an offset.
+constexpr Table<int8_t> integer_table(int offset) {
   Table<int8_t> table{};
   for (int i = 0; i < 64; ++i) {
     const int shift = kBandScales - 1 - i / 16;
-    table.values[i] = static_cast<int8_t>(mx::decode(static_cast<uint8_t>(i % 16), mx::E2M1) *
-                                          static_cast<float>(2 << shift));
+    const float value = mx::decode(static_cast<uint8_t>(i % 16), mx::E2M1);
+    table.values[i] = static_cast<int8_t>(static_cast<int>(value * (2 << shift)) + offset);
   }
   return table;
 }
-constexpr Table<int8_t> kIntegers = integer_table();
+template <int kOffset>
+constexpr Table<int8_t> kIntegersWithOffset = integer_table(kOffset);
+constexpr const Table<int8_t>& kIntegers = kIntegersWithOffset<0>;
 constexpr int kLargestInteger = kIntegers.values[7];
 
 // What an integer of a band with this largest scale byte is to be multiplied by.
@@ -70,7 +71,8 @@ struct PanelBand {
 }
 
 // A block of a panel as 8 lines of 4 channels x 16 rows, the rows' bands given by their largest
-// scales.
+// scales. Their integers have an offset; zero is what stands for other bands.
+template <int kOffset>
 [[gnu::always_inline]] inline void decode_integers(const uint8_t* tile, const uint8_t* scales,
                                                    __m128i largest, uint8_t* out) {
   const __m128i scale = _mm_load_si128(reinterpret_cast<const __m128i*>(scales));
@@ -83,12 +85,13 @@ struct PanelBand {
                        0x09090909, 0x08080808, 0x07070707, 0x06060606, 0x05050505, 0x04040404,
                        0x03030303, 0x02020202, 0x01010101, 0);
   const __m512i bases = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(base), rows);
-  const __m512i table = load(&kIntegers), low = _mm512_set1_epi8(0xF);
+  const __m512i table = load(&kIntegersWithOffset<kOffset>), low = _mm512_set1_epi8(0xF);
+  const __m512i zeros = _mm512_set1_epi8(kOffset);
   const auto decode = [&](auto all) __attribute__((always_inline)) {
     const auto put = [&](int line, __m512i codes) __attribute__((always_inline)) {
       const __m512i index = _mm512_ternarylogic_epi64(low, codes, bases, 0xEA);  // & and |
       __m512i integers = _mm512_permutexvar_epi8(index, table);
-      if constexpr (!all) integers = _mm512_maskz_mov_epi32(in_band, integers);
+      if constexpr (!all) integers = _mm512_mask_mov_epi32(zeros, in_band, integers);
       _mm512_store_si512(out + line * kLine, integers);
     };
 #pragma GCC unroll 4
@@ -139,14 +142,17 @@ struct RowBand {
   return {largest, in_band};
 }
 
-// The blocks of a band as a row of tiles, two blocks a tile; zeros where the band has none.
-[[gnu::always_inline]] inline void prepare_integers(const uint8_t* packed, __m512i scales,
-                                                    int64_t blocks, RowBand band, uint8_t* out) {
+// The blocks of a band as a row of tiles, two blocks a tile; zeros where the band has none. Returns
+// what their sums of products start at, so that the offset of the weight's integers goes.
+template <int kOffset>
+[[gnu::always_inline]] inline int32_t prepare_integers(const uint8_t* packed, __m512i scales,
+                                                       int64_t blocks, RowBand band, uint8_t* out) {
   const __m512i less = _mm512_sub_epi8(_mm512_set1_epi8(static_cast<char>(band.largest)), scales);
   const __m512i bases =
       _mm512_slli_epi16(_mm512_and_si512(less, _mm512_set1_epi8(kBandScales - 1)), 4);
   const __m512i table = load(&kIntegers), low = _mm512_set1_epi8(0xF);
   __m512i pair = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(1), 1);
+  __m512i sum = _mm512_setzero_si512();
   for (int64_t b = 0; b < blocks; b += 2, packed += kLine / 2, out += kTileBytes) {
     const __m256i bytes = _mm256_maskz_loadu_epi64(blocks - b >= 2 ? 0xF : 0x3, packed);
     const __m512i words = _mm512_cvtepu8_epi16(bytes);
@@ -156,9 +162,14 @@ struct RowBand {
                             (band.blocks >> b & 2 ? 0xFFFFFFFFull << 32 : 0);
     const __m512i index = _mm512_ternarylogic_epi64(low, codes, base, 0xEA);
     __builtin_prefetch(out + kLine, 1);  // the next row's: tiles are rarely in a cache
-    _mm512_store_si512(out, _mm512_maskz_permutexvar_epi8(there, index, table));
+    const __m512i integers = _mm512_maskz_permutexvar_epi8(there, index, table);
+    if constexpr (kOffset != 0) {
+      sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(static_cast<char>(kOffset)), integers);
+    }
+    _mm512_store_si512(out, integers);
     pair = _mm512_add_epi8(pair, _mm512_set1_epi8(2));
   }
+  return kOffset == 0 ? 0 : -_mm512_reduce_add_epi32(sum);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 
 #if defined(MICROMIX_X86)
@@ -14,7 +15,7 @@
 namespace micromix::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
 
 #if defined(MICROMIX_X86)
 
@@ -51,8 +52,8 @@ Isa detect() {
 
   if (!has(cpuid(7, 1).a, bit_AVX512BF16)) return Isa::kAvx512;
   constexpr unsigned kAmx = 1u << 22 | 1u << 24 | 1u << 25;  // bfloat16, tiles, integers
-  if (!has(leaf7.d, kAmx) || !has(states, 0x60000)) return Isa::kAvx512;
-  return request_amx_tiles() ? Isa::kAmx : Isa::kAvx512;
+  if (!has(leaf7.d, kAmx) || !has(states, 0x60000)) return Isa::kAvx512Bf16;
+  return request_amx_tiles() ? Isa::kAmx : Isa::kAvx512Bf16;
 }
 
 #else
@@ -62,7 +63,7 @@ Isa detect() { return Isa::kPortable; }
 #endif
 
 Isa parse(const std::string& name, const char* origin) {
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < static_cast<int>(std::size(kNames)); ++i) {
     if (name != kNames[i]) continue;
     if (static_cast<Isa>(i) <= best_isa()) return static_cast<Isa>(i);
     throw std::runtime_error(std::string(origin) + " asks for the instruction set \"" + name +
@@ -70,7 +71,7 @@ Isa parse(const std::string& name, const char* origin) {
                              name_of(best_isa()) + "\".");
   }
   throw std::runtime_error(std::string(origin) + " names no instruction set: \"" + name +
-                           "\"; use portable, avx2, avx512 or amx.");
+                           "\"; use portable, avx2, avx512, avx512_bf16 or amx.");
 }
 
 Isa from_environment() {
@@ -93,6 +94,9 @@ bool has_amx_rows(const LinearTask& task) {
   const bool most = task.weight_only || 2 * floats > task.layout.blocks();
   return task.m >= (most ? kAmxFloatRows : kAmxRows);
 }
+
+// Rows up to which AVX512-BF16 decodes the weight to registers.
+constexpr int64_t kFewRows = 16;
 
 }  // namespace
 
@@ -128,6 +132,10 @@ const LinearKernel& linear_kernel(const LinearTask& task) {
 #if defined(MICROMIX_X86)
   if (current_isa() == Isa::kAmx && has_amx_rows(task) && task.layout.blocks() > 0) {
     return kLinearAmx;
+  }
+  if (current_isa() == Isa::kAvx512Bf16) {
+    const bool many = task.m > kFewRows && task.layout.blocks() > 0;
+    return many ? kLinearAvx512Bf16 : kFewRowsAvx512Bf16;
   }
   if (current_isa() >= Isa::kAvx512) return kLinearAvx512;
   if (current_isa() >= Isa::kAvx2) return kLinearAvx2;

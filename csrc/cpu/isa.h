@@ -9,9 +9,9 @@
 
 namespace micromix::cpu {
 
-enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
+enum class Isa : int { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
-// "portable", "avx2", "avx512" or "amx".
+// "portable", "avx2", "avx512", "avx512_bf16" or "amx".
 const char* name_of(Isa isa);
 
 // The best instruction set of this machine for which kernels were built. Asks CPUID and the

@@ -94,6 +94,8 @@ extern const QuantizeKernel kQuantizeAvx2;
 extern const QuantizeKernel kQuantizeAvx512;
 extern const LinearKernel kLinearAvx2;
 extern const LinearKernel kLinearAvx512;
+extern const LinearKernel kFewRowsAvx512Bf16;
+extern const LinearKernel kLinearAvx512Bf16;
 extern const LinearKernel kLinearAmx;
 #endif
 

@@ -20,6 +20,8 @@ namespace micromix::cpu {
 
 inline constexpr int kTileRows = 16;
 inline constexpr int64_t kLine = 64;
+// A tile of a matrix product, decoded: 16 rows of 64 bytes.
+inline constexpr int64_t kTileBytes = kTileRows * kLine;
 inline constexpr uint64_t kPlacedMagic = 0x31584D4F5243494D;  // "MICROMX1"
 inline constexpr uint8_t kNeutralScale = 127;
 

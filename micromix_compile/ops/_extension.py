@@ -113,7 +113,7 @@ def build_id() -> str:
 
 
 def cpu_isa() -> str:
-    """The instruction set of the CPU kernels: portable, avx2, avx512 or amx; "none" without them.
+    """The instruction set of the CPU kernels: portable, avx2, avx512, avx512_bf16 or amx; "none" without them.
 
     The best one of the machine, or what the environment variable MICROMIX_CPU_ISA says.
     Raises RuntimeError if that names one that is unknown or that the machine lacks.

@@ -5,7 +5,7 @@ import torch
 
 from micromix_compile import ops
 
-ISAS = ("portable", "avx2", "avx512", "amx")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def usable_isas() -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from micromix_compile import ops
 
-from .conftest import usable_isas
+from .conftest import ISAS, usable_isas
 
 attention = torch.ops.micromix.attention
 TYPES = (torch.bfloat16, torch.float32)
@@ -99,7 +99,7 @@ def test_causal(isa, queries, keys):
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-@pytest.mark.parametrize("name", ["portable", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("name", ISAS)
 def test_any_shape(name, data):
     if name not in usable_isas():
         pytest.skip(f"this machine has no {name}")

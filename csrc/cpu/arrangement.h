@@ -1,4 +1,4 @@
-// How the AMX product of many rows takes its operands: steps of K, and strips of rows.
+// How the product of many rows takes its operands: steps of K, and strips of rows.
 //
 // K is taken in steps. The MXFP4 segment is multiplied as integers (integer_tiles.h), where it is
 // long enough to pay for it, all else as bfloat16 numbers.
@@ -29,11 +29,6 @@ inline bool has_integers(const LinearTask& task) {
   return !task.weight_only && task.layout.k4 / mx::kBlock >= kLeastIntegerBlocks;
 }
 
-// Up to so many rows there are no steps, integers or strips (amx_streamed.h).
-constexpr int64_t kStreamedRows = 64, kStreamedRowsOfIntegers = 48;
-inline bool is_streamed(const LinearTask& task) {
-  return task.m <= (has_integers(task) ? kStreamedRowsOfIntegers : kStreamedRows);
-}
 // A row with more bands is done again by the AVX-512 kernel.
 constexpr int kMostBands = 8;
 
@@ -46,16 +41,16 @@ struct Step {
 
 class Steps {
  public:
-  explicit Steps(const LinearTask& task) : blocks_(task.layout.blocks()) {
-    const bool integers = has_integers(task) && !is_streamed(task);
-    integer_blocks_ = integers ? task.layout.k4 / mx::kBlock : 0;
-  }
+  Steps(const LinearTask& task, bool with_integers)
+      : blocks_(task.layout.blocks()),
+        integer_blocks_(with_integers && has_integers(task) ? task.layout.k4 / mx::kBlock : 0) {}
 
   // Of a row tile.
   int64_t tiles() const { return integer_tiles() + blocks_ - integer_blocks_; }
   int64_t bytes() const { return tiles() * kTileBytes; }
   // Two blocks each.
   int64_t integer_tiles() const { return (integer_blocks_ + 1) / 2; }
+  int64_t integer_blocks() const { return integer_blocks_; }
   // Where the tile of a block of bfloat16 numbers is, less the block.
   int64_t tiles_less_blocks() const { return integer_tiles() - integer_blocks_; }
 
@@ -126,6 +121,11 @@ class Arrangement {
 
   int64_t strips() const { return *strips_; }
   int64_t first_row(int64_t strip) const { return first_rows_[strip]; }
+  // The slot after the last that a row of a strip has.
+  int64_t end(int64_t strip) const {
+    const int64_t last = first_rows_[strip + 1] - 1;
+    return places_[last] + slots(last);
+  }
   // The first slot of a row.
   int64_t place(int64_t row) const { return places_[row]; }
   bool is_done_again(int64_t row) const { return slots_[row] == 0; }
