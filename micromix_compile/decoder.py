@@ -20,7 +20,7 @@ from micromix_compile.files import as_path
 from micromix_compile.planned import AnyPlan, quantised
 from micromix_compile.quantized_linear import QuantizedLinear
 
-__all__ = ["check_length", "export_decoder", "longest_text"]
+__all__ = ["check_decoder", "export_decoder", "longest_text"]
 
 _LONGEST = 2048
 _PROMPTS = (8, 64)  # tokens that a static cache is tried on
@@ -60,8 +60,7 @@ def export_decoder(
     if type(batch_size) is not int or batch_size < 1:
         raise ExportError(reason=f"batch_size cannot be {batch_size!r}", mend="Give 1 or more")
     model = compat.original_module(model)
-    _check_model(model)
-    max_length = check_length(model, max_length)
+    max_length = check_decoder(model, max_length)
     step = _Step(model, max_length).eval()
     with _as_export_error("it has no static cache of keys and values"):
         cache = step.empty_cache(batch_size)
@@ -93,8 +92,12 @@ def export_decoder(
     write_package(path, entries, used, decoder, tokenizer)
 
 
-def check_length(model: nn.Module, max_length: int | None) -> int:
-    """The length of a package of this model, by default at most 2048. Raises ExportError for one that does not fit."""
+def check_decoder(model: nn.Module, max_length: int | None) -> int:
+    """The length of a package of this model, by default at most 2048.
+
+    Raises ExportError for a length that does not fit, and for what is no decoder or is not all in memory.
+    """
+    _check_model(model)
     most = longest_text(model)
     if max_length is None:
         return min(_LONGEST, most or _LONGEST)
@@ -107,11 +110,24 @@ def check_length(model: nn.Module, max_length: int | None) -> int:
 
 
 def longest_text(model: nn.Module) -> int | None:
-    """The tokens that a model of transformers has positions for; None where its configuration names no number."""
+    """The tokens that a model of transformers has positions for; None where nothing bounds them.
+
+    Of rotary positions that are scaled the configuration names what they reach, or what they reach unscaled.
+    """
     config = model.config.get_text_config(decoder=True)
     names = ("max_position_embeddings", "n_positions")
     found = (getattr(config, name, None) or 0 for name in names)
-    return next((most for most in found if most > 0), None)  # XLNet's, which has none, says -1
+    most = next((most for most in found if most > 0), None)  # XLNet's, which has none, says -1
+    if most is None or getattr(config, "alibi", False):
+        return None
+    given = getattr(config, "rope_parameters", None) or {}
+    own = [part for part in given.values() if isinstance(part, dict)] or [given]  # by kind of layer
+    for rotary in own:
+        if rotary.get("rope_type") == "dynamic":
+            return None
+        unscaled = rotary.get("original_max_position_embeddings") or most
+        most = max(most, int((rotary.get("factor") or 1) * unscaled))
+    return most
 
 
 def _check_model(model: nn.Module) -> None:

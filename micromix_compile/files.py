@@ -28,6 +28,7 @@ __all__ = [
     "atomically",
     "check_output",
     "file_digest",
+    "is_own",
     "read_file",
     "write_file",
     "write_tensors",
@@ -91,6 +92,17 @@ def write_tensors(
         temporary.chmod(mode)
 
     atomically(Path(path), write)
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file is a package, or one that write_file wrote: no model is read from it."""
+    if path.suffix == ".pt2":
+        return True
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return any(kind.startswith("micromix_") for kind in file.metadata() or {})
+    except (OSError, safetensors.SafetensorError):
+        return False
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

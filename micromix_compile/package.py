@@ -251,7 +251,9 @@ class _Steps:
 
     def restart(self, length: int) -> None:
         """Begins another text after what was given to the stream of the last one, maybe another stream."""
-        torch.cuda.current_stream(self._start.device).wait_stream(self._stream)
+        stream = torch.cuda.current_stream(self._start.device)
+        stream.wait_stream(self._stream)
+        self._stream = stream
         for part in self.cache:
             part.zero_()  # attention multiplies what it masks by zero: a NaN would stay
         self._start.fill_(length)

@@ -214,7 +214,7 @@ class Recipe:
             expected = "segments, as in (4, 6), with activations='bfloat16': their error is what is measured"
             _reject("hadamard", self.hadamard, expected)
         if self.target is not None and not TARGETS[self.target].cpu:
-            expected = "a CPU with activations='bfloat16': CUDA devices have no product for it"
+            expected = "a CPU with activations='bfloat16': a GPU's time is modelled for quantised activations"
             _reject("target", self.target, expected)
 
     def _checked_lam(self, name: str, value: Any) -> float:

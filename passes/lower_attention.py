@@ -18,10 +18,11 @@ from micromix_compile.passes.nodes import become, call, value_of
 
 aten = torch.ops.aten
 
-# The types that are lowered on an instruction set. Prompts in bfloat16 are torch's where it has AVX512-BF16 for them.
+# The types that are lowered on an instruction set. On an Intel CPU with AVX-512 torch's prompts in bfloat16 were faster;
+# on AMD's with AVX512-BF16 they are not (docs/kernels-cpu.md).
 _TYPES = {
     "amx": (torch.bfloat16, torch.float32),
-    "avx512_bf16": (torch.float32,),
+    "avx512_bf16": (torch.bfloat16, torch.float32),
     "avx512": (torch.float32,),
     "avx2": (torch.bfloat16, torch.float32),
 }

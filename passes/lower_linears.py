@@ -1,4 +1,4 @@
-"""Lower linear layers to `micromix::quantize` + `micromix::linear`, or to `micromix::weight_only_linear`.
+"""Lower linear layers to `micromix::quantize` + `micromix::linear`, or to `micromix::weight_only_linear(s)`.
 
 Layers that read one value under one plan share one quantise, and are one product, `micromix::linears`, three at a
 time; where activations stay in bfloat16, `micromix::weight_only_linears`.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from micromix_compile import Recipe, load_plan, load_statistics, models
 from micromix_compile.allocation import allocate
 from micromix_compile.cli import deploy, main, measure
 from micromix_compile.cli.flags import make_parser
+from micromix_compile.decoder import longest_text
 from micromix_compile.errors import EvaluationError
 
 COMMANDS = (
@@ -394,7 +396,11 @@ def test_no_result_goes_where_an_input_lies(directory, statistics, tmp_path, cap
     assert file.read_bytes() == plan.read_bytes() == before
 
 
-def test_no_result_goes_over_a_file_of_the_model(directory, tmp_path, capsys, monkeypatch):
+def test_no_result_goes_over_a_file_of_the_model(
+    directory, statistics, tmp_path, capsys, monkeypatch
+):
+    plan = tmp_path / "plan.safetensors"
+    allocate(load_statistics(statistics), Recipe(format="mxfp8")).save(plan)
     monkeypatch.setattr("micromix_compile.models.load", no_work)
     folder = tmp_path / "snapshot"  # as the cache of Hugging Face: links to files elsewhere
     shutil.copytree(directory, tmp_path / "blobs")
@@ -415,6 +421,10 @@ def test_no_result_goes_over_a_file_of_the_model(directory, tmp_path, capsys, mo
         refused("eval", *small(str(model)), "--output", config)
     monkeypatch.setattr(models, "files_of", lambda name: folder)  # a name in the cache
     refused("eval", *small("some/one"), "--output", config)
+    for own in (statistics, plan):  # what is not read as the model's is replaced
+        shutil.copy(own, folder / "own.safetensors")
+        with pytest.raises(AssertionError, match="long work has begun"):
+            main(["calibrate", *small(str(folder)), "--output", str(folder / "own.safetensors")])
     assert before == (weights.read_bytes(), config.read_bytes())
 
 
@@ -543,10 +553,29 @@ def test_windows_are_no_longer_than_the_model_has_positions(gpt2, directory, tmp
     assert "2 to 128" in line
 
 
+@pytest.mark.parametrize(
+    "rotary, most",
+    [
+        (None, 128),
+        ({"rope_type": "dynamic", "factor": 4.0}, None),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+        ({"rope_type": "linear", "factor": 2.0}, 256),
+        ({"rope_type": "llama3", "factor": 2.0, "original_max_position_embeddings": 32,
+          "low_freq_factor": 1.0, "high_freq_factor": 4.0}, 128),
+    ],
+)  # fmt: skip
+def test_scaled_rotary_positions_reach_further(rotary, most):
+    config = tiny_llama().config
+    config.rope_parameters = {"rope_theta": 10000.0, **(rotary or {})}
+    assert longest_text(SimpleNamespace(config=config)) == most
+    config.alibi = True
+    assert longest_text(SimpleNamespace(config=config)) is None
+
+
 def test_generate_is_no_longer_than_the_model_has_positions(gpt2, capsys):
     command = ["generate", gpt2, "--prompt"]
     prompt = len(tiny_tokenizer()("the import").input_ids)
-    left = 96 - prompt
+    left = 97 - prompt  # the last token has no position
     assert main([*command, "the import"]) == 0
     assert f"at most {left} tokens and not 128" in capsys.readouterr().err
     assert main([*command, "the import", "--max-new-tokens", str(left)]) == 0
@@ -554,7 +583,7 @@ def test_generate_is_no_longer_than_the_model_has_positions(gpt2, capsys):
     line = failure(capsys, *command, "the import", "--max-new-tokens", str(left + 1))
     assert "--max-new-tokens" in line and f"1 to {left}" in line
     line = failure(capsys, *command, "the import statement " * 50)
-    assert "--prompt" in line and "at most 95 tokens" in line
+    assert "--prompt" in line and "at most 96 tokens" in line
 
 
 def test_a_model_that_is_quantised_is_not_quantised_again(directory, tmp_path, capsys, monkeypatch):

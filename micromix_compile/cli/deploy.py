@@ -14,7 +14,7 @@ from micromix_compile import package
 from micromix_compile.checkpoint import bytes_of, save_pretrained
 from micromix_compile.cli.inputs import load_model
 from micromix_compile.cli.plans import calibrates, settled, wanted
-from micromix_compile.decoder import check_length, export_decoder, longest_text
+from micromix_compile.decoder import check_decoder, export_decoder, longest_text
 from micromix_compile.errors import OptionError
 
 NEW_TOKENS = 128
@@ -43,7 +43,7 @@ def export(arguments: argparse.Namespace) -> None:
     start = time.monotonic()
     plan = wanted(arguments)
     model, tokenizer = load_model(arguments)
-    check_length(model, arguments.max_length)
+    check_decoder(model, arguments.max_length)
     plan = settled(plan, model, tokenizer, arguments)
     print("compiling prefill and decode, which takes minutes", flush=True)
     export_decoder(
@@ -137,11 +137,11 @@ def _new_tokens(arguments: argparse.Namespace, prompt: int, most: int | None) ->
     Where left out, cut to that. Raises OptionError for more.
     """
     asked = arguments.max_new_tokens
-    left = (most or prompt + (asked or NEW_TOKENS)) - prompt
+    left = (most or prompt + (asked or NEW_TOKENS)) + 1 - prompt  # the last one has no position
     have = f"{arguments.model} has {most} positions"
     if left < 1:
         reason = f"has {prompt} tokens, and {have}"
-        raise OptionError(option="--prompt", reason=reason, valid=f"at most {most - 1} tokens")
+        raise OptionError(option="--prompt", reason=reason, valid=f"at most {most} tokens")
     if asked is None:
         if left < NEW_TOKENS:
             print(f"at most {left} tokens and not {NEW_TOKENS}: {have}", file=sys.stderr)

@@ -86,7 +86,7 @@ def refuse_quantised(arguments: argparse.Namespace, model, valid: str = "a float
 def fit_windows(arguments: argparse.Namespace, model) -> None:
     """--seqlen is what the model has positions for: where left out, cut to that. Raises OptionError for one that is not.
 
-    Beyond it learned positions end in an IndexError, and rotated ones mean nothing to the model.
+    Beyond it learned positions end in an IndexError, and the model was not made for rotated ones.
     """
     most = longest_text(model)
     if arguments.seqlen is None:

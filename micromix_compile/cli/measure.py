@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import warnings
 
 from micromix_compile.allocation import uniform_plan
-from micromix_compile.attachment import check
+from micromix_compile.attachment import differences
 from micromix_compile.cli.inputs import (
     SEQLEN,
     fit_windows,
@@ -20,7 +19,7 @@ from micromix_compile.cli.inputs import (
 )
 from micromix_compile.cli.outputs import check_apart
 from micromix_compile.cli.plans import bits_of, calibrated
-from micromix_compile.errors import OptionError, RecipeError, UnplannedLayersWarning
+from micromix_compile.errors import OptionError, PlanMismatchError, RecipeError
 from micromix_compile.files import write_text
 from micromix_compile.layers import linear_shapes
 from micromix_compile.plan import ModelPlan, load_plan
@@ -68,13 +67,15 @@ def _check_against(arguments: argparse.Namespace) -> None:
 
 
 def _check_variants(model, variants, arguments) -> None:
-    """Before the long work. Raises OptionError for a model that is quantised, else raises and warns as `attach` of the plans."""
+    """Before the long work: raises OptionError for a model that is quantised, PlanMismatchError for another model's plan.
+
+    What a plan lacks is named by the backend.
+    """
     if variants:
         refuse_quantised(arguments, model, "a float model, or neither --plan nor --format")
     for _, options in variants:
-        if "plan" in options:
-            check(options["plan"], model)
-    warnings.simplefilter("ignore", UnplannedLayersWarning)  # it is said: the backend would again
+        if "plan" in options and (found := differences(options["plan"].shapes, model)):
+            raise PlanMismatchError(differences=found)
 
 
 def _run_tasks(arguments: argparse.Namespace, variants) -> list[dict]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from micromix_compile.errors import OutputError
-from micromix_compile.files import check_output
+from micromix_compile.files import check_output, is_own
 
 
 def reads(container, *names: str, **options) -> None:
@@ -47,8 +47,8 @@ def check_apart(arguments: argparse.Namespace, *paths: Path) -> None:
     for path in paths:
         if path.resolve() in taken:
             reason = "another argument of this command is the same file"
-        elif path.resolve() in read:  # any of them: which ones are read is up to transformers
-            reason = f"it is one of the files of the model {arguments.model}"
+        elif path.resolve() in read and not is_own(path):  # which are read is up to transformers
+            reason = f"it is one of the files of the model {arguments.model}, or lies among them"
         else:
             taken.add(path.resolve())
             continue

@@ -40,7 +40,7 @@ class MicroMixConfig(QuantizationConfigMixin):
         self.quant_method = METHOD
         facts.pop("quant_method", None)
         self.description = None
-        if facts and not facts.keys() & {"version", "groups", "layers"}:
+        if facts and not facts.keys() & {"version", "groups", "layers", "owners", "plan_digest"}:
             valid = "plan, a ModelPlan, the path of a saved one, or a Recipe, as in Recipe(format='mxfp4')"
             raise OptionError(option=next(iter(facts)), reason="is not known", valid=valid)
         if facts:

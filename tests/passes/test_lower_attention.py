@@ -19,7 +19,7 @@ from .repeated_keys import COPIES_THAT_DIFFER, GROUPS, HEADS, B, D, S, attention
 OPERATOR = torch.ops.micromix.attention.default
 
 
-@pytest.fixture(autouse=True, params=["avx2", "amx"])
+@pytest.fixture(autouse=True, params=["avx2", "avx512_bf16", "amx"])
 def instruction_set(request, monkeypatch):
     """The pass as on such a CPU; whatever this machine has runs the operator."""
     monkeypatch.setattr("micromix_compile.passes.lower_attention.cpu_isa", lambda: request.param)
