@@ -12,8 +12,8 @@
 namespace micromix::cpu::avx512 {
 namespace {
 
-// Strips at once, and the most pairs of panels.
-constexpr int64_t kMaxStrips = 64, kMaxPairs = 20;
+// The most pairs of panels at once that Products::pairs may ask for.
+constexpr int64_t kMaxPairs = 20;
 static_assert(kMaxPairs <= 32, "a bit each");
 constexpr int64_t kPairColumns = 2 * kTileRows;
 
@@ -200,9 +200,9 @@ void run_step(const BlockedContext& context, const Range& range, Decoded& decode
 
 // The sums that are kept between steps, of the strips at once, and what multiply_range needs beside
 // them.
-int64_t kept_sums(const Steps& steps, int64_t strips) {
+int64_t kept_sums(const Steps& steps, int64_t strips, int64_t pairs) {
   const bool none = steps.count() == 1 && steps.integer_count() == 0;
-  return 3 + (none ? 0 : kMaxPairs * std::min(strips, kMaxStrips));
+  return 3 + (none ? 0 : pairs * strips);
 }
 
 template <typename Products>
@@ -216,10 +216,10 @@ void run_blocked(const BlockedContext& context, int64_t first_panel) {
     const int64_t p0 = first_panel + pairs * i / ranges * 2;
     const int64_t p1 = std::min(first_panel + pairs * (i + 1) / ranges * 2, context.last_panel);
     Decoded decoded;
-    for (int64_t s = 0; s < strips; s += kMaxStrips) {
+    for (int64_t s = 0; s < strips; s += Products::kStrips) {
       for (int64_t number = 0; number < context.steps.count(); ++number) {
         const Range range{
-            p0, p1, s, std::min(s + kMaxStrips, strips), number, context.steps[number]};
+            p0, p1, s, std::min(s + Products::kStrips, strips), number, context.steps[number]};
         run_step<Products>(context, range, decoded);
       }
     }

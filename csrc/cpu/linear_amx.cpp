@@ -12,6 +12,7 @@ struct AmxProducts {
   using Guard = Tiles;
   static constexpr int kOffset = 0;
   static constexpr bool kScales = false;
+  static constexpr int64_t kStrips = 64;
   static constexpr int64_t kStreamedBytes = kRing * 2 * kTileBytes;
 
   static bool is_streamed(const LinearTask& task) {

@@ -150,8 +150,9 @@ struct VectorProducts {
   static constexpr bool kScales = true;
   static constexpr int64_t kStreamedBytes = 0;
 
-  // Strips stay in L2 with the tiles of so many pairs, which are read again while they are there.
-  static int64_t pairs(int64_t) { return 2; }
+  // Decoded tiles, strips and sums stay in L2, of 1 MB. Of few strips tiles are read again soon.
+  static constexpr int64_t kStrips = 8;
+  static int64_t pairs(int64_t strips) { return strips <= 2 ? 2 : 16; }
 
   static bool is_streamed(const LinearTask&) { return false; }
   static void run_streamed(const Context&, int64_t) {}

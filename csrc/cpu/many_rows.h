@@ -12,7 +12,7 @@
 //   is_streamed(task)              whether there are so few rows that they go another way, without
 //                                  integers: run_streamed(context, first_panel), which has
 //                                  kStreamedBytes for decoded tiles;
-//   pairs(strips)                  so many pairs of panels are decoded at once;
+//   kStrips, pairs(strips)         so many strips and pairs of panels are multiplied at once;
 //   Guard                          lives while it multiplies;
 //   multiply_range<kIntegers>(...) the products of blocked.h.
 //
@@ -227,9 +227,10 @@ struct ManyRows {
       } else {
         const Steps steps = steps_of(task);
         const int64_t strips = Arrangement(task.arranged, task.m).strips();
-        decoded = kMaxPairs * kMaxTiles * 2 * kTileBytes;
-        factors = kMaxPairs * kPairColumns * int64_t{sizeof(float)};
-        sums = kept_sums(steps, strips) * int64_t{sizeof(Sums)};
+        const int64_t pairs = Products::pairs(strips);
+        decoded = pairs * kMaxTiles * 2 * kTileBytes;
+        factors = pairs * kPairColumns * int64_t{sizeof(float)};
+        sums = kept_sums(steps, std::min(strips, Products::kStrips), pairs) * int64_t{sizeof(Sums)};
       }
     }
   };
