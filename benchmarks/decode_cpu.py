@@ -20,7 +20,7 @@ a variant with C++ wrapper with those of the one without. Nothing may be compile
 layer that is left alone or a fusion that is not made is an error ("passes off" excepted, where fusions are not).
 
 More runs of each, under the profiler, tell the milliseconds a token in quantised products (`micromix::linear`,
-`linears`, `weight_only_linear`) and in other matrix products (the head's). "Else" is what is left of the time without
+`linears`, `weight_only_linear(s)`) and in other matrix products (the head's). "Else" is what is left of the time without
 the profiler. The C++ wrapper calls the head's product without the dispatcher: its time is in "else" there.
 """
 
@@ -219,7 +219,8 @@ def decode_parts(
     decoders: dict[str, Decoder], tokens: int, rounds: int
 ) -> dict[str, tuple[float, float]]:
     """Milliseconds a token in our products and in other matrix products, medians of profiles taken in turns."""
-    products = tuple(f"micromix::{name}" for name in ("linear", "linears", "weight_only_linear"))
+    names = ("linear", "linears", "weight_only_linear", "weight_only_linears")
+    products = tuple(f"micromix::{name}" for name in names)
     others = ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
     parts: dict[str, list[tuple[float, float]]] = {name: [] for name in decoders}
     for _ in range(rounds):
