@@ -6,6 +6,7 @@
 // are looked up as unsigned bytes value + offset, and the sum starts at -offset * (sum of the
 // activations). Activations that are no small integers are numbers of three bytes. Weights of other
 // formats, and what they meet, are `Floats`:
+//   fetch_ahead<lines, rows>(tile)
 //   kDigitRows        up to so many rows numbers of three bytes pay; of more rows it multiplies
 //   them; exponent(format)  the power of two that its numbers of a weight format lack; store(...)
 //   puts a block of activations down; blocks<...>(...)  adds the products of a segment.
@@ -206,7 +207,7 @@ struct Panels {
   }
 };
 
-template <int kBits, int kDigits, bool kWide, int kRows, int kPanels>
+template <typename Floats, int kBits, int kDigits, bool kWide, int kRows, int kPanels>
 [[gnu::always_inline]] inline void integer_blocks(const mx::Segment& segment, float rest,
                                                   const Panels& panels, const Prepared* rows,
                                                   __m512 (*sums)[kRows]) {
@@ -215,7 +216,7 @@ template <int kBits, int kDigits, bool kWide, int kRows, int kPanels>
 #pragma GCC unroll 4
     for (int p = 0; p < kPanels; ++p) {
       __m512i w[8];
-      fetch_ahead<kBits>(tile + p * panels.bytes);
+      Floats::template fetch_ahead<kBits, kRows>(tile + p * panels.bytes);
       decode_bytes<kBits>(tile + p * panels.bytes, w);
       const __m512i scale = _mm512_cvtepu8_epi32(panels.block_scales(p, b));
 #pragma GCC unroll 8
@@ -331,8 +332,8 @@ struct FewRows {
       const mx::ElementFormat weight = layout.weight_format(segment);
       const auto units = Units::of<Floats>(task, segment);
       const auto integers = [&]<int kBits, int kDigits>() __attribute__((always_inline)) {
-        integer_blocks<kBits, kDigits, kWide, kRows, kPanels>(segment, units.rest, panels, rows,
-                                                              sums);
+        integer_blocks<Floats, kBits, kDigits, kWide, kRows, kPanels>(segment, units.rest, panels,
+                                                                      rows, sums);
       };
       if (weight == mx::E2M1 && units.digits == 1) integers.template operator()<4, 1>();
       if (weight == mx::E2M3 && units.digits == 1) integers.template operator()<6, 1>();

@@ -29,6 +29,16 @@ constexpr E4m3Bytes kE4m3Bytes[2] = {e4m3_bytes(0), e4m3_bytes(8)};
 struct Bfloat16Pairs {
   static constexpr int kDigitRows = 1;
 
+  // One or two rows wait for memory, and L1 of Zen 4 for few lines at once.
+  template <int kLines, int kRows>
+  [[gnu::always_inline]] static void fetch_ahead(const uint8_t* tile) {
+    if constexpr (kRows <= 2) {
+      cpu::fetch_ahead<kLines, 2, 4096>(tile);
+    } else {
+      cpu::fetch_ahead<kLines>(tile);
+    }
+  }
+
   static constexpr int exponent(mx::ElementFormat) { return 0; }
 
   [[gnu::always_inline]] static void store(Block block, uint8_t* elements) {
@@ -77,7 +87,7 @@ struct Bfloat16Pairs {
     for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
 #pragma GCC unroll 4
       for (int p = 0; p < kPanels; ++p) {
-        fetch_ahead<kFormat.bits>(tile + p * panels.bytes);
+        fetch_ahead<kFormat.bits, kRows>(tile + p * panels.bytes);
         // Of few rows several sums: one product would wait for the one before.
         constexpr int kSums = kRows <= 2 ? 2 : 1;
         __m512 dots[kRows][kSums];

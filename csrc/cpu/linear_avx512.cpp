@@ -10,6 +10,11 @@ using namespace avx512;
 struct Float32Pairs {
   static constexpr int kDigitRows = kNoLimit;
 
+  template <int kLines, int kRows>
+  [[gnu::always_inline]] static void fetch_ahead(const uint8_t* tile) {
+    cpu::fetch_ahead<kLines>(tile);
+  }
+
   // What e4m3_to_float16 leaves out.
   static constexpr int exponent(mx::ElementFormat weight) {
     return weight == mx::E4M3 ? kE4m3Exponent : 0;
@@ -48,7 +53,7 @@ struct Float32Pairs {
     for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
 #pragma GCC unroll 4
       for (int p = 0; p < kPanels; ++p) {
-        fetch_ahead<kFormat.bits>(tile + p * panels.bytes);
+        fetch_ahead<kFormat.bits, kRows>(tile + p * panels.bytes);
         __m512 dot_low[kRows], dot_high[kRows];
         for (int m = 0; m < kRows; ++m) dot_low[m] = dot_high[m] = _mm512_setzero_ps();
         for_each_pair<kFormat>(
