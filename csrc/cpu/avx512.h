@@ -72,6 +72,40 @@ template <int kBits>
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
 }
 
+// Words by the table of a 4- or 6-bit tile, two channels of 16 rows at once: word 2n + h is channel
+// c + 2h of row n. Calls f(index of the pair of channels, words): pair 2g has channels 4g and
+// 4g + 2, pair 2g + 1 channels 4g + 1 and 4g + 3.
+template <int kBits, typename F>
+[[gnu::always_inline]] inline void for_each_pair(const uint8_t* tile, const uint16_t* table,
+                                                 const F& f) {
+  if constexpr (kBits == 4) {
+    const __m512i words = load(table);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const __m512i line = load(tile + j * kLine);
+#pragma GCC unroll 4
+      for (int t = 0; t < 4; ++t) {
+        f(4 * j + 2 * (t % 2) + t / 2,
+          _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 4 * t), words));
+      }
+    }
+    return;
+  }
+  const __m512i low_bits = _mm512_set1_epi8(0xF);
+  const __m512i table0 = load(table), table1 = load(table + 32);
+#pragma GCC unroll 8
+  for (int g = 0; g < 8; ++g) {
+    const int j = g / 2, shift = 4 * (j % 2) + 2 * (g % 2);
+    const __m512i line = load(tile + j * kLine), high = load(tile + (4 + j / 2) * kLine);
+    const __m512i low = g % 2 ? _mm512_srli_epi16(line, 4) : line;
+    const __m512i moved =
+        shift < 4 ? _mm512_slli_epi16(high, 4 - shift) : _mm512_srli_epi16(high, shift - 4);
+    const __m512i codes = _mm512_ternarylogic_epi64(low_bits, low, moved, 0xCA);
+    f(2 * g, _mm512_permutex2var_epi16(table0, codes, table1));
+    f(2 * g + 1, _mm512_permutex2var_epi16(table0, _mm512_srli_epi16(codes, 8), table1));
+  }
+}
+
 // Sums and differences of lanes whose numbers differ in one bit: `swapped` is x with them
 // exchanged, `high` the lanes where the bit is set. The products are exact.
 [[gnu::always_inline]] inline __m512 butterfly(__m512 x, __m512 swapped, __mmask16 high) {

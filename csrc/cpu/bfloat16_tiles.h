@@ -48,8 +48,7 @@ constexpr const uint16_t* table_of() {
                                    _mm512_set1_epi16(INT16_MIN), 0xF8);
 }
 
-// A tile of the weight, as 16 pairs of channels x 16 rows: pair 2g holds channels 4g and 4g + 2,
-// pair 2g + 1 channels 4g + 1 and 4g + 3.
+// A tile of the weight, as 16 pairs of channels x 16 rows: see for_each_pair.
 template <mx::ElementFormat kFormat>
 [[gnu::always_inline]] inline void decode_tile(const uint8_t* tile, const uint8_t* scales,
                                                uint8_t* out) {
@@ -59,19 +58,7 @@ template <mx::ElementFormat kFormat>
   const __m512i lower = decrement(_mm512_cvtepu8_epi16(twice));
   const auto put = [&](int pair, __m512i words)
                        [[gnu::always_inline]] { _mm512_store_si512(out + pair * kLine, words); };
-  if constexpr (kFormat == mx::E2M1) {
-    const __m512i table = load(&kE2m1);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const __m512i line = load(tile + j * kLine);
-#pragma GCC unroll 4
-      for (int t = 0; t < 4; ++t) {
-        put(4 * j + 2 * (t % 2) + t / 2,
-            _mm512_subs_epu16(_mm512_permutexvar_epi16(_mm512_srli_epi16(line, 4 * t), table),
-                              lower));
-      }
-    }
-  } else if constexpr (kFormat == mx::E4M3) {
+  if constexpr (kFormat == mx::E4M3) {
 #pragma GCC unroll 8
     for (int g = 0; g < 8; ++g) {
       const __m512i line = load(tile + g * kLine);
@@ -79,20 +66,10 @@ template <mx::ElementFormat kFormat>
       put(2 * g + 1, e4m3_to_bfloat16(_mm512_srli_epi16(line, 8), line, lower));
     }
   } else {
-    const __m512i low_bits = _mm512_set1_epi8(0xF);
-    const __m512i table0 = load(table_of<kFormat>()), table1 = load(table_of<kFormat>() + 32);
-#pragma GCC unroll 8
-    for (int g = 0; g < 8; ++g) {
-      const int j = g / 2, shift = 4 * (j % 2) + 2 * (g % 2);
-      const __m512i line = load(tile + j * kLine), high = load(tile + (4 + j / 2) * kLine);
-      const __m512i low = g % 2 ? _mm512_srli_epi16(line, 4) : line;
-      const __m512i moved =
-          shift < 4 ? _mm512_slli_epi16(high, 4 - shift) : _mm512_srli_epi16(high, shift - 4);
-      const __m512i codes = _mm512_ternarylogic_epi64(low_bits, low, moved, 0xCA);
-      const __m512i odd = _mm512_srli_epi16(codes, 8);
-      put(2 * g, _mm512_subs_epu16(_mm512_permutex2var_epi16(table0, codes, table1), lower));
-      put(2 * g + 1, _mm512_subs_epu16(_mm512_permutex2var_epi16(table0, odd, table1), lower));
-    }
+    for_each_pair<kFormat.bits>(tile, table_of<kFormat>(),
+                                [&](int pair, __m512i words) [[gnu::always_inline]] {
+                                  put(pair, _mm512_subs_epu16(words, lower));
+                                });
   }
 }
 

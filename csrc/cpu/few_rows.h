@@ -246,27 +246,6 @@ template <typename Floats, int kBits, int kDigits, bool kWide, int kRows, int kP
   }
 }
 
-// Words of a tile of 6 bits by the table, two channels of 16 rows: word 2n + h is channel c + 2h of
-// row n. Calls f(index of the pair of activations, words).
-template <typename F>
-[[gnu::always_inline]] inline void for_each_pair_of_6_bits(const uint8_t* tile,
-                                                           const Table<uint16_t>& table,
-                                                           const F& f) {
-  const __m512i low_bits = _mm512_set1_epi8(0xF);
-  const __m512i table0 = load(table.values), table1 = load(table.values + 32);
-#pragma GCC unroll 8
-  for (int g = 0; g < 8; ++g) {
-    const int j = g / 2, shift = 4 * (j % 2) + 2 * (g % 2);
-    const __m512i line = load(tile + j * kLine), high = load(tile + (4 + j / 2) * kLine);
-    const __m512i low = g % 2 ? _mm512_srli_epi16(line, 4) : line;
-    const __m512i moved =
-        shift < 4 ? _mm512_slli_epi16(high, 4 - shift) : _mm512_srli_epi16(high, shift - 4);
-    const __m512i codes = _mm512_ternarylogic_epi64(low_bits, low, moved, 0xCA);
-    f(2 * g, _mm512_permutex2var_epi16(table0, codes, table1));
-    f(2 * g + 1, _mm512_permutex2var_epi16(table0, _mm512_srli_epi16(codes, 8), table1));
-  }
-}
-
 template <typename Floats>
 struct FewRows {
   // Rows of float activations; each block is brought over a power of two, as in float_rows.h.

@@ -11,6 +11,10 @@ using namespace avx512;
 constexpr Table<uint16_t> kE2m1Words = bfloat16_table(mx::E2M1);
 constexpr Table<uint16_t> kE2m3Words = bfloat16_table(mx::E2M3);
 constexpr Table<uint16_t> kE3m2Words = bfloat16_table(mx::E3M2);
+template <mx::ElementFormat kFormat>
+constexpr const uint16_t* words_of() {
+  return (kFormat == mx::E2M1 ? kE2m1Words : kFormat == mx::E2M3 ? kE2m3Words : kE3m2Words).values;
+}
 
 // The low or the high byte of the bfloat16 number of each E4M3 code without its sign.
 struct alignas(64) E4m3Bytes {
@@ -45,22 +49,11 @@ struct Bfloat16Pairs {
     store_tile_row(block, elements);
   }
 
-  // Words of a tile as bfloat16: see for_each_pair_of_6_bits.
+  // Words of a tile as bfloat16: see avx512::for_each_pair.
   template <mx::ElementFormat kFormat, typename F>
   [[gnu::always_inline]] static void for_each_pair(const uint8_t* tile, const F& f) {
-    if constexpr (kFormat == mx::E2M1) {
-      const __m512i table = load(&kE2m1Words);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const __m512i line = load(tile + j * kLine);
-#pragma GCC unroll 4
-        for (int t = 0; t < 4; ++t) {
-          f(4 * j + 2 * (t % 2) + t / 2,
-            _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 4 * t), table));
-        }
-      }
-    } else if constexpr (kFormat.bits == 6) {
-      for_each_pair_of_6_bits(tile, kFormat == mx::E3M2 ? kE3m2Words : kE2m3Words, f);
+    if constexpr (kFormat != mx::E4M3) {
+      avx512::for_each_pair<kFormat.bits>(tile, words_of<kFormat>(), f);
     } else {
       const __m512i low0 = load(kE4m3Bytes[0].values), low1 = load(kE4m3Bytes[0].values + 64);
       const __m512i high0 = load(kE4m3Bytes[1].values), high1 = load(kE4m3Bytes[1].values + 64);

@@ -26,11 +26,11 @@ struct Float32Pairs {
     _mm512_store_ps(floats + 16, _mm512_permute_ps(block.high, 0b11011000));
   }
 
-  // Words of a tile as float16: see for_each_pair_of_6_bits.
+  // Words of a tile as float16: see avx512::for_each_pair.
   template <mx::ElementFormat kFormat, typename F>
   [[gnu::always_inline]] static void for_each_pair(const uint8_t* tile, const F& f) {
     if constexpr (kFormat == mx::E3M2) {
-      for_each_pair_of_6_bits(tile, kE3m2Float16, f);
+      avx512::for_each_pair<kFormat.bits>(tile, kE3m2Float16.values, f);
     } else {
 #pragma GCC unroll 8
       for (int g = 0; g < 8; ++g) {
