@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import zipfile
+from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,7 +43,7 @@ from micromix_compile.errors import (
 )
 from micromix_compile.export import _check_linking, trace
 from micromix_compile.ops import _extension
-from micromix_compile.package import _choose
+from micromix_compile.package import DecoderPackage, _choose
 from micromix_compile.planned import quantised
 
 pytestmark = pytest.mark.skipif(not compat.runs_packages(), reason="torch 2.11 runs none")
@@ -288,13 +289,15 @@ def test_threads_share_a_package(decoder):
     assert run(sys.executable, "-c", program, timeout=120).stdout == "True\n"
 
 
-def test_the_command_generates_from_both(decoder, capsys):
+def test_the_command_generates_from_both(decoder, capsys, monkeypatch):
     _, path = decoder
     quantised = str(path.with_name("quantised"))
     for source in (str(path), quantised):
         assert main(["generate", source, "--prompt", "the import", "--max-new-tokens", "5"]) == 0
         out, err = capsys.readouterr()
         assert out.strip() and "tokens/s" in err and "stopped" not in err
+    endless = partialmethod(DecoderPackage.generate, eos_token_id=[-1])
+    monkeypatch.setattr(DecoderPackage, "generate", endless)
     assert main(["generate", str(path), "--prompt", "the import", "--max-new-tokens", "500"]) == 0
     assert f"was exported for {LENGTH} tokens (--max-length)" in capsys.readouterr().err
 
