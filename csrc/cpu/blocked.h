@@ -23,7 +23,7 @@ struct BlockedContext : Context {
   const float* row_factors;   // [strip, step of integers, slot]
   const int32_t* row_starts;  // the same, of the sums of integers, where Products has an offset
   float* column_factors;      // [pair at once, column]
-  const ScaledBlocks scaled;
+  const int64_t scaled_end;   // end_of_scaled
 };
 
 // What is in the caches at once: panels [p0, p1), strips [s0, s1), a step of K.
@@ -78,7 +78,7 @@ void decode_blocks(const BlockedContext& context, const Step& step, const Pair& 
                      fetch_to_write<kTileRows>(out + 2 * kTileBytes);
                      const uint8_t* const scales = pair.panels[c] + b * kTileRows;
                      constexpr bool kCanScale = kScales && mx::is_small_integer(kFormat);
-                     if (kCanScale && b < context.scaled.last) {
+                     if (kCanScale && b < context.scaled_end) {
                        decode_scaled<kFormat.bits>(pair.panels[c] + tile, scales, out);
                      } else {
                        decode_tile<kFormat>(pair.panels[c] + tile, scales, out);

@@ -324,7 +324,7 @@ struct Dot {
       _mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + block * kTileRows + 8 * half)));
 }
 
-// sum + dot * 2^(weight scale + activation scale - 254): see the same in linear_avx512.cpp.
+// sum + dot * 2^(weight scale + activation scale - 254): see the same in few_rows.h.
 template <bool kWide>
 [[gnu::always_inline]] inline __m256 scaled_sum(__m256 sum, __m256 dot, __m256i weight_scale,
                                                 const Prepared& row, int64_t block, float rest) {

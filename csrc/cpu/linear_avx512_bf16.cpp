@@ -12,6 +12,13 @@ using namespace avx512;
 // So many rows of sums, of a pair of panels, are in registers while K passes.
 constexpr int kRows = 8, kScaledRows = 4;
 
+// Four bytes, in every lane.
+[[gnu::always_inline]] inline __m512i word(const uint8_t* p) {
+  int32_t value;
+  std::memcpy(&value, p, sizeof value);
+  return _mm512_set1_epi32(value);
+}
+
 // sums[row, panel] of `rows` slots of a row tile and a pair of panels, over `tiles`. `starts` are
 // the rows' starts of sums of integers, or the sums of bfloat16 numbers so far; or null: zero.
 template <bool kIntegers, int kCount>
@@ -35,9 +42,7 @@ void multiply_rows(const uint8_t* a, const uint8_t* b, int64_t tiles, const void
       const __m512i b0 = load(b + line * kLine), b1 = load(b + kTileBytes + line * kLine);
 #pragma GCC unroll 8
       for (int r = 0; r < kCount; ++r) {
-        int32_t four_bytes;
-        std::memcpy(&four_bytes, a + r * kLine + line * 4, sizeof four_bytes);
-        const __m512i x = _mm512_set1_epi32(four_bytes);
+        const __m512i x = word(a + r * kLine + line * 4);
         const auto add = [&](__m512i sum, __m512i w) __attribute__((always_inline)) {
           if constexpr (kIntegers) return _mm512_dpbusd_epi32(sum, w, x);
           return reinterpret_cast<__m512i>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
@@ -70,11 +75,6 @@ void multiply_scaled_rows(const uint8_t* a, const uint8_t* b, int64_t tiles, con
           starts ? _mm512_load_ps(starts + (c * kStripRows + r) * kTileRows) : _mm512_setzero_ps();
     }
   }
-  const auto word = [](const uint8_t* p) __attribute__((always_inline)) {
-    int32_t value;
-    std::memcpy(&value, p, sizeof value);
-    return _mm512_set1_epi32(value);
-  };
   for (const uint8_t* const end = a + tiles * kTileBytes; a < end; a += kTileBytes) {
     __m512i dots[kCount][2];
 #pragma GCC unroll 4
@@ -164,7 +164,7 @@ struct VectorProducts {
     const int64_t bytes = context.steps.bytes(), pairs = range.pairs();
     const int64_t integer_tiles = kIntegers ? range.step.integer_tiles : 0;
     // Tiles of scaled integers come after those of bands.
-    const int64_t scaled = context.scaled.last + context.steps.tiles_less_blocks();
+    const int64_t scaled = context.scaled_end + context.steps.tiles_less_blocks();
     const int64_t scaled_end = std::clamp(scaled - range.step.first_tile, integer_tiles, tiles);
     Sums &integers = context.sums[0], &floats = context.sums[1], *const all = context.sums + 2;
     for (int64_t s = range.s0; s < range.s1; ++s) {

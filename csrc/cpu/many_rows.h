@@ -49,7 +49,7 @@ bool prepare_packed(const LinearTask& task, const Steps& steps, int64_t row, uin
     const uint8_t* const packed = data + s.byte_start;
     if (s.format == mx::E2M1 && steps.integer_tiles() > 0) continue;
     const mx::ElementFormat weight = task.layout.weight_format(s);
-    if (kScales && mx::is_small_integer(s.format) && mx::is_small_integer(weight)) {
+    if (kScales && is_scaled(task, s)) {
       wide |= s.format == mx::E2M1 ? prepare_scaled<4>(s, weight, packed, scales, out)
                                    : prepare_scaled<6>(s, weight, packed, scales, out);
       continue;
@@ -258,7 +258,7 @@ struct ManyRows {
             {context, sizes.steps, Arrangement(task.arranged, task.m),
              reinterpret_cast<const float*>(prepared + sizes.factors()),
              reinterpret_cast<const int32_t*>(prepared + sizes.starts()),
-             reinterpret_cast<float*>(factors), ScaledBlocks(task, sizes.steps.integer_blocks())},
+             reinterpret_cast<float*>(factors), end_of_scaled(task, sizes.steps.integer_blocks())},
             first);
       }
     });

@@ -16,20 +16,22 @@ namespace {
 constexpr int kScaledLines = 8;
 constexpr int64_t kFactorByte = 32, kStartByte = 36;
 
-// Which blocks are multiplied so: those before are bands of integers (integer_tiles.h).
-struct ScaledBlocks {
-  int64_t first = 0, last = 0;
+// Whether a segment of packed activations is multiplied so, where it is not in bands of integers
+// (integer_tiles.h).
+inline bool is_scaled(const LinearTask& task, const mx::Segment& segment) {
+  return mx::is_small_integer(segment.format) &&
+         mx::is_small_integer(task.layout.weight_format(segment));
+}
 
-  ScaledBlocks() = default;
-  ScaledBlocks(const LinearTask& task, int64_t first_block) : first(first_block), last(first) {
-    if (task.weight_only) return;
-    for (const mx::Segment& s : task.layout.segments()) {
-      const bool integers =
-          mx::is_small_integer(s.format) && mx::is_small_integer(task.layout.weight_format(s));
-      if (integers && s.first_block + s.blocks > last) last = s.first_block + s.blocks;
-    }
+// The block after the last one that is: blocks of bands come before, all others after.
+inline int64_t end_of_scaled(const LinearTask& task, int64_t band_blocks) {
+  int64_t end = band_blocks;
+  if (task.weight_only) return end;
+  for (const mx::Segment& s : task.layout.segments()) {
+    if (is_scaled(task, s) && s.first_block + s.blocks > end) end = s.first_block + s.blocks;
   }
-};
+  return end;
+}
 
 // Blocks of an activation row, kTileBytes apart. Returns what prepare_blocks returns.
 template <int kBits>
